@@ -1,0 +1,1 @@
+"""What SBKA sees: the benchmarks, their lists, images and loaders."""

@@ -1,0 +1,87 @@
+"""Decoding, the training augmentation and tensors (METHOD of the release: scikit-image's affine warp, then a resize).
+
+Images stay 8-bit from the file to the device; `normalise` turns a batch into what the networks see.
+"""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from datasets.files import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def read_rgb(path):
+    """Decode an image file of any mode as 8-bit RGB (PIL.Image).
+
+    16-bit grey is scaled, not clipped, and transparency shows white paper; both would come out black or white
+    under a plain conversion. Raises InputError naming the file if it is missing, torn or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow may widen to 32 bits
+                grey = np.asarray(image).astype(np.float64) / 257
+                return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                paper = Image.new("RGBA", image.size, "white")
+                return Image.alpha_composite(paper, image).convert("RGB")
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image; unpack the data again, or take it out of its list") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{path}: not a readable image ({error}); fetch it again, or take it out of its list"
+        ) from error
+
+
+def draw_augmentation(rng):
+    """Draw (flip, sx, sy, rotation in radians, tx, ty in pixels) of one image, or None for the 30 % left as they are.
+
+    rng: numpy Generator.
+    """
+    if rng.random() >= 0.7:
+        return None
+    flip = rng.random() < 0.5
+    sx, sy = rng.uniform(0.7, 1.3, size=2) if rng.random() < 0.5 else (1.0, 1.0)
+    rotation = math.radians(rng.uniform(-30, 30)) if rng.random() < 0.5 else 0.0
+    tx, ty = rng.uniform(-10, 10, size=2) if rng.random() < 0.5 else (0.0, 0.0)
+    return flip, sx, sy, rotation, tx, ty
+
+
+def warp(image, flip, sx, sy, rotation, tx, ty):
+    """Flip, then scale, rotate and shift an RGB image about the centre of its top-left pixel, black outside.
+
+    x' = sx·cos·x − sy·sin·y + tx and y' = sx·sin·x + sy·cos·y + ty take input to output; bilinear, the size is kept.
+    """
+    if flip:
+        image = ImageOps.mirror(image)
+    cos, sin = math.cos(rotation), math.sin(rotation)
+    # Pillow wants the inverse map, output to input: scale⁻¹ · rotation⁻¹ · (p − t).
+    a, b = cos / sx, sin / sx
+    d, e = -sin / sy, cos / sy
+    c, f = -(a * tx + b * ty), -(d * tx + e * ty)
+    # It also counts from pixel corners (half a pixel more on both sides) and ends an image hard; one black pixel all
+    # around lets the picture's edge fade into the outside as it does in scikit-image.
+    c, f = c + 0.5 - 0.5 * (a + b) + 1, f + 0.5 - 0.5 * (d + e) + 1
+    return ImageOps.expand(image, 1).transform(
+        image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR
+    )
+
+
+def resize(image, size):
+    """Resize to size × size (bilinear, antialiased) and return (3, size, size) uint8."""
+    image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def normalise(images):
+    """Map (B, 3, H, W) uint8 to float32 with the mean and deviation of ImageNet, on the device it is on."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+    return (images / 255 - mean) / std

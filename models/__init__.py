@@ -1,0 +1,1 @@
+"""SBKA itself: networks, alignment, training and the zero-shot test."""

@@ -1,0 +1,1 @@
+"""The zero-shot test: features, codebooks, matching, metrics and the report, each usable alone."""

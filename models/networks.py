@@ -1,0 +1,71 @@
+"""Student and teacher of SBKA (arXiv:2312.10320) on timm's ConvNeXt V2, which computes the published network's
+function under other parameter names (weights.py translates). Stands alone: no data, no options."""
+
+from typing import NamedTuple
+
+import timm
+import torch
+from torch import nn
+
+
+class StudentOutput(NamedTuple):
+    seen_logits: torch.Tensor  # y (B, seen classes)
+    imagenet_logits: torch.Tensor  # g (B, ImageNet classes), aligned with the teacher's
+    features: torch.Tensor  # f (B, width of the last stage), what retrieval compares
+
+
+class Student(nn.Module):
+    """The network that is kept: a backbone with its ImageNet head, and a linear classifier of the seen classes."""
+
+    def __init__(self, backbone, seen_classes):
+        super().__init__()
+        self.backbone = backbone
+        self.linear = nn.Linear(backbone.num_features, seen_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=2e-5)
+        nn.init.zeros_(self.linear.bias)
+
+    def features(self, images):
+        """f (B, D): global average pool and LayerNorm of normalised images (B, 3, H, W)."""
+        return _features(self.backbone, images)
+
+    def forward(self, images):
+        features = self.features(images)
+        return StudentOutput(
+            seen_logits=self.linear(features), imagenet_logits=self.backbone.head.fc(features), features=features
+        )
+
+
+class Teacher(nn.Module):
+    """The network that teaches and is taught in training: only its ImageNet head learns, the backbone is frozen."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False)
+        self.head.requires_grad_(True)
+
+    @property
+    def head(self):
+        return self.backbone.head.fc
+
+    def forward(self, images):
+        """g (B, ImageNet classes), with gradients for the head alone."""
+        with torch.no_grad():
+            features = _features(self.backbone, images)
+        return self.head(features)
+
+
+def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=False):
+    """timm's `model` (any convnextv2_*); `pretrained` fetches its ImageNet-1K weights from timm's hub.
+
+    Raises ValueError for another kind of model, and what timm raises where the hub cannot be reached.
+    """
+    sizes = timm.list_models("convnextv2_*")
+    if model not in sizes:
+        raise ValueError(f"unknown model {model!r}; choose one of {', '.join(sizes)}")
+    # The names of timm's hub: masked autoencoding, then fine-tuned on ImageNet-1K, as the published weights are.
+    name = f"{model}.fcmae_ft_in1k" if pretrained else model
+    return timm.create_model(name, pretrained=pretrained, num_classes=imagenet_classes, drop_path_rate=drop_path)
+
+
+def _features(backbone, images):
+    return backbone.forward_head(backbone.forward_features(images), pre_logits=True)

@@ -1,0 +1,172 @@
+"""The command lines that the scripts share, and what a run records about itself."""
+
+import argparse
+import platform
+import sys
+from pathlib import Path
+
+import numpy
+import sklearn
+import timm
+import torch
+
+from datasets.files import InputError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, like all others of this project."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def train_parser(protocol):
+    """Options of the train script of `protocol`."""
+    parser = OneLineParser(f"Train SBKA on {protocol.title} ({protocol.seen_classes} seen classes).")
+    _add_data(parser, protocol)
+    _add_model(parser)
+    add = parser.add_argument
+    add("--savedir", "-s", type=Path, metavar="DIR", help="where checkpoints and train.json go "
+        f"(default: {_checkpoint_folder(protocol)})")  # fmt: skip
+    add("--finetune", default="pretrained_model/convnextv2_tiny_1k_224_ema.pt", metavar="FILE|timm|none",
+        help="ImageNet weights of both networks: a downloaded file, timm's hub, or random")  # fmt: skip
+    add("--drop_path", type=_share, default=0.0, help="stochastic depth of the student")
+    add("--epochs", type=_positive, default=20, help="epochs in all")
+    add("--warmup_epochs", type=_count, default=protocol.warmup_epochs, metavar="E_w",
+        help="epochs 0..E_w teach the student alone, later ones both networks")  # fmt: skip
+    add("--batch_size", type=_positive, default=protocol.batch_size,
+        help=f"images a step, {protocol.sketch_share} sketch to {protocol.photo_share} photos")  # fmt: skip
+    add(
+        "--max_steps",
+        type=_positive,
+        metavar="N",
+        help="stop each epoch after N steps, for a trial run (default: none)",
+    )
+    add("--lr", type=_rate, default=1e-4, help="learning rate of the student")
+    add("--teacher_lr", type=_rate, default=protocol.teacher_lr, help="learning rate of the teacher's head")
+    add("--weight_decay", type=_rate, default=5e-4, help="L2 weight decay inside Adam")
+    add("--no_mask", action="store_true", default=not protocol.has_mask,
+        help="leave the semantic mask out of the alignment, as QuickDraw Ext always does")  # fmt: skip
+    add("--no_validation", action="store_true", default=not protocol.has_validation,
+        help="read no validation list and keep the last epoch, as QuickDraw Ext always does")  # fmt: skip
+    add("--resume", nargs="?", const="", metavar="FILE",
+        help="go on from the last epoch in --savedir, or from FILE (default: start anew)")  # fmt: skip
+    add("--overwrite", action="store_true", help="start anew in a --savedir that holds checkpoints, and replace them")
+    add("--seed", type=_count, default=0, help="seeds weights, order, augmentation and noise")
+    _add_machine(parser)
+    return parser
+
+
+def test_parser(protocol):
+    """Options of the zero-shot test script of `protocol`."""
+    at = "all" if protocol.map_at is None else protocol.map_at
+    parser = OneLineParser(
+        f"Zero-shot test of SBKA on {protocol.title} ({protocol.unseen_classes} unseen classes): "
+        f"mAP@{at} and Prec@{protocol.prec_at}."
+    )
+    _add_data(parser, protocol)
+    _add_model(parser)
+    add = parser.add_argument
+    add("--resume_dir", type=Path, metavar="DIR|FILE", help="checkpoint to test, or its folder, which also "
+        f"takes the results and may hold features_zero.pickle (default: {_checkpoint_folder(protocol)})")  # fmt: skip
+    add(
+        "--mode",
+        type=int,
+        choices=(1, 2),
+        default=2,
+        help="1: one-to-one matching; 2: one-to-many cluster matching too",
+    )
+    add(
+        "--clusters", type=_positive, nargs="+", default=list(protocol.clusters), metavar="K", help="mixture components"
+    )
+    add(
+        "--subspaces",
+        type=_positive,
+        nargs="+",
+        default=list(protocol.subspaces),
+        metavar="M",
+        help="parts of a feature",
+    )
+    add("--batch_size", type=_positive, default=64, help="images at a time in feature extraction")
+    add("--recompute", action="store_true", help="extract the features even if features_zero.pickle is up to date")
+    add("--seed", type=_count, default=123, help="seeds the mixtures, as the release does")
+    _add_machine(parser)
+    return parser
+
+
+def resolve(options, protocol, folder):
+    """Fill in what depends on other options: the checkpoint folder (option `folder`) and the device.
+
+    Raises InputError if CUDA is asked for and not there.
+    """
+    if getattr(options, folder) is None:
+        setattr(options, folder, Path(_checkpoint_folder(protocol, options.zero_version)))
+    available = torch.cuda.is_available()
+    options.device = options.device or ("cuda" if available else "cpu")
+    try:
+        if torch.device(options.device).type == "cuda" and not available:
+            raise InputError(f"--device {options.device}: no CUDA device is available; use --device cpu")
+    except RuntimeError:
+        raise InputError(f"--device {options.device}: no such device; use cpu or cuda") from None
+    return options
+
+
+def run_record(options):
+    """What traces a result to its run: {"options", "versions"}, ready for JSON."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    versions = {module.__name__: str(module.__version__) for module in (torch, timm, numpy, sklearn)}
+    return {"options": values, "versions": {"python": platform.python_version(), **versions}}
+
+
+def note(message):
+    """Tell the user something worth a line."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _checkpoint_folder(protocol, zero_version=None):
+    folder = Path(protocol.checkpoint)
+    # Splits of one data set keep apart; a data set with one split has its checkpoints in a folder of its own name.
+    return folder.with_name(zero_version) if zero_version and folder.name == protocol.zero_version else folder
+
+
+def _add_data(parser, protocol):
+    parser.add_argument("--data_root", type=Path, default=Path(protocol.data_root), metavar="DIR", help="the data set")
+    parser.add_argument("--zero_version", default=protocol.zero_version, metavar="NAME", help="its folder of lists")
+
+
+def _add_model(parser):
+    parser.add_argument("--model", default="convnextv2_tiny", help="any convnextv2_* of timm")
+    parser.add_argument("--nb_classes", type=_positive, default=1000, help="outputs of the ImageNet head")
+    parser.add_argument("--input_size", type=_size, default=224, help="side of an input image, in pixels")
+
+
+def _add_machine(parser):
+    parser.add_argument("--workers", type=_count, default=4, help="processes that decode images")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+
+
+def _number(kind, accepts, wanted):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+_positive = _number(int, lambda value: value > 0, "a whole number above 0")
+_count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
+_size = _number(int, lambda value: value >= 32, "a whole number of pixels, 32 or more")
+_rate = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
+_share = _number(float, lambda value: 0 <= value < 1, "a number from 0 up to 1")

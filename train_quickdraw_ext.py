@@ -1,0 +1,16 @@
+"""Train SBKA on QuickDraw Ext (80 seen classes).
+
+    python train_quickdraw_ext.py
+
+Reads datasets/QuickDraw, writes checkpoint/quickdraw, which test_quickdraw_ext_zeroshot.py reads.
+"""
+
+from models.training import main as run
+
+
+def main(argv=None):
+    return run("quickdraw", argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Train SBKA on TU-Berlin Ext (220 seen classes).
+
+    python train_tuberlin_ext.py
+
+Reads datasets/TUBerlin, writes checkpoint/tuberlin, which test_tuberlin_ext_zeroshot.py reads.
+"""
+
+from models.training import main as run
+
+
+def main(argv=None):
+    return run("tuberlin", argv)
+
+
+if __name__ == "__main__":
+    main()
