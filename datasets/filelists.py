@@ -133,16 +133,16 @@ def check_images(files):
             )
 
 
-def write_list(path, paths, labels):
-    """Write a list, or a file of class names, in the format above."""
+def write_list(path, rows):
+    """Write (path or class name, label) rows as a list, or as a file of class names."""
     with write_whole(path) as file:
-        file.write("".join(f"{name} {label}\n" for name, label in zip(paths, labels, strict=True)).encode())
+        file.write("".join(f"{name} {label}\n" for name, label in rows).encode())
 
 
 def write_mask(path, mask):
     """Write mask (C, 1000) as the authors do: a pickled {label: float64 vector}."""
     with write_whole(path) as file:
-        pickle.dump({label: row for label, row in enumerate(np.asarray(mask, dtype=np.float64))}, file, protocol=2)
+        pickle.dump(dict(enumerate(np.asarray(mask, dtype=np.float64))), file, protocol=2)
 
 
 def _lines(path):

@@ -86,6 +86,8 @@ def check_writable(folder):
 _ARRAY_GLOBALS = {
     *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+    ("builtins", "bytes"),
+    ("__builtin__", "bytes"),
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
     ("collections", "OrderedDict"),

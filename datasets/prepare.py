@@ -1,6 +1,6 @@
 """Make a benchmark folder:
 
-    python -m datasets.prepare miniature <root>    draw the built-in miniature benchmark, in the layout of Sketchy Ext
+python -m datasets.prepare miniature <root>    draw the built-in miniature benchmark, in the layout of Sketchy Ext
 """
 
 import argparse

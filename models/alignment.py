@@ -18,7 +18,7 @@ def classification_loss(seen_logits, labels):
 def knowledge_loss(learner_logits, source_logits, mask, is_photo):
     """L_ka: cross entropy of the learner (B, J) with the source's (B, J) softened view of each photo, mean over photos.
 
-    mask: (B, J) rows of the semantic mask, or 0 for none; is_photo: (B,) 1 for a photo, 0 for a sketch, which has no part.
+    mask: (B, J) rows of the semantic mask, or 0 for none; is_photo: (B,) 1 for a photo, 0 for a sketch (no part in it).
     The source is not detached here: in L_ka^T the student, as source, keeps its gradient.
     """
     target = F.softmax(source_logits + MASK_WEIGHT * mask, dim=1)
@@ -36,8 +36,8 @@ def alignment_losses(student, teacher_logits, labels, is_photo, mask, noise, bid
 
     student: its seen_logits, imagenet_logits and features; teacher_logits (B, J).
     One backward pass of "total" leaves the gradients that the release gets from two: there the backward of
-    "student" = L_cls + L_ka^S + 0.1 L_ma comes first, then the teacher's gradient is cleared, then comes that of L_ka^T, from
-    which the student learns too. Clearing it is detaching the teacher in L_ka^S.
+    "student" = L_cls + L_ka^S + 0.1 L_ma comes first, then the teacher's gradient is cleared, then comes that of L_ka^T,
+    from which the student learns too. Clearing it equals detaching the teacher in L_ka^S.
     """
     cls = classification_loss(student.seen_logits, labels)
     ka_student = knowledge_loss(student.imagenet_logits, teacher_logits.detach(), mask, is_photo)

@@ -64,7 +64,13 @@ def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=Fals
         raise ValueError(f"unknown model {model!r}; choose one of {', '.join(sizes)}")
     # The names of timm's hub: masked autoencoding, then fine-tuned on ImageNet-1K, as the published weights are.
     name = f"{model}.fcmae_ft_in1k" if pretrained else model
-    return timm.create_model(name, pretrained=pretrained, num_classes=imagenet_classes, drop_path_rate=drop_path)
+    backbone = timm.create_model(name, pretrained=pretrained, num_classes=imagenet_classes, drop_path_rate=drop_path)
+    if not pretrained:
+        # timm starts every size at deviation 0.02, so flat for the narrow ones that a random start hardly learns.
+        for layer in backbone.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+    return backbone
 
 
 def _features(backbone, images):

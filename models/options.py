@@ -1,6 +1,7 @@
 """The command lines that the scripts share, and what a run records about itself."""
 
 import argparse
+import os
 import platform
 import sys
 from pathlib import Path
@@ -13,13 +14,21 @@ import torch
 from datasets.files import InputError
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends the default of every option that has one worth naming."""
+
+    def _get_help_string(self, action):
+        plain = action.default is None or isinstance(action.default, bool)
+        return action.help if plain else super()._get_help_string(action)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, like all others of this project."""
 
     def __init__(self, description):
         super().__init__(
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
             allow_abbrev=False,
         )
 
@@ -148,7 +157,8 @@ def _add_model(parser):
 
 
 def _add_machine(parser):
-    parser.add_argument("--workers", type=_count, default=4, help="processes that decode images")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--workers", type=_count, default=min(4, cores), help="processes that decode images")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
 
 

@@ -42,7 +42,7 @@ def main(protocol_name, argv=None):
 
 
 def find_checkpoint(place, protocol):
-    """(folder, checkpoint or None) for --resume_dir, which names either. Raises InputError if there is nothing to test."""
+    """(folder, checkpoint or None) for --resume_dir, which names either. Raises InputError where both are missing."""
     if place.is_file():
         return place.parent, place
     for name in (protocol.kept_checkpoint, BEST_AFTER_WARMUP, LAST):
@@ -53,7 +53,8 @@ def find_checkpoint(place, protocol):
     if (place / "features_zero.pickle").is_file():
         return place, None
     raise InputError(
-        f"{place}: neither {protocol.kept_checkpoint} nor features_zero.pickle is there; train first, or set --resume_dir"
+        f"{place}: neither {protocol.kept_checkpoint} nor features_zero.pickle is there; "
+        "train first, or set --resume_dir"
     )
 
 
@@ -88,8 +89,8 @@ def load_student(path, classes, options):
     trained_on = seen_classes(checkpoint)
     if trained_on != classes:
         raise InputError(
-            f"{path}: trained on {trained_on} seen classes, but cname_cid.txt lists {classes}: they belong to different "
-            "splits; see --zero_version and --resume_dir"
+            f"{path}: trained on {trained_on} seen classes, but cname_cid.txt lists {classes}: "
+            "they belong to different splits; see --zero_version and --resume_dir"
         )
     try:
         student = Student(create_backbone(options.model, options.nb_classes), classes)
@@ -104,8 +105,8 @@ def check_features(features, names, options):
     missing = np.setdiff1d(features.query_labels, features.gallery_labels)
     if len(missing):
         raise InputError(
-            f"{len(missing)} query classes have no photo in the gallery, first {names[missing[0]]!r}: its sketches have no "
-            "AP; add photos to the zero list or take its sketches out"
+            f"{len(missing)} query classes have no photo in the gallery, first {names[missing[0]]!r}: "
+            "its sketches have no AP; add photos to the zero list or take its sketches out"
         )
     if options.mode == 1:
         return

@@ -59,8 +59,8 @@ def load_data(benchmark, options):
     if not all(split):
         least = protocol.sketch_share + protocol.photo_share
         raise InputError(
-            f"--batch_size {options.batch_size}: too small for {protocol.sketch_share} sketch and {protocol.photo_share} "
-            f"photos; use {least} or more"
+            f"--batch_size {options.batch_size}: too small for {protocol.sketch_share} sketch and "
+            f"{protocol.photo_share} photos; use {least} or more"
         )
     sketches, photos = benchmark.read("sketch", "train"), benchmark.read("photo", "train")
     held_back = None if options.no_validation else benchmark.read("sketch", "test")
@@ -97,8 +97,8 @@ def create_optimizers(student, teacher, lr, teacher_lr, weight_decay):
 def train(run, loaders, mask, options, protocol):
     """Train from where `run` stands to the last epoch, with a checkpoint after each.
 
-    Returns the path of the checkpoint to test: the epoch after warm-up whose validation accuracy beats every epoch before
-    it, warm-up included; where none does, the best one after warm-up; without validation, the last.
+    Returns the path of the checkpoint to test: the epoch after warm-up whose validation accuracy beats every epoch
+    before it, warm-up included; where none does, the best one after warm-up; without validation, the last.
     """
     training, validation = loaders
     record = {"protocol": protocol.title, **run_record(options)}

@@ -1,8 +1,8 @@
 """Every file of weights, in and out: published names on disk, timm's in memory.
 
-    pretrained_model/convnextv2_*_1k_224_ema.pt      {'model': state dict}, as ConvNeXt V2's makers publish it
-    checkpoint/.../{model_best,checkpoint}.pth.tar   {'epoch', 'state_dict', 'best_acc1', 'optimizer', 'optimizer_1', ...},
-                                                     the student with `linear`, each name prefixed `module.`
+    pretrained_model/convnextv2_*_1k_224_ema.pt     {'model': state dict}, as ConvNeXt V2's makers publish it
+    checkpoint/.../{model_best,checkpoint}.pth.tar  {'epoch', 'state_dict', 'best_acc1', 'optimizer', 'optimizer_1'},
+                                                    the student with `linear`, each name prefixed `module.`
 
 What this project adds to a checkpoint (teacher, options, history) stands beside the authors' keys, so checkpoints move
 both ways. Files are read as data: tensors, numbers and plain containers, never code.
@@ -106,7 +106,7 @@ def read_checkpoint(path):
 
 
 def save_checkpoint(path, student, teacher=None, **rest):
-    """Write a checkpoint, whole or not at all: the student under `state_dict` as the authors name it, the teacher, `rest`."""
+    """Write a checkpoint, whole or not at all: the student as the authors name it, the teacher and `rest`."""
     content = {"state_dict": {f"module.{name}": value for name, value in published_state(student).items()}, **rest}
     if teacher is not None:
         content["teacher"] = published_state(teacher)
@@ -122,7 +122,7 @@ def seen_classes(checkpoint):
 def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
     """Student of `classes` seen classes and Teacher, both starting from the same weights.
 
-    finetune: a published file, "timm" (the same weights from timm's hub), or "none" (each random).
+    finetune: a published file, "timm" (the same weights from timm's hub), or "none" (random).
     Raises InputError if the model or the weights cannot be had.
     """
     try:
@@ -139,14 +139,14 @@ def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
     if finetune not in ("timm", "none"):
         if not Path(finetune).is_file():
             raise InputError(
-                f"{finetune}: no pretrained weights; see pretrained_model/README.md, or --finetune timm, or --finetune none"
+                f"{finetune}: no pretrained weights; see pretrained_model/README.md, or use --finetune timm or none"
             )
         content = read_torch(finetune)
         state = content.get("model", content) if isinstance(content, dict) else None
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise InputError(f"{finetune}: not pretrained weights, expected {{'model': state dict}}")
-        for backbone in backbones:
-            load_published(backbone, state, finetune)
+        load_published(backbones[0], state, finetune)
+    backbones[1].load_state_dict(backbones[0].state_dict())
     return Student(backbones[0], classes), Teacher(backbones[1])
 
 

@@ -1,7 +1,8 @@
 """AP and Prec@k of rankings, and their average over classes, as the zero-shot protocols define them.
 
-AP here is *interpolated* and its divisor counts the whole gallery; Prec@k divides by at most the gallery's size; both are
-averaged over the queries of a class, then over classes. Other tools mean other things by the same names. Stands alone.
+AP here is *interpolated* and its divisor counts the whole gallery; Prec@k divides by at most the gallery's size; both
+are averaged over the queries of a class, then over classes. Other tools mean other things by the same names.
+Stands alone.
 """
 
 import torch
@@ -19,8 +20,8 @@ def rank(scores, query_labels, gallery_labels):
 def average_precision(relevant, top=None):
     """Interpolated AP of each query: (1/R) · sum over relevant ranks r ≤ n of the best precision at r..n.
 
-    relevant: (Q, N) bool, nearest first. top: cut n of the ranking, None for all of it. R is the number of relevant items
-    in the whole gallery, at most n. Returns (Q,) float64; NaN where nothing in the gallery is relevant.
+    relevant: (Q, N) bool, nearest first. top: cut n of the ranking, None for all of it. R is the number of relevant
+    items in the whole gallery, at most n. Returns (Q,) float64; NaN where nothing in the gallery is relevant.
 
     >>> average_precision(torch.tensor([[False, True, True, False]]))    # precisions at the hits: 1/2, 2/3
     tensor([0.6667], dtype=torch.float64)
@@ -44,7 +45,7 @@ def precision_at(relevant, k):
 
 
 def class_means(values, labels):
-    """Mean of values (Q,) over the queries of each class. Returns (classes that occur, ascending; their means float64)."""
+    """Mean of values (Q,) over the queries of each class: (classes that occur, ascending; their means, float64)."""
     classes, index = labels.unique(return_inverse=True)
     sums = torch.zeros(len(classes), dtype=torch.float64, device=values.device).index_add_(0, index, values.double())
     return classes, sums / index.bincount(minlength=len(classes))

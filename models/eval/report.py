@@ -9,9 +9,8 @@ from datasets.images import read_rgb
 def print_table(results, protocol):
     """Print one line per row of `results` (see `write_results`); a star marks K = number of unseen classes."""
     at = "all" if protocol.map_at is None else protocol.map_at
-    print(
-        f"{protocol.title}: {results['queries']:,} sketches, {results['gallery']:,} photos, {results['classes']} classes"
-    )
+    counts = f"{results['queries']:,} sketches, {results['gallery']:,} photos, {results['classes']} classes"
+    print(f"{protocol.title}: {counts}")
     print(f"{'matching':12} {'M':>2} {'K':>4}  {f'mAP@{at}':>9} {f'Prec@{protocol.prec_at}':>9}")
     for row in results["rows"]:
         subspaces, clusters = row.get("M", "-"), row.get("K", "-")
@@ -29,7 +28,8 @@ def write_results(path, results):
 def draw_retrievals(path, queries, title):
     """Draw each query sketch beside its nearest photos, right ones framed green and wrong ones dashed red.
 
-    queries: list of (caption, sketch file, [(photo file, whether it is right), ...]). Raises ImportError without matplotlib.
+    queries: list of (caption, sketch file, [(photo file, whether it is right), ...]).
+    Raises ImportError without matplotlib.
     """
     from matplotlib.figure import Figure
 

@@ -1,0 +1,37 @@
+# make demo   train and test SBKA end to end on the built-in miniature benchmark
+# make test   run the tests
+# make lint   check style
+# Each sets up .venv first; `make PYTHON=python3.12 test` chooses the Python that it is made from.
+
+PYTHON ?= python3
+SEED ?= 0
+DEMO ?= demo
+PY := .venv/bin/python
+MINIATURE := --data_root $(DEMO)/data --model convnextv2_atto --input_size 48
+
+.PHONY: demo test lint lock
+
+demo: .venv/ready
+	test -e $(DEMO)/data/zeroshot1/cid_mask.pickle || $(PY) -m datasets.prepare miniature $(DEMO)/data
+	$(PY) train_sketchy_ext.py $(MINIATURE) --finetune none --epochs 12 --warmup_epochs 6 --batch_size 30 \
+		--lr 1.5e-3 --weight_decay 0 --seed $(SEED) --savedir $(DEMO)/checkpoint --overwrite
+	$(PY) test_sketchy_ext_zeroshot.py $(MINIATURE) --clusters 6 7 8 9 10 --resume_dir $(DEMO)/checkpoint
+
+test: .venv/ready
+	$(PY) -m pytest -q
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+# Renews requirements.lock from the lower bounds; needs uv.
+lock:
+	uv pip compile --quiet --universal --python-version 3.10 requirements.txt requirements-dev.txt -o requirements.lock --upgrade
+
+.venv/ready: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python 3.10 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "setting up .venv, about 6 GB once unpacked"
+	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a .venv; on Debian: apt install python3-venv"; exit 2; }
+	@$(PY) -m pip install --disable-pip-version-check -r requirements.lock
+	@touch $@

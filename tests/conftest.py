@@ -1,0 +1,83 @@
+"""What the tests share: golden numbers, networks of the golden size, small benchmarks and the way errors end."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.models.convnext import ConvNeXt
+
+from datasets.filelists import write_list, write_mask
+from datasets.miniature import write_miniature
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden():
+    """golden(name) gives the arrays of golden/<name>.npz as a dict of tensors."""
+
+    def load(name):
+        with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
+            return {key: torch.from_numpy(file[key]) for key in file.files if file[key].dtype.kind in "biuf"}
+
+    return load
+
+
+@pytest.fixture
+def small_backbone():
+    """small_backbone(golden arrays) is a ConvNeXt V2 of their depths and widths."""
+
+    def build(arrays):
+        depths, dims = arrays["depths"].tolist(), arrays["dims"].tolist()
+        return ConvNeXt(
+            num_classes=int(arrays["num_classes"]), depths=depths, dims=dims, use_grn=True, ls_init_value=None
+        )
+
+    return build
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(command, *arguments) runs a command line that must end in one line with status 2, and returns the line."""
+
+    def run(command, *arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            command([str(argument) for argument in arguments])
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("note:", "features:"))]
+        assert end.value.code == 2
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory):
+    """The miniature benchmark with few images a class."""
+    root = tmp_path_factory.mktemp("miniature")
+    write_miniature(root, seed=3, sketches=4, photos=6, held_back=1, workers=2)
+    return root
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A benchmark of plain squares in the layout of Sketchy Ext: 2 seen and 2 unseen classes, to break in tests."""
+    root = tmp_path / "data"
+    lists = root / "zeroshot1"
+    for kind, list_name, splits in (
+        ("sketch", "sketch_tx_000000000000_ready_filelist_{}.txt", ("train", "test", "zero")),
+        ("photo", "all_photo_filelist_{}.txt", ("train", "zero")),
+    ):
+        for split in splits:
+            names = [f"{kind} of {split}/{number}.png" for number in range(4)]
+            for number, name in enumerate(names):
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 40), (60 * number, 90, 120)).save(root / name)
+            write_list(lists / list_name.format(split), zip(names, [0, 0, 1, 1], strict=True))
+    write_list(lists / "cname_cid.txt", [("alarm clock", 0), ("cat", 1)])
+    write_list(lists / "cname_cid_zero.txt", [("bell", 0), ("cow", 1)])
+    write_mask(lists / "cid_mask.pickle", np.zeros((2, 1000)))
+    return root

@@ -1,0 +1,60 @@
+import math
+
+import pytest
+import torch
+
+from models.alignment import alignment_losses, knowledge_loss, modality_loss
+from models.networks import StudentOutput
+
+LOSSES = {
+    "cls": "loss_cls",
+    "ka_student": "loss_kd_1",
+    "ma": "loss_kld",
+    "student": "loss_total",
+    "ka_teacher": "loss_kd_2",
+}
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_losses_and_gradients_equal_golden(golden, bidirectional, masked):
+    z = golden("alignment")
+    inputs = {
+        name: z[name].requires_grad_() for name in ("seen_logits", "student_logits", "features", "teacher_logits")
+    }
+    student = StudentOutput(inputs["seen_logits"], inputs["student_logits"], inputs["features"])
+    mask = z["cid_mask"] if masked else 0.0
+    losses = alignment_losses(
+        student, inputs["teacher_logits"], z["target"], z["tag"][:, 0], mask, z["noise"], bidirectional
+    )
+    losses["total"].backward()
+    prefix = ("" if masked else "nomask_") + ("bidirectional_" if bidirectional else "warmup_")
+    for name, golden_name in LOSSES.items():
+        if prefix + golden_name in z:
+            torch.testing.assert_close(losses[name].detach(), z[prefix + golden_name], rtol=0, atol=1e-10)
+    assert bidirectional == (prefix + "loss_kd_2" in z)
+    for name, tensor in inputs.items():
+        gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        torch.testing.assert_close(gradient, z[f"{prefix}grad_{name}"], rtol=0, atol=1e-12)
+
+
+def test_losses_equal_plain_loops():
+    generator = torch.Generator().manual_seed(0)
+    learner, source, mask = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    is_photo = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    total = 0.0
+    for i in (0, 2):
+        weights = [math.exp(source[i, j] + 0.3 * mask[i, j]) for j in range(4)]
+        log_sum = math.log(sum(math.exp(learner[i, j]) for j in range(4)))
+        total -= sum(weights[j] / sum(weights) * (learner[i, j].item() - log_sum) for j in range(4))
+    assert knowledge_loss(learner, source, mask, is_photo).item() == pytest.approx(total / 2, abs=1e-12)
+
+
+def test_a_batch_without_photos_costs_nothing():
+    logits = torch.randn(3, 4)
+    assert knowledge_loss(logits, logits, 0.0, torch.zeros(3)).item() == 0
+
+
+def test_features_spread_like_the_noise_cost_nothing():
+    noise = torch.randn(5, 8, dtype=torch.float64)
+    assert modality_loss(noise + 3.0, noise).item() == pytest.approx(0, abs=1e-12)

@@ -1,0 +1,88 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from datasets.files import InputError, check_writable, ends_in_one_line, read_pickle, write_json, write_whole
+
+
+class Shell:
+    """A pickle that would make a file when trusted."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(tmp_path):
+    target, path = tmp_path / "owned", tmp_path / "evil.pickle"
+    path.write_bytes(pickle.dumps([np.zeros(3), Shell(target)]))
+    with pytest.raises(InputError, match=r"evil\.pickle: the pickle asks for \w+\.system"):
+        read_pickle(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_and_containers_of_every_protocol_are_read(tmp_path, protocol):
+    content = {0: np.arange(3.0), "a": [np.float64(2), (1, None)], b"b": np.array(["x"])}
+    (tmp_path / "p").write_bytes(pickle.dumps(content, protocol=protocol))
+    back = read_pickle(tmp_path / "p")
+    np.testing.assert_array_equal(back[0], content[0])
+    assert back["a"] == content["a"] and back[b"b"][0] == "x"
+
+
+def test_a_pickle_of_python_2_is_read(tmp_path):
+    # {0: numpy.array([1.5])} as Python 2 with NumPy 1 wrote it.
+    state = b"(I1\n(I1\ntcnumpy\ndtype\n(S'f8'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\nS'\\x00\\x00\\x00\\x00\\x00\\x00\\xf8?'\ntb"
+    (tmp_path / "p").write_bytes(
+        b"(dI0\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR" + state + b"s."
+    )
+    assert read_pickle(tmp_path / "p")[0].tolist() == [1.5]
+
+
+def test_a_torn_or_missing_pickle_is_named(tmp_path):
+    (tmp_path / "torn").write_bytes(pickle.dumps(np.arange(100))[:60])
+    for name, words in (("torn", "not a readable pickle"), ("missing", "no such file")):
+        with pytest.raises(InputError, match=f"{name}: {words}"):
+            read_pickle(tmp_path / name)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
+    write_json(tmp_path / "r.json", [1])
+    with pytest.raises(RuntimeError), write_whole(tmp_path / "r.json") as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+    assert (tmp_path / "r.json").read_text() == "[\n  1\n]\n"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="choose another folder"):
+        check_writable(tmp_path / "file" / "folder")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "a.txt:3: no label",
+        "Caught InputError in DataLoader worker process 0.\nOriginal Traceback ...\ndatasets.files.InputError: a.txt:3: no label\n",
+    ],
+)
+def test_input_errors_end_in_one_line(capsys, message):
+    @ends_in_one_line
+    def command():
+        raise InputError(message)
+
+    with pytest.raises(SystemExit) as end:
+        command()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: a.txt:3: no label\n"
+
+
+def test_bugs_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        ends_in_one_line(lambda: 1 / 0)()

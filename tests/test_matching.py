@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from models.eval.matching import cluster_distances, code_distances, euclidean_distances, fused_scores, nearest_codes
+from models.eval.metrics import average_precision, class_means, precision_at, rank
+
+GRID = [(m, k) for m in (2, 4) for k in (5, 6, 7)]
+
+
+@pytest.fixture
+def z(golden):
+    return golden("matching")
+
+
+def close(actual, expected, tolerance):
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance)
+
+
+def test_one_to_one_equals_golden(z):
+    distances = euclidean_distances(z["query"].double(), z["gallery"].double())
+    close(distances[z["row_queries"]], z["euclid_rows"], 1e-12)
+    close(distances.sum(dim=1), z["euclid_rowsum"], 1e-9)
+    relevant = rank(distances, z["query_labels"], z["gallery_labels"])
+    for name, values in (
+        ("ap_all", average_precision(relevant)),
+        ("ap_200", average_precision(relevant, 200)),
+        ("prec_100", precision_at(relevant, 100)),
+    ):
+        close(values, z[f"one_{name}"], 1e-10)
+        close(class_means(values, z["query_labels"])[1].mean(), z[f"one_m{name}"], 1e-10)
+
+
+@pytest.mark.parametrize(("subspaces", "clusters"), GRID)
+def test_one_to_many_given_the_codebooks_equals_golden(z, subspaces, clusters):
+    row = {name.removeprefix(f"M{subspaces}K{clusters}_"): value for name, value in z.items()}
+    query, gallery, codebook = z["query"].double(), z["gallery"].double(), row["codebook"].double()
+    codes = nearest_codes(gallery, codebook)
+    assert torch.equal(codes, row["codes"].long())
+    close(code_distances(query, codebook), row["dtable"], 2e-6)
+    cluster = cluster_distances(query, codebook, codes)
+    close(cluster[z["row_queries"]], row["cluster_rows"], 2e-6)
+    close(cluster.sum(dim=1), row["cluster_rowsum"], 1e-3)
+    scores = fused_scores(cluster, euclidean_distances(query, gallery))
+    close(scores[z["row_queries"]], row["fused_rows"], 2e-6)
+    close(scores.sum(dim=1), row["fused_rowsum"], 1e-3)
+    relevant = rank(scores, z["query_labels"], z["gallery_labels"])
+    for name, values, each, mean in (
+        ("ap_all", average_precision(relevant), 2e-3, 1e-5),
+        ("ap_200", average_precision(relevant, 200), 2e-3, 1e-5),
+        ("prec_100", precision_at(relevant, 100), 0.01, 1e-4),
+    ):
+        close(values, row[name], each)
+        close(class_means(values, z["query_labels"])[1].mean(), row[f"m{name}"], mean)
+
+
+def test_distances_equal_plain_loops():
+    generator = torch.Generator().manual_seed(1)
+    query, gallery = (torch.randn(n, 6, dtype=torch.float64, generator=generator) for n in (4, 9))
+    codebook = torch.randn(3, 5, 2, dtype=torch.float64, generator=generator)
+    expected = torch.zeros(4, 9, dtype=torch.float64)
+    for q in range(4):
+        for g in range(9):
+            for m in range(3):
+                part = slice(2 * m, 2 * m + 2)
+                code = min(range(5), key=lambda k: (gallery[g, part] - codebook[m, k]).norm())
+                expected[q, g] += ((query[q, part] - codebook[m, code]) ** 2).sum()
+    close(cluster_distances(query, codebook, nearest_codes(gallery, codebook)), expected, 1e-12)
+    close(euclidean_distances(query, gallery), torch.cdist(query, gallery), 1e-12)
+
+
+def test_a_photo_as_query_finds_itself():
+    gallery = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(euclidean_distances(gallery, gallery).argmin(dim=1), torch.arange(50))

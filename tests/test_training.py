@@ -1,0 +1,183 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import train_quickdraw_ext
+import train_sketchy_ext
+from datasets.filelists import write_list
+from models import training
+from models.networks import Student, Teacher
+from models.training import BEST, BEST_AFTER_WARMUP, LAST, create_optimizers, set_learning_rates, train_step
+from models.weights import load_published, published_state, read_checkpoint
+
+LOSSES = {"cls": "loss_cls", "ka_student": "loss_kd_1", "ma": "loss_kld", "student": "loss_total"}
+SMALL = "--model convnextv2_atto --nb_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0".split()
+SHORT = [*SMALL, "--device", "cpu", "--epochs", "3", "--warmup_epochs", "0"]
+
+
+def run(root, savedir, *more, script=train_sketchy_ext):
+    return script.main([*SHORT, "--data_root", str(root), "--savedir", str(savedir), *map(str, more)])
+
+
+def test_four_steps_in_both_phases_equal_golden(golden, small_backbone):
+    z = golden("train_step")
+    networks = {"student": Student(small_backbone(z), int(z["linear_num"])), "teacher": Teacher(small_backbone(z))}
+
+    def stored(name):
+        return {key.removeprefix(f"{name}/"): value for key, value in z.items() if key.startswith(f"{name}/")}
+
+    def check(name, key):
+        for parameter, value in published_state(networks[name]).items():
+            torch.testing.assert_close(value, stored(key)[parameter], rtol=0, atol=1e-9)
+
+    for name, network in networks.items():
+        load_published(network.double(), stored(f"{name}_initial"), name)
+    lr = float(z["lr"])
+    optimizers = create_optimizers(*networks.values(), lr, lr, float(z["weight_decay"]))
+    for step, (batch, bidirectional) in enumerate(zip(z["step_batch"], z["step_bidirectional"], strict=True)):
+        losses = train_step(
+            *networks.values(), optimizers, z["images"][batch].double(), z["target"][batch], z["tag"][batch, :, 0],
+            z["cid_mask"][batch], z["noise"][step], bool(bidirectional),
+        )  # fmt: skip
+        for ours, theirs in (*LOSSES.items(), *([("ka_teacher", "loss_kd_2")] if bidirectional else [])):
+            torch.testing.assert_close(losses[ours], z[theirs][step], rtol=0, atol=1e-9)
+        if step == 1:
+            check("student", "student_after_warmup")
+            check("teacher", "teacher_initial")
+    check("student", "student_final")
+    check("teacher", "teacher_final")
+
+
+def test_the_learning_rate_falls_a_thousandfold():
+    optimizers = [torch.optim.Adam([torch.zeros(1, requires_grad=True)]) for _ in range(2)]
+    for epoch, share in ((0, 1), (10, 0.001**0.5), (20, 0.001)):
+        set_learning_rates(optimizers, (1e-4, 5e-5), epoch, 20)
+        assert [o.param_groups[0]["lr"] for o in optimizers] == pytest.approx([1e-4 * share, 5e-5 * share])
+
+
+def selection(accuracies, warmup):
+    history = []
+    for epoch, accuracy in enumerate(accuracies):
+        entry = {"phase": "bidirectional" if epoch > warmup else "warm-up", "accuracy": accuracy}
+        training._rank(history, entry)
+        history.append(entry)
+    return [entry["kept"] for entry in history]
+
+
+def test_the_kept_checkpoint_beats_every_epoch_before_it_after_warmup():
+    assert selection([90, 50, 91, 91, 92, 80], warmup=1) == [[], [], [BEST], [], [BEST], []]
+    # Warm-up epochs are tracked, too: here none ever beats the first, and a stand-in is kept.
+    assert selection([90, 50, 60, 55, 70], warmup=1) == [[], [], [BEST_AFTER_WARMUP], [], [BEST_AFTER_WARMUP]]
+    # Once there is a best, no stand-in is written beside it.
+    assert selection([70, 60, 80, 75], warmup=0) == [[], [BEST_AFTER_WARMUP], [BEST], []]
+
+
+@pytest.mark.parametrize("phase", ["warm-up", "bidirectional"])
+def test_interrupted_and_resumed_ends_with_the_same_weights(tiny, tmp_path, monkeypatch, phase):
+    whole = tmp_path / "whole"
+    run(tiny, whole, "--drop_path", 0.2)
+    stop_after = {"warm-up": 1, "bidirectional": 2}[phase]
+    save = training._save
+
+    def save_then_stop(run, *args):
+        save(run, *args)
+        if len(run.history) == stop_after:
+            raise KeyboardInterrupt
+
+    halves = tmp_path / "halves"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(training, "_save", save_then_stop)
+        run(tiny, halves, "--drop_path", 0.2)
+    assert end.value.code == 130
+    run(tiny, halves, "--drop_path", 0.2, "--resume", "--workers", 2)
+    one, two = (read_checkpoint(folder / LAST) for folder in (whole, halves))
+    assert one["history"] == two["history"] and len(one["history"]) == 3
+    for part in ("state_dict", "teacher"):
+        assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())
+    record = json.loads((halves / "train.json").read_text())
+    assert [entry["phase"] for entry in record["epochs"]] == ["warm-up", "bidirectional", "bidirectional"]
+    assert record["options"]["seed"] == 0 and record["versions"]["torch"]
+
+
+def test_only_the_head_of_the_teacher_changes_and_only_after_warmup(tiny, tmp_path):
+    folders = {}
+    for warmup in (0, 2):
+        folders[warmup] = tmp_path / str(warmup)
+        run(tiny, folders[warmup], "--warmup_epochs", warmup)
+    both, alone = (read_checkpoint(folders[warmup] / LAST)["teacher"] for warmup in (0, 2))
+    assert {name for name in both if not torch.equal(both[name], alone[name])} == {"head.weight", "head.bias"}
+
+
+def test_without_validation_the_last_epoch_is_kept(tiny, tmp_path):
+    lists = tiny / "zeroshot1"
+    for kind, name in (("sketch_tx_000000000000_ready", "sketch"), ("all_photo", "all_photo")):
+        for split in ("train", "zero"):
+            (lists / f"{kind}_filelist_{split}.txt").rename(lists / f"{name}_filelist_{split}.txt")
+    arguments = ("--zero_version", "zeroshot1", "--batch_size", 10)
+    assert run(tiny, tmp_path, *arguments, script=train_quickdraw_ext) == tmp_path / LAST
+    assert not (tmp_path / BEST).exists()
+
+
+def test_a_run_that_keeps_no_best_says_so(tiny, tmp_path, capsys):
+    kept = run(tiny, tmp_path, "--lr", 0)  # nothing is learnt, so no epoch beats the first
+    assert kept == tmp_path / BEST_AFTER_WARMUP and kept.exists() and not (tmp_path / BEST).exists()
+    assert "no model_best.pth.tar; best_after_warmup.pth.tar stands in" in capsys.readouterr().err
+
+
+def test_bad_options_end_in_one_line(tiny, tmp_path, fails):
+    def error(*more):
+        return fails(train_sketchy_ext.main, *SHORT, "--data_root", tiny, "--savedir", tmp_path / "new", *more)
+
+    assert "--batch_size 2: too small for 1 sketch and 2 photos; use 3 or more" in error("--batch_size", 2)
+    assert "no pretrained weights" in error("--finetune", tmp_path / "none.pt")
+    assert "--model" in error("--model", "convnext_tiny")
+    assert "--epochs" in error("--epochs", 0)
+    assert "--device" in error("--device", "abacus")
+    assert "unrecognized arguments: --epoch" in error("--epoch", 3)
+    assert "cid_mask.pickle: every class needs a vector of 20" in error("--nb_classes", 20)
+    assert not list((tmp_path / "new").glob("*.tar"))
+
+
+def test_bad_data_ends_in_one_line(tiny, tmp_path, fails):
+    def error(*more):
+        return fails(train_sketchy_ext.main, *SHORT, "--data_root", tiny, "--savedir", tmp_path / "new", *more)
+
+    lists = tiny / "zeroshot1"
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path / 'file'}" in error("--savedir", tmp_path / "file")
+    broken = tiny / "photo of train/2.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    for workers in (0, 2):
+        assert f"{broken}: not a readable image" in error("--workers", workers)
+    Image.new("L", (9, 9)).save(broken)
+    (lists / "cid_mask.pickle").unlink()
+    assert "--no_mask" in error()
+    held_back = lists / "sketch_tx_000000000000_ready_filelist_test.txt"
+    held_back.unlink()
+    assert f"{held_back}: no such list" in error("--no_mask")
+    write_list(lists / "all_photo_filelist_train.txt", [("photo of train/9.png", 0)])
+    assert "all_photo_filelist_train.txt:1: no image" in error("--no_mask", "--no_validation")
+
+
+def test_earlier_checkpoints_are_not_lost_by_accident(tiny, tmp_path, fails):
+    run(tiny, tmp_path, "--epochs", 1)
+    before = (tmp_path / LAST).read_bytes()
+    arguments = [train_sketchy_ext.main, *SHORT, "--data_root", tiny, "--savedir", tmp_path]
+    assert "already holds checkpoint.pth.tar; --resume goes on" in fails(*arguments)
+    assert "trained with --epochs 1, not 3" in fails(*arguments, "--resume")
+    assert (tmp_path / LAST).read_bytes() == before
+    run(tiny, tmp_path, "--epochs", 1, "--seed", 1, "--overwrite")
+    assert (tmp_path / LAST).read_bytes() != before
+
+
+def test_a_checkpoint_of_the_authors_cannot_be_resumed(tiny, tmp_path, fails):
+    torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "model_best.pth.tar")
+    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--resume", tmp_path / "model_best.pth.tar"]
+    assert "holds no teacher" in fails(train_sketchy_ext.main, *arguments)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, fails):
+    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--lr", "1e30"]
+    assert "lower --lr" in fails(train_sketchy_ext.main, *arguments)

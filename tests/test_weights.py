@@ -1,0 +1,153 @@
+import os
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.files import InputError
+from models.networks import Student, Teacher, create_backbone
+from models.weights import (
+    create_pair,
+    load_published,
+    published_state,
+    read_checkpoint,
+    read_torch,
+    save_checkpoint,
+    seen_classes,
+)
+
+
+@pytest.fixture(scope="module")
+def student():
+    torch.manual_seed(0)
+    return Student(create_backbone("convnextv2_atto", 12), 5)
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_names_and_shapes_are_the_published_ones(golden, small_backbone):
+    z = golden("forward")
+    for network, name in (
+        (Student(small_backbone(z), int(z["linear_num"])), "student"),
+        (Teacher(small_backbone(z)), "teacher"),
+    ):
+        published = {key.removeprefix(f"{name}/"): value.shape for key, value in z.items() if f"{name}/" in key}
+        assert {key: value.shape for key, value in published_state(network).items()} == published
+
+
+def test_a_checkpoint_of_the_authors_gives_the_golden_features(golden, small_backbone, tmp_path):
+    z = golden("forward")
+    state = OrderedDict((f"module.{k.removeprefix('student/')}", v) for k, v in z.items() if k.startswith("student/"))
+    authors = {
+        "epoch": 20,
+        "state_dict": state,
+        "best_acc1": np.float64(91.5),
+        "optimizer": {"state": {}, "param_groups": []},
+    }
+    torch.save(authors, tmp_path / "model_best.pth.tar")
+    checkpoint = read_checkpoint(tmp_path / "model_best.pth.tar")
+    assert seen_classes(checkpoint) == z["linear_num"]
+    network = Student(small_backbone(z), int(z["linear_num"]))
+    load_published(network, checkpoint["state_dict"], "model_best.pth.tar")
+    torch.testing.assert_close(network.features(z["images"]), z["student_features"], rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_survives_the_round_trip(student, tmp_path):
+    teacher = Teacher(create_backbone("convnextv2_atto", 12))
+    save_checkpoint(tmp_path / "c.pth.tar", student, teacher, epoch=3)
+    checkpoint = read_checkpoint(tmp_path / "c.pth.tar")
+    assert checkpoint["epoch"] == 3
+    assert all(name.startswith("module.") for name in checkpoint["state_dict"])
+    other, other_teacher = (
+        Student(create_backbone("convnextv2_atto", 12), 5),
+        Teacher(create_backbone("convnextv2_atto", 12)),
+    )
+    load_published(other, checkpoint["state_dict"], "c")
+    load_published(other_teacher, checkpoint["teacher"], "c")
+    assert same(other.state_dict(), student.state_dict())
+    assert same(other_teacher.state_dict(), teacher.state_dict())
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_official_pretrained_weights_start_both_networks(tmp_path, bare):
+    state = published_state(create_backbone("convnextv2_atto", 12))
+    torch.save(state if bare else {"model": state}, tmp_path / "convnextv2_atto_1k_224_ema.pt")
+    student, teacher = create_pair("convnextv2_atto", 7, str(tmp_path / "convnextv2_atto_1k_224_ema.pt"), 12)
+    assert same(published_state(student.backbone), state)
+    assert same(published_state(teacher), state)
+
+
+def test_a_random_start_is_the_same_for_both(tmp_path):
+    student, teacher = create_pair("convnextv2_atto", 7, "none", 12)
+    assert same(student.backbone.state_dict(), teacher.backbone.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop("norm.weight"), r"parameter norm\.weight is missing"),
+        (lambda state: state.update({"norm.extra": torch.zeros(1)}), r"unknown parameter norm\.extra"),
+        (lambda state: state.update({"linear.weight": torch.zeros(9, 320)}), "trained on 9 seen classes, not 5"),
+        (
+            lambda state: state.update({"head.weight": torch.zeros(21, 320)}),
+            "head has 21 classes, not 12; set --nb_classes 21",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_and_change_nothing(student, change, words):
+    state = {name: value.clone() + 1 for name, value in published_state(student).items()}
+    change(state)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    with pytest.raises(InputError, match=rf"file\.pt: .*{words}"):
+        load_published(student, state, "file.pt")
+    assert same(before, student.state_dict())
+
+
+def test_another_model_size_is_recognised(student):
+    with pytest.raises(InputError, match=r"file\.pt: .*the file holds a convnextv2_femto: see --model"):
+        load_published(student, published_state(Student(create_backbone("convnextv2_femto", 12), 5)), "file.pt")
+
+
+class Shell:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_a_torch_file_that_runs_code_is_refused_and_nothing_runs(tmp_path):
+    torch.save({"state_dict": Shell(tmp_path / "owned")}, tmp_path / "evil.pt")
+    with pytest.raises(InputError, match=r"evil\.pt: refused, it asks for \w+\.system; .* nothing was run"):
+        read_torch(tmp_path / "evil.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_torn_foreign_and_missing_files_are_named(student, tmp_path):
+    save_checkpoint(tmp_path / "whole", student)
+    (tmp_path / "torn").write_bytes((tmp_path / "whole").read_bytes()[:5000])
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "empty").write_bytes(b"")
+    torch.save([1], tmp_path / "other")
+    for name in ("torn", "text", "empty", "other", "missing"):
+        with pytest.raises(InputError, match=f"{name}: "):
+            read_checkpoint(tmp_path / name)
+
+
+def test_missing_pretrained_weights_and_unknown_models_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"no\.pt: no pretrained weights; .*--finetune timm"):
+        create_pair("convnextv2_atto", 3, str(tmp_path / "no.pt"))
+    with pytest.raises(InputError, match="--model: unknown model 'vit'"):
+        create_pair("vit", 3, "none")
+
+
+def test_timms_hub_out_of_reach_is_named(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("models.networks.timm.create_model", unreachable)
+    with pytest.raises(InputError, match=r"--finetune timm: convnextv2_tiny could not be fetched .no route to host"):
+        create_pair("convnextv2_tiny", 3, "timm")
