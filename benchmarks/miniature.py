@@ -47,9 +47,8 @@ def main():
     print(f"\nmAP@all of unseen classes, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     print("seed  chance  untrained  one-to-one  M 2, K 8  M 4, K 8  seconds")
     for seed, *values, seconds in table:
-        print(
-            f"{seed:4}  {values[0]:6.3f}  {values[1]:9.3f}  {values[2]:10.3f}  {values[3]:8.3f}  {values[4]:8.3f}  {seconds:7.0f}"
-        )
+        columns = (f"{value:{width}.3f}" for value, width in zip(values, (6, 9, 10, 8, 8), strict=True))
+        print(f"{seed:4}  {'  '.join(columns)}  {seconds:7.0f}")
 
 
 def chance(folder, seed):

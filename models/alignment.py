@@ -36,8 +36,8 @@ def alignment_losses(student, teacher_logits, labels, is_photo, mask, noise, bid
 
     student: its seen_logits, imagenet_logits and features; teacher_logits (B, J).
     One backward pass of "total" leaves the gradients that the release gets from two: there the backward of
-    "student" = L_cls + L_ka^S + 0.1 L_ma comes first, then the teacher's gradient is cleared, then comes that of L_ka^T,
-    from which the student learns too. Clearing it equals detaching the teacher in L_ka^S.
+    "student" = L_cls + L_ka^S + 0.1 L_ma comes first, then the teacher's gradient is cleared, then comes that of
+    L_ka^T, from which the student learns too. Clearing it equals detaching the teacher in L_ka^S.
     """
     cls = classification_loss(student.seen_logits, labels)
     ka_student = knowledge_loss(student.imagenet_logits, teacher_logits.detach(), mask, is_photo)

@@ -36,10 +36,10 @@ def test_arrays_and_containers_of_every_protocol_are_read(tmp_path, protocol):
 
 def test_a_pickle_of_python_2_is_read(tmp_path):
     # {0: numpy.array([1.5])} as Python 2 with NumPy 1 wrote it.
-    state = b"(I1\n(I1\ntcnumpy\ndtype\n(S'f8'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\nS'\\x00\\x00\\x00\\x00\\x00\\x00\\xf8?'\ntb"
-    (tmp_path / "p").write_bytes(
-        b"(dI0\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR" + state + b"s."
-    )
+    kind = b"cnumpy\ndtype\n(S'f8'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntb"
+    state = b"(I1\n(I1\nt" + kind + b"I00\nS'\\x00\\x00\\x00\\x00\\x00\\x00\\xf8?'\ntb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR" + state
+    (tmp_path / "p").write_bytes(b"(dI0\n" + array + b"s.")
     assert read_pickle(tmp_path / "p")[0].tolist() == [1.5]
 
 
@@ -69,7 +69,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     "message",
     [
         "a.txt:3: no label",
-        "Caught InputError in DataLoader worker process 0.\nOriginal Traceback ...\ndatasets.files.InputError: a.txt:3: no label\n",
+        "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\n"
+        "datasets.files.InputError: a.txt:3: no label\n",
     ],
 )
 def test_input_errors_end_in_one_line(capsys, message):

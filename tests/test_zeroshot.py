@@ -57,10 +57,7 @@ def test_batches_hold_what_the_lists_say(lists):
 
 def test_evaluation_goes_in_list_order_without_augmentation(lists):
     sketches, _ = lists
-    once, twice = (
-        [batch for batch in evaluation_loader(sketches, 32, size, workers, "cpu")]
-        for size, workers in ((7, 0), (16, 2))
-    )
+    once, twice = (list(evaluation_loader(sketches, 32, size, workers, "cpu")) for size, workers in ((7, 0), (16, 2)))
     for field in range(2):
         assert torch.equal(torch.cat([batch[field] for batch in once]), torch.cat([batch[field] for batch in twice]))
     assert torch.cat([labels for _, labels in once]).tolist() == sketches.labels.tolist()

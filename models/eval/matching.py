@@ -18,7 +18,7 @@ def euclidean_distances(query, gallery):
 def nearest_codes(gallery, codebook):
     """Index of the nearest mean for each part of each gallery feature.
 
-    gallery (N, D), codebook (M, K, d) -> (N, M) int64. The release codes by nearest mean, not by the mixture's own prediction.
+    gallery (N, D), codebook (M, K, d) -> (N, M) int64. The release does not code by the mixture's own prediction.
     """
     return code_distances(gallery, codebook).argmin(dim=2)
 
