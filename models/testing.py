@@ -18,7 +18,7 @@ from models.options import note, resolve, run_record, test_parser
 from models.training import BEST_AFTER_WARMUP, LAST
 from models.weights import load_published, read_checkpoint, seen_classes
 
-CHUNK_BYTES = 128 << 20  # of one float64 matrix of a chunk of queries × gallery; about six live at a time
+CHUNK_BYTES = 64 << 20  # of one float64 matrix of a chunk of queries × gallery; about six live at a time
 
 
 @ends_in_one_line
@@ -137,12 +137,17 @@ def evaluate(features, codebooks, protocol, device="cpu"):
     Goes through the queries in chunks, so memory does not grow with their number; distances are float64.
     Returns {key: (AP (Q,), Prec (Q,))}, float64 on the CPU.
     """
-    gallery, gallery_labels, query, query_labels = _to(features, device)
+    gallery, gallery_labels, query_labels = (
+        torch.from_numpy(values).to(device)
+        for values in (features.gallery.astype(np.float64), features.gallery_labels, features.query_labels)
+    )
     codes = {key: _codes(gallery, codebook) for key, codebook in codebooks.items()}
+    query = torch.from_numpy(features.query)
     rows = {key: ([], []) for key in (None, *codebooks)}
     chunk = max(1, CHUNK_BYTES // (8 * len(gallery)))
     with tqdm(total=len(query), desc="matching", unit="sketch", leave=False, disable=None) as progress:
         for part, labels in zip(query.split(chunk), query_labels.split(chunk), strict=True):
+            part = part.to(device).double()
             euclidean = euclidean_distances(part, gallery)
             for key, (precisions, shares) in rows.items():
                 scores = euclidean if key is None else _fused(part, euclidean, codes[key])
@@ -187,11 +192,11 @@ def _draw(path, features, codebooks, measured, names, images, options, count=4, 
     precision = measured[key][0].numpy()
     best, worst = pick_queries(precision, features.query_labels, count)
     picked = [*best, *worst]
-    gallery, _, query, _ = _to(features, options.device)
-    scores = euclidean_distances(query[picked], gallery)
+    query, gallery = (torch.from_numpy(values).double() for values in (features.query[picked], features.gallery))
+    scores = euclidean_distances(query, gallery)
     if key is not None:
-        scores = _fused(query[picked], scores, _codes(gallery, codebooks[key]))
-    order = scores.sort(dim=1, stable=True).indices[:, :nearest].cpu().numpy()
+        scores = _fused(query, scores, _codes(gallery, codebooks[key]))
+    order = scores.sort(dim=1, stable=True).indices[:, :nearest].numpy()
     photos, sketches = images
     queries = []
     for index, ranking in zip(picked, order, strict=True):
@@ -204,13 +209,6 @@ def _draw(path, features, codebooks, measured, names, images, options, count=4, 
     except ImportError:
         return note("note: no picture of retrievals, matplotlib is not installed")
     print(f"picture: {path}")
-
-
-def _to(features, device):
-    gallery, query = (torch.from_numpy(values).to(device).double() for values in (features.gallery, features.query))
-    labels = (torch.from_numpy(values).to(device) for values in (features.gallery_labels, features.query_labels))
-    gallery_labels, query_labels = labels
-    return gallery, gallery_labels, query, query_labels
 
 
 def _codes(gallery, codebook):

@@ -179,6 +179,18 @@ def test_bad_input_to_a_test_ends_in_one_line(trained, miniature, tiny, tmp_path
     assert f"{torn}: " in error(folder=torn)
 
 
+def test_what_a_missing_extra_skips_is_said_in_a_line(miniature, tmp_path, monkeypatch, capsys):
+    for module in ("torch.utils.tensorboard", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
+    train_sketchy_ext.main([*TRAIN, "--data_root", str(miniature), "-s", str(tmp_path)])
+    assert "note: tensorboard is not installed, no training curves are written\n" in capsys.readouterr().err
+    test_sketchy_ext_zeroshot.main(
+        [*MODEL, "--mode", "1", "--data_root", str(miniature), "--resume_dir", str(tmp_path)]
+    )
+    assert "note: no picture of retrievals, matplotlib is not installed\n" in capsys.readouterr().err
+    assert not (tmp_path / "retrievals.png").exists() and not (tmp_path / "curves").exists()
+
+
 def test_a_query_class_without_photos_is_named(tmp_path, fails):
     gallery, _, query, query_labels = features_of_three_classes(tmp_path / "f")
     content = [gallery, np.arange(60) % 2, query, query_labels, None]
