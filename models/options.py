@@ -65,8 +65,7 @@ def train_parser(protocol):
         help="leave the semantic mask out of the alignment, as QuickDraw Ext always does")  # fmt: skip
     add("--no_validation", action="store_true", default=not protocol.has_validation,
         help="read no validation list and keep the last epoch, as QuickDraw Ext always does")  # fmt: skip
-    add("--resume", nargs="?", const="", metavar="FILE",
-        help="go on from the last epoch in --savedir, or from FILE (default: start anew)")  # fmt: skip
+    add("--resume", action="store_true", help="go on after the last epoch in --savedir, with the same options")
     add("--overwrite", action="store_true", help="start anew in a --savedir that holds checkpoints, and replace them")
     add("--seed", type=_count, default=0, help="seeds weights, order, augmentation and noise")
     _add_machine(parser)

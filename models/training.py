@@ -6,7 +6,6 @@
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from models.weights import create_pair, load_published, read_checkpoint, save_ch
 LAST, BEST, BEST_AFTER_WARMUP = "checkpoint.pth.tar", "model_best.pth.tar", "best_after_warmup.pth.tar"
 
 # Options that leave the result of a run as it is, so that a resumed run may change them.
-HARMLESS = {"data_root", "savedir", "finetune", "resume", "overwrite", "workers", "device"}
+HARMLESS = {"data_root", "savedir", "resume", "overwrite", "workers", "device"}
 
 
 @dataclass
@@ -45,10 +44,12 @@ def main(protocol_name, argv=None):
     options = resolve(train_parser(protocol).parse_args(argv), protocol, "savedir")
     benchmark = open_benchmark(protocol_name, options.data_root, options.zero_version)
     loaders, mask = load_data(benchmark, options)
-    _check_savedir(options)
+    earlier = _check_savedir(options)
     run = start(options, len(benchmark.seen_names))
     if options.epochs <= options.warmup_epochs + 1 and not options.no_validation:
         note(f"note: all {options.epochs} epochs are warm-up, so no {BEST} will be kept (see --warmup_epochs)")
+    for path in earlier:
+        path.unlink()
     return train(run, loaders, mask, options, protocol)
 
 
@@ -76,13 +77,13 @@ def load_data(benchmark, options):
 def start(options, classes):
     """A Run at its beginning, or where --resume finds it. Raises InputError for weights that do not fit."""
     torch.manual_seed(options.seed)
-    finetune = "none" if options.resume is not None else options.finetune
+    finetune = "none" if options.resume else options.finetune
     student, teacher = create_pair(options.model, classes, finetune, options.nb_classes, options.drop_path)
     student, teacher = student.to(options.device), teacher.to(options.device)
     optimizers = create_optimizers(student, teacher, options.lr, options.teacher_lr, options.weight_decay)
     run = Run(student, teacher, optimizers)
-    if options.resume is not None:
-        _restore(run, Path(options.resume or options.savedir / LAST), options)
+    if options.resume:
+        _restore(run, options.savedir / LAST, options)
     return run
 
 
@@ -233,16 +234,17 @@ def _restore(run, path, options):
 
 
 def _check_savedir(options):
+    """Checkpoints of an earlier run that this one is to replace: none but with --overwrite."""
     check_writable(options.savedir)
-    found = [name for name in (LAST, BEST, BEST_AFTER_WARMUP) if (options.savedir / name).exists()]
-    if options.resume is None and found and not options.overwrite:
+    if options.resume:
+        return []
+    found = [options.savedir / name for name in (LAST, BEST, BEST_AFTER_WARMUP) if (options.savedir / name).exists()]
+    if found and not options.overwrite:
         raise InputError(
-            f"{options.savedir}: already holds {found[0]}; --resume goes on with it, --overwrite replaces it, "
+            f"{options.savedir}: already holds {found[0].name}; --resume goes on with it, --overwrite replaces it, "
             "--savedir starts elsewhere"
         )
-    if options.resume is None:
-        for name in found:
-            (options.savedir / name).unlink()
+    return found
 
 
 def _kept(history, options):

@@ -168,13 +168,15 @@ def test_earlier_checkpoints_are_not_lost_by_accident(tiny, tmp_path, fails):
     assert "already holds checkpoint.pth.tar; --resume goes on" in fails(*arguments)
     assert "trained with --epochs 1, not 3" in fails(*arguments, "--resume")
     assert (tmp_path / LAST).read_bytes() == before
+    assert "no pretrained weights" in fails(*arguments, "--overwrite", "--finetune", "gone.pt")
+    assert (tmp_path / LAST).read_bytes() == before
     run(tiny, tmp_path, "--epochs", 1, "--seed", 1, "--overwrite")
     assert (tmp_path / LAST).read_bytes() != before
 
 
 def test_a_checkpoint_of_the_authors_cannot_be_resumed(tiny, tmp_path, fails):
-    torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "model_best.pth.tar")
-    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--resume", tmp_path / "model_best.pth.tar"]
+    torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "checkpoint.pth.tar")
+    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--resume"]
     assert "holds no teacher" in fails(train_sketchy_ext.main, *arguments)
 
 
