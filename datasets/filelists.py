@@ -7,13 +7,15 @@
 Reading never touches an image; `check_images` is the only function that looks for them.
 """
 
+import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from datasets.files import InputError, read_pickle, write_whole
+from datasets.errors import InputError
+from datasets.files import read_pickle, write_whole
 from datasets.protocols import PROTOCOLS, Protocol
 
 
@@ -44,7 +46,7 @@ class Benchmark:
         """FileList of `kind` ("sketch" or "photo") and `split` ("train", "test" for validation, or "zero")."""
         patterns = self.protocol.sketch_lists if kind == "sketch" else self.protocol.photo_lists
         names = [pattern.format(split) for pattern in patterns]
-        path = next((self.lists / name for name in names if (self.lists / name).is_file()), self.lists / names[0])
+        path = next((self.lists / name for name in names if os.path.isfile(self.lists / name)), self.lists / names[0])
         classes = len(self.unseen_names if split == "zero" else self.seen_names)
         return read_list(path, self.root, classes)
 
@@ -61,9 +63,9 @@ def open_benchmark(protocol_name, root=None, zero_version=None):
     protocol = PROTOCOLS[protocol_name]
     root = Path(root or protocol.data_root)
     lists = root / (zero_version or protocol.zero_version)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(f"{root}: no such data folder; unpack {protocol.title} there or name another with --data_root")
-    if not lists.is_dir():
+    if not os.path.isdir(lists):
         raise InputError(f"{lists}: no such folder of lists; name the right one with --zero_version")
     return Benchmark(
         protocol, root, lists, read_class_names(lists / "cname_cid.txt"), read_class_names(lists / "cname_cid_zero.txt")
@@ -91,12 +93,14 @@ def read_list(path, root, classes):
 
 
 def read_class_names(path):
-    """Class names in the order of their labels. Raises InputError unless the labels are 0..C-1, each once."""
+    """Class names in the order of their labels. Raises InputError unless labels are 0..C-1 and no name comes twice."""
     names = {}
     for number, line in _lines(path):
         name, label = _split_label(path, number, line)
         if label in names:
             raise InputError(f"{path}:{number}: label {label} is already that of {names[label]!r}")
+        if name in names.values():
+            raise InputError(f"{path}:{number}: the class {name!r} already has a label")
         names[label] = name
     if sorted(names) != list(range(len(names))):
         missing = min(set(range(len(names))) - set(names))
@@ -109,24 +113,25 @@ def read_mask(path, classes, imagenet_classes=1000):
 
     Raises InputError if the file is missing, refused or torn, lacks a class, or holds vectors of another length.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no semantic mask; fetch the one of this split, or train without it: --no_mask")
     mask = read_pickle(path)
-    if not isinstance(mask, dict) or not set(range(classes)) <= set(mask):
+    if not isinstance(mask, dict) or set(mask) != set(range(classes)):
         raise InputError(f"{path}: not a mask of the {classes} classes in cname_cid.txt; fetch the one of this split")
     try:
-        rows = np.stack([np.asarray(mask[label], dtype=np.float64) for label in range(classes)])
-    except (TypeError, ValueError):
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+            rows = np.stack([np.asarray(mask[label], dtype=np.float64) for label in range(classes)]).astype(np.float32)
+    except (TypeError, ValueError, OverflowError):
         rows = np.full((1, 1), np.nan)
     if rows.shape != (classes, imagenet_classes) or not np.isfinite(rows).all():
         raise InputError(f"{path}: every class needs a vector of {imagenet_classes} finite numbers (see --nb_classes)")
-    return rows.astype(np.float32)
+    return rows
 
 
 def check_images(files):
     """Raise InputError naming list and line of the first image of FileList `files` that is not there."""
     for index, name in enumerate(files.paths):
-        if not (files.root / name).is_file():
+        if not os.path.isfile(files.root / name):
             number = _lines(files.source)[index][0]
             raise InputError(
                 f"{files.source}:{number}: no image {files.root / name}; unpack the data, or set --data_root"
@@ -161,6 +166,6 @@ def _lines(path):
 
 def _split_label(path, number, line):
     name, _, label = line.rpartition(" ")
-    if not name.strip() or not label.isascii() or not label.isdigit():
+    if not name.strip() or not label.isascii() or not label.isdigit() or len(label) > 9:
         raise InputError(f"{path}:{number}: expected 'path label' with a whole number 0.. at the end, found {line!r}")
     return name.strip(), int(label)

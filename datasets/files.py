@@ -1,41 +1,17 @@
-"""Files as this project treats them: written whole or not at all, and read as data, never as programs.
+"""Files as this project treats them: written whole or not at all, and read as data, never as programs."""
 
-`InputError` is what a user can cause and mend. Every command line of the project ends such an error in one line
-with exit status 2; anything else is a bug and keeps its traceback.
-"""
-
-import functools
 import json
 import os
 import pickle
 import re
-import sys
 import tempfile
+from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message names it and the way out."""
-
-
-def ends_in_one_line(command):
-    """Let a command line end an InputError in one line (status 2) and Ctrl-C in one word (status 130)."""
-
-    @functools.wraps(command)
-    def wrapped(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except InputError as error:
-            # A DataLoader worker wraps the message in its own traceback, of which the last line is ours.
-            last = str(error).strip().splitlines()[-1]
-            print("error:", re.sub(r"^[\w.]*InputError: ", "", last), file=sys.stderr)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
-
-    return wrapped
+from datasets.errors import InputError
 
 
 @contextmanager
@@ -56,7 +32,8 @@ def write_whole(path):
         beside.chmod(0o666 & ~_umask())  # a temporary file is private; the result is an ordinary one
         beside.replace(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another folder") from error
+        reason = error.strerror or error
+        raise InputError(f"{path.parent}: {path.name} cannot be written ({reason}); choose another folder") from error
     finally:
         if beside is not None:
             beside.unlink(missing_ok=True)
@@ -76,39 +53,16 @@ def write_json(path, content):
 
 def check_writable(folder):
     """Make `folder` and try a file in it, so that hours of work do not end at a closed door. Raises InputError."""
-    probe = Path(folder) / ".writable"
+    probe = Path(folder) / "a file"
     with write_whole(probe):
         pass
     probe.unlink()
 
 
-# All that a pickle of arrays in plain containers calls, as Python 2 and 3 and NumPy 1 and 2 name it.
-_ARRAY_GLOBALS = {
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-    ("builtins", "bytes"),
-    ("__builtin__", "bytes"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("collections", "OrderedDict"),
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds arrays, numbers, strings and plain containers; refuses to look up anything else."""
-
-    def find_class(self, module, name):
-        if (module, name) == ("_codecs", "encode"):  # how protocol 2 spells bytes
-            return lambda text, encoding: text.encode("latin1")
-        if (module, name) not in _ARRAY_GLOBALS:
-            raise InputError(f"the pickle asks for {module}.{name}, which no array needs: refused, nothing was run")
-        return super().find_class(module, name)
-
-
 def read_pickle(path):
     """Read a pickle of arrays and plain containers, from Python 2 or 3, without executing anything in it.
 
-    Raises InputError if the file is missing, torn, or asks for any other class or function.
+    Arrays hold numbers, truth values or strings. Raises InputError if the file is missing, torn, or asks for more.
     """
     try:
         with open(path, "rb") as file:
@@ -119,3 +73,67 @@ def read_pickle(path):
         raise InputError(f"{path}: {error}") from None
     except Exception as error:  # a torn or foreign pickle can fail in any way
         raise InputError(f"{path}: not a readable pickle ({type(error).__name__}: {error}); fetch it again") from error
+
+
+# NumPy's own builders trust a pickle with the memory of objects, so arrays are built by the functions below instead.
+
+
+class _Kind:
+    """Stands for numpy.dtype: a type of numbers, truth values or strings, without fields or objects."""
+
+    def __init__(self, code, *_):
+        if not re.fullmatch(r"[biufcSU]\d+", code):
+            raise InputError(f"the pickle holds an array of type {code!r}; only numbers and strings are read")
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        _, self.order, *rest = state
+        if rest[:3] != [None, None, None] or self.order not in ("<", ">", "=", "|"):
+            raise InputError("the pickle holds an array with fields; only numbers and strings are read")
+
+    def numpy_type(self):
+        return np.dtype(self.order + self.code)
+
+
+class _Array(np.ndarray):
+    """An array that takes its state from a pickle only with a _Kind for its type."""
+
+    def __setstate__(self, state):
+        *_, shape, kind, fortran, raw = state
+        super().__setstate__((1, shape, kind.numpy_type(), fortran, raw))
+
+
+def _empty_array(*_):
+    return np.ndarray.__new__(_Array, (0,), np.int8)
+
+
+def _scalar(kind, raw):
+    return np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, kind.numpy_type())[0]
+
+
+def _from_buffer(buffer, kind, shape, order):
+    return np.frombuffer(buffer, kind.numpy_type()).reshape(shape, order=order)
+
+
+# All that a pickle of arrays in plain containers calls, as Python 2 and 3 and NumPy 1 and 2 name it.
+_BUILDERS = {
+    ("numpy", "dtype"): _Kind,
+    ("numpy", "ndarray"): None,  # named, never called
+    ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "bytes"): bytes,
+    ("__builtin__", "bytes"): bytes,
+    ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),  # how protocol 2 spells bytes
+}
+for _core in ("numpy.core", "numpy._core"):
+    _BUILDERS[f"{_core}.multiarray", "_reconstruct"] = _empty_array
+    _BUILDERS[f"{_core}.multiarray", "scalar"] = _scalar
+    _BUILDERS[f"{_core}.numeric", "_frombuffer"] = _from_buffer
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds arrays, numbers, strings and plain containers; refuses to look up anything else."""
+
+    def find_class(self, module, name):
+        if (module, name) not in _BUILDERS:
+            raise InputError(f"the pickle asks for {module}.{name}, which no array needs: refused, nothing was run")
+        return _BUILDERS[module, name]

@@ -1,4 +1,4 @@
-"""Decoding, the training augmentation and tensors (METHOD of the release: scikit-image's affine warp, then a resize).
+"""Decoding, the training augmentation (the release's: scikit-image's affine warp) and tensors.
 
 Images stay 8-bit from the file to the device; `normalise` turns a batch into what the networks see.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from datasets.files import InputError
+from datasets.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -24,7 +24,7 @@ def read_rgb(path):
     try:
         with Image.open(path) as image:
             image.load()
-            if image.mode.startswith("I"):  # 16-bit grey, which Pillow may widen to 32 bits
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16-bit grey
                 grey = np.asarray(image).astype(np.float64) / 257
                 return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
             if image.has_transparency_data:
@@ -34,7 +34,7 @@ def read_rgb(path):
             return image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{path}: no such image; unpack the data again, or take it out of its list") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged image can fail in any way
         raise InputError(
             f"{path}: not a readable image ({error}); fetch it again, or take it out of its list"
         ) from error

@@ -11,6 +11,7 @@ Sketch and photo of one number are drawn from different shapes. The classes and 
 
 import itertools
 import math
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from datasets.drawings import CATEGORIES, box, line, oval
+from datasets.errors import InputError
 from datasets.filelists import write_list, write_mask
-from datasets.files import InputError
 from datasets.protocols import PROTOCOLS
 
 UNSEEN = ["bell", "bicycle", "fish", "house", "mushroom", "rabbit", "sailboat", "umbrella"]
@@ -35,9 +36,31 @@ def write_miniature(root, seed=0, sketches=40, photos=60, held_back=5, workers=N
     """Draw the benchmark into `root`: per class `sketches` and `photos`, of seen classes `held_back` more sketches.
 
     The same seed gives the same files. workers: processes that draw (default: one a core).
-    Raises InputError if the folder cannot be written.
+    The folder appears when all is drawn. Raises InputError if it cannot be made or already holds something.
     """
-    root, protocol = Path(root), PROTOCOLS["sketchy"]
+    root = Path(root)
+    if root.is_file() or (root.is_dir() and any(root.iterdir())):
+        raise InputError(f"{root}: is not an empty folder; name a new one")
+    unfinished = root.absolute().with_name(f".{root.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    jobs, lists = _plan(unfinished, seed, sketches, photos, held_back)
+    _make_folders({path.parent for path, *_ in jobs})
+    with ProcessPoolExecutor(workers) as pool:
+        done = pool.map(_draw_file, jobs, chunksize=32)
+        for _ in tqdm(done, "drawing", total=len(jobs), unit="image", leave=False, disable=None):
+            pass
+    folder = unfinished / PROTOCOLS["sketchy"].zero_version
+    for name, rows in lists.items():
+        write_list(folder / name, rows)
+    write_list(folder / "cname_cid.txt", zip(SEEN, range(len(SEEN)), strict=True))
+    write_list(folder / "cname_cid_zero.txt", zip(UNSEEN, range(len(UNSEEN)), strict=True))
+    write_mask(folder / "cid_mask.pickle", semantic_mask())
+    unfinished.replace(root)
+
+
+def _plan(root, seed, sketches, photos, held_back):
+    """(arguments of _draw_file for every image, {list name: its rows})."""
+    protocol = PROTOCOLS["sketchy"]
     jobs, lists = [], {}
     for kind, split, names, numbers in (
         ("sketch", "train", SEEN, range(sketches)),
@@ -52,17 +75,7 @@ def write_miniature(root, seed=0, sketches=40, photos=60, held_back=5, workers=N
             path = f"256x256/{kind}/tx_000000000000_ready/{name}/{number:04d}.{suffix}"
             jobs.append((root / path, name, kind, (seed, _LABELS[name], kind == "photo", number)))
             rows.append((path, label))
-    _make_folders({path.parent for path, *_ in jobs})
-    with ProcessPoolExecutor(workers) as pool:
-        done = pool.map(_draw_file, jobs, chunksize=32)
-        for _ in tqdm(done, "drawing", total=len(jobs), unit="image", leave=False, disable=None):
-            pass
-    folder = root / protocol.zero_version
-    for name, rows in lists.items():
-        write_list(folder / name, rows)
-    write_list(folder / "cname_cid.txt", zip(SEEN, range(len(SEEN)), strict=True))
-    write_list(folder / "cname_cid_zero.txt", zip(UNSEEN, range(len(UNSEEN)), strict=True))
-    write_mask(folder / "cid_mask.pickle", semantic_mask())
+    return jobs, lists
 
 
 def semantic_mask():

@@ -3,20 +3,19 @@
 python -m datasets.prepare miniature <root>    draw the built-in miniature benchmark, in the layout of Sketchy Ext
 """
 
-import argparse
 from pathlib import Path
 
-from datasets.files import InputError, ends_in_one_line
+from datasets import errors
 from datasets.miniature import SEEN, UNSEEN, write_miniature
 
 
-@ends_in_one_line
+@errors.ends_in_one_line
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m datasets.prepare", description="Make a benchmark folder.")
+    parser = errors.OneLineParser(prog="python -m datasets.prepare", description="Make a benchmark folder.")
     commands = parser.add_subparsers(required=True, metavar="command")
     miniature = commands.add_parser("miniature", help="draw the built-in miniature benchmark")
     miniature.add_argument("root", type=Path, help="a new or empty folder")
-    miniature.add_argument("--seed", type=int, default=0, help="another seed draws other images (default: 0)")
+    miniature.add_argument("--seed", type=errors.seed, default=0, help="another seed draws other images")
     miniature.set_defaults(run=make_miniature)
     options = parser.parse_args(argv)
     options.run(options)
@@ -24,8 +23,6 @@ def main(argv=None):
 
 def make_miniature(options):
     """Draw the miniature benchmark into a folder that is new or empty."""
-    if options.root.exists() and (not options.root.is_dir() or any(options.root.iterdir())):
-        raise InputError(f"{options.root}: is not empty; name a new folder")
     write_miniature(options.root, options.seed)
     print(f"{options.root}: {len(SEEN)} seen and {len(UNSEEN)} unseen classes")
 

@@ -1,5 +1,7 @@
-"""The four benchmarks as data: folders, lists, batches, schedule and metrics (METHOD as published in
-arXiv:2312.10320 and its release). All else is shared; a benchmark differs from another only here."""
+"""The four benchmarks as data: folders, lists, batches, schedule and metrics, as in arXiv:2312.10320 and its release.
+
+All else is shared; a benchmark differs from another only here.
+"""
 
 from dataclasses import dataclass
 
@@ -119,3 +121,12 @@ PROTOCOLS = {
         prec_at=200,
     ),
 }
+
+
+def protocol_of(name, zero_version):
+    """Name of the protocol whose lists `zero_version` names in the data set of protocol `name`; else `name` itself."""
+    data_root = PROTOCOLS[name].data_root
+    split = (
+        other for other, row in PROTOCOLS.items() if (row.data_root, row.zero_version) == (data_root, zero_version)
+    )
+    return next(split, name)

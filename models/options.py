@@ -11,34 +11,12 @@ import sklearn
 import timm
 import torch
 
-from datasets.files import InputError
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends the default of every option that has one worth naming."""
-
-    def _get_help_string(self, action):
-        plain = action.default is None or isinstance(action.default, bool)
-        return action.help if plain else super()._get_help_string(action)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, like all others of this project."""
-
-    def __init__(self, description):
-        super().__init__(
-            description=description,
-            formatter_class=_Help,
-            allow_abbrev=False,
-        )
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (see --help)\n")
+from datasets.errors import InputError, OneLineParser, number, seed
 
 
 def train_parser(protocol):
     """Options of the train script of `protocol`."""
-    parser = OneLineParser(f"Train SBKA on {protocol.title} ({protocol.seen_classes} seen classes).")
+    parser = OneLineParser(description=f"Train SBKA on {protocol.title} ({protocol.seen_classes} seen classes).")
     _add_data(parser, protocol)
     _add_model(parser)
     add = parser.add_argument
@@ -65,9 +43,11 @@ def train_parser(protocol):
         help="leave the semantic mask out of the alignment, as QuickDraw Ext always does")  # fmt: skip
     add("--no_validation", action="store_true", default=not protocol.has_validation,
         help="read no validation list and keep the last epoch, as QuickDraw Ext always does")  # fmt: skip
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on after the last epoch in --savedir, with the same options")
     add("--overwrite", action="store_true", help="start anew in a --savedir that holds checkpoints, and replace them")
-    add("--seed", type=_count, default=0, help="seeds weights, order, augmentation and noise")
+    add = parser.add_argument
+    add("--seed", type=seed, default=0, help="seeds weights, order, augmentation and noise")
     _add_machine(parser)
     return parser
 
@@ -76,7 +56,7 @@ def test_parser(protocol):
     """Options of the zero-shot test script of `protocol`."""
     at = "all" if protocol.map_at is None else protocol.map_at
     parser = OneLineParser(
-        f"Zero-shot test of SBKA on {protocol.title} ({protocol.unseen_classes} unseen classes): "
+        description=f"Zero-shot test of SBKA on {protocol.title} ({protocol.unseen_classes} unseen classes): "
         f"mAP@{at} and Prec@{protocol.prec_at}."
     )
     _add_data(parser, protocol)
@@ -104,7 +84,7 @@ def test_parser(protocol):
     )
     add("--batch_size", type=_positive, default=64, help="images at a time in feature extraction")
     add("--recompute", action="store_true", help="extract the features even if features_zero.pickle is up to date")
-    add("--seed", type=_count, default=123, help="seeds the mixtures, as the release does")
+    add("--seed", type=seed, default=123, help="seeds the mixtures, as the release does")
     _add_machine(parser)
     return parser
 
@@ -112,17 +92,17 @@ def test_parser(protocol):
 def resolve(options, protocol, folder):
     """Fill in what depends on other options: the checkpoint folder (option `folder`) and the device.
 
-    Raises InputError if CUDA is asked for and not there.
+    Raises InputError if the device is not there.
     """
     if getattr(options, folder) is None:
         setattr(options, folder, Path(_checkpoint_folder(protocol, options.zero_version)))
-    available = torch.cuda.is_available()
-    options.device = options.device or ("cuda" if available else "cpu")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if torch.device(options.device).type == "cuda" and not available:
-            raise InputError(f"--device {options.device}: no CUDA device is available; use --device cpu")
-    except RuntimeError:
-        raise InputError(f"--device {options.device}: no such device; use cpu or cuda") from None
+        torch.zeros(1, device=options.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(
+            f"--device {options.device}: there is no such device here; use cpu, or cuda with a GPU"
+        ) from None
     return options
 
 
@@ -146,7 +126,9 @@ def _checkpoint_folder(protocol, zero_version=None):
 
 def _add_data(parser, protocol):
     parser.add_argument("--data_root", type=Path, default=Path(protocol.data_root), metavar="DIR", help="the data set")
-    parser.add_argument("--zero_version", default=protocol.zero_version, metavar="NAME", help="its folder of lists")
+    parser.add_argument(
+        "--zero_version", type=_folder_name, default=protocol.zero_version, metavar="NAME", help="its folder of lists"
+    )
 
 
 def _add_model(parser):
@@ -161,21 +143,15 @@ def _add_machine(parser):
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
 
 
-def _number(kind, accepts, wanted):
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
-
-    return parse
+_positive = number(int, 1, 10**6, "a whole number from 1 to a million")
+_count = number(int, 0, 10**6, "a whole number from 0 to a million")
+_size = number(int, 32, 4096, "a whole number of pixels from 32 to 4096")
+_rate = number(float, 0, 1e30, "a number, 0 or more")
+_share = number(float, 0, 0.99, "a number from 0 to 0.99")
 
 
-_positive = _number(int, lambda value: value > 0, "a whole number above 0")
-_count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
-_size = _number(int, lambda value: value >= 32, "a whole number of pixels, 32 or more")
-_rate = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
-_share = _number(float, lambda value: 0 <= value < 1, "a number from 0 up to 1")
+def _folder_name(text):
+    name = text.rstrip("/")
+    if not name or name in (".", "..") or "/" in name or "\\" in name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder inside --data_root")
+    return name

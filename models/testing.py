@@ -1,24 +1,37 @@
 """The zero-shot test, end to end: features, codebooks, matching, metrics, report."""
 
+import os
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.filelists import check_images, open_benchmark
-from datasets.files import InputError, check_writable, ends_in_one_line
+from datasets.errors import InputError, ends_in_one_line
+from datasets.filelists import Benchmark, FileList, check_images, open_benchmark
+from datasets.files import check_writable, write_json
 from datasets.protocols import PROTOCOLS
 from datasets.zeroshot import evaluation_loader
 from models.eval.codebooks import fit_codebook
-from models.eval.features import Features, digest, extract, read_features, why_stale, write_features
+from models.eval.features import Features, digest, extract, is_ours, read_features, why_stale, write_features
 from models.eval.matching import cluster_distances, euclidean_distances, fused_scores, nearest_codes
 from models.eval.metrics import average_precision, class_means, precision_at, rank
-from models.eval.report import draw_retrievals, pick_queries, print_table, write_results
-from models.networks import Student, create_backbone
+from models.eval.report import draw_retrievals, pick_queries, print_table
 from models.options import note, resolve, run_record, test_parser
 from models.training import BEST_AFTER_WARMUP, LAST
-from models.weights import load_published, read_checkpoint, seen_classes
+from models.weights import load_student
 
+FEATURES = "features_zero.pickle"
 CHUNK_BYTES = 64 << 20  # of one float64 matrix of a chunk of queries × gallery; about six live at a time
+
+
+@dataclass(frozen=True)
+class UnseenImages:
+    """The unseen-class part of a benchmark folder."""
+
+    benchmark: Benchmark
+    photos: FileList  # the gallery
+    sketches: FileList  # the queries
 
 
 @ends_in_one_line
@@ -26,78 +39,98 @@ def main(protocol_name, argv=None):
     """Command line of a test script. Returns the results as they are in results.json."""
     protocol = PROTOCOLS[protocol_name]
     options = resolve(test_parser(protocol).parse_args(argv), protocol, "resume_dir")
-    folder, checkpoint = find_checkpoint(options.resume_dir, protocol)
+    folder, checkpoint = find_checkpoint(options, protocol)
     check_writable(folder)
-    features, images = obtain_features(protocol_name, folder, checkpoint, options)
-    names = _class_names(protocol_name, features, options)
+    try:
+        images, no_images = open_images(protocol_name, options), None
+    except InputError as error:  # which matters only if features_zero.pickle does not do
+        images, no_images = None, error
+    features = stored_features(folder, checkpoint, images, no_images, options)
+    if features is None:
+        features = compute_features(folder, checkpoint, images, options)
+    names = class_names(features, images)
     check_features(features, names, options)
     codebooks = fit_codebooks(features.gallery, options)
     measured = evaluate(features, codebooks, protocol, options.device)
     results = summarise(measured, features, names, protocol, options)
     print_table(results, protocol)
-    write_results(folder / "results.json", results)
+    write_json(folder / "results.json", results)
     print(f"results: {folder / 'results.json'}")
     _draw(folder / "retrievals.png", features, codebooks, measured, names, images, options)
     return results
 
 
-def find_checkpoint(place, protocol):
+def find_checkpoint(options, protocol):
     """(folder, checkpoint or None) for --resume_dir, which names either. Raises InputError where both are missing."""
-    if place.is_file():
+    place = options.resume_dir
+    if os.path.isfile(place):
         return place.parent, place
     for name in (protocol.kept_checkpoint, BEST_AFTER_WARMUP, LAST):
-        if (place / name).is_file():
+        if os.path.isfile(place / name):
             if name != protocol.kept_checkpoint:
                 note(f"note: {place} has no {protocol.kept_checkpoint}, testing {name}")
             return place, place / name
-    if (place / "features_zero.pickle").is_file():
+    if os.path.isfile(place / FEATURES):
+        if options.recompute:
+            raise InputError(
+                f"--recompute: {place} holds no checkpoint to compute features with; test them as they are"
+            )
         return place, None
     raise InputError(
-        f"{place}: neither {protocol.kept_checkpoint} nor features_zero.pickle is there; "
-        "train first, or set --resume_dir"
+        f"{place}: neither {protocol.kept_checkpoint} nor {FEATURES} is there; train first, or set --resume_dir"
     )
 
 
-def obtain_features(protocol_name, folder, checkpoint, options):
-    """(Features, (gallery FileList, query FileList) or None): from features_zero.pickle where it is up to date, else
-    extracted and written there."""
-    path = folder / "features_zero.pickle"
-    if path.is_file() and not (options.recompute and checkpoint):
-        stale = why_stale(path, _source(protocol_name, checkpoint, options), checkpoint) if checkpoint else None
+def open_images(protocol_name, options):
+    """UnseenImages of the data set. Raises InputError if its folder or lists are not there; images may be missing."""
+    benchmark = open_benchmark(protocol_name, options.data_root, options.zero_version)
+    return UnseenImages(benchmark, benchmark.read("photo", "zero"), benchmark.read("sketch", "zero"))
+
+
+def stored_features(folder, checkpoint, images, no_images, options):
+    """Features of features_zero.pickle, or None where they must be computed.
+
+    Raises InputError where they must and cannot be: `no_images` is why there are no images.
+    """
+    path = folder / FEATURES
+    if os.path.isfile(path) and not options.recompute:
+        stale = why_stale(path, _source(checkpoint, images, options), checkpoint) if checkpoint else None
         if stale is None:
             features, rescaled = read_features(path)
             note(f"features: {path}" + (", scaled to length 1" if rescaled else ""))
-            return features, _matching_lists(protocol_name, features, options)
+            return features
         note(f"features: {path} is {stale}, computing them anew")
-    benchmark, lists = _open_lists(protocol_name, options)
-    student = load_student(checkpoint, len(benchmark.seen_names), options)
-    for files in lists:
+    if no_images is not None:
+        way_out = f", or move {checkpoint.name} away to test {FEATURES} as it is" if os.path.isfile(path) else ""
+        raise InputError(f"{no_images}{way_out}")
+    return None
+
+
+def compute_features(folder, checkpoint, images, options):
+    """Extract the Features of all unseen images with the student of `checkpoint`, and write features_zero.pickle."""
+    student = load_student(checkpoint, options.model, len(images.benchmark.seen_names), options.nb_classes)
+    student.to(options.device)
+    for files in (images.photos, images.sketches):
         check_images(files)
-    machine = options.input_size, options.batch_size, options.workers, options.device
-    gallery, query = (
-        extract(student, evaluation_loader(files, *machine), options.device, title)
-        for files, title in zip(lists, ("photos", "sketches"), strict=True)
-    )
-    features = Features(gallery, lists[0].labels, query, lists[1].labels)
-    write_features(path, features, _source(protocol_name, checkpoint, options))
-    return features, lists
+    parts = []
+    for files, title in ((images.photos, "photos"), (images.sketches, "sketches")):
+        loader = evaluation_loader(files, options.input_size, options.batch_size, options.workers, options.device)
+        parts += [extract(student, loader, options.device, title), files.labels]
+        if not np.isfinite(parts[-2]).all():
+            raise InputError(f"{checkpoint}: its features are not finite; test another checkpoint, or train anew")
+    features, path = Features(*parts), folder / FEATURES
+    if os.path.isfile(path) and not is_ours(path):
+        path.replace(f"{path}.old")
+        note(f"features: the {FEATURES} that was there is now {FEATURES}.old")
+    write_features(path, features, _source(checkpoint, images, options))
+    return features
 
 
-def load_student(path, classes, options):
-    """The student of a checkpoint, on the device. Raises InputError if it is of another model or number of classes."""
-    checkpoint = read_checkpoint(path)
-    trained_on = seen_classes(checkpoint)
-    if trained_on != classes:
-        raise InputError(
-            f"{path}: trained on {trained_on} seen classes, but cname_cid.txt lists {classes}: "
-            "they belong to different splits; see --zero_version and --resume_dir"
-        )
-    try:
-        student = Student(create_backbone(options.model, options.nb_classes), classes)
-    except ValueError as error:
-        raise InputError(f"--model: {error}") from None
-    load_published(student, checkpoint["state_dict"], path)
-    return student.to(options.device)
+def class_names(features, images):
+    """{label: class name}, or the number where the benchmark's class names are not at hand."""
+    labels = np.union1d(features.gallery_labels, features.query_labels).tolist()
+    unseen = images.benchmark.unseen_names if images else []
+    return {label: unseen[label] if label < len(unseen) else str(label) for label in labels}
 
 
 def check_features(features, names, options):
@@ -111,6 +144,8 @@ def check_features(features, names, options):
     if options.mode == 1:
         return
     count, width = features.gallery.shape
+    if count < 2:
+        raise InputError("--mode 2: a mixture needs two gallery photos or more; use --mode 1")
     if max(options.clusters) > count:
         raise InputError(f"--clusters {max(options.clusters)}: the gallery has only {count} photos; use fewer")
     for subspaces in options.subspaces:
@@ -184,7 +219,7 @@ def summarise(measured, features, names, protocol, options):
 
 def _draw(path, features, codebooks, measured, names, images, options, count=4, nearest=10):
     """Write the picture of the best and worst retrievals, or say in one line why there is none."""
-    if images is None:
+    if not _drawable(features, images):
         return note("note: no picture of retrievals, the images of these features are not at hand (see --data_root)")
     # The row a reader looks at first: as many clusters as classes, else the last one of the grid.
     classes = len(np.unique(features.gallery_labels))
@@ -197,7 +232,7 @@ def _draw(path, features, codebooks, measured, names, images, options, count=4, 
     if key is not None:
         scores = _fused(query, scores, _codes(gallery, codebooks[key]))
     order = scores.sort(dim=1, stable=True).indices[:, :nearest].numpy()
-    photos, sketches = images
+    photos, sketches = images.photos, images.sketches
     queries = []
     for index, ranking in zip(picked, order, strict=True):
         label = features.query_labels[index]
@@ -220,47 +255,25 @@ def _fused(query, euclidean, codes):
     return fused_scores(cluster_distances(query, *codes), euclidean)
 
 
-def _open_lists(protocol_name, options):
-    benchmark = open_benchmark(protocol_name, options.data_root, options.zero_version)
-    return benchmark, (benchmark.read("photo", "zero"), benchmark.read("sketch", "zero"))
-
-
-def _matching_lists(protocol_name, features, options):
-    """The lists of the images that features were computed from, if they are here with all images, else None."""
-    try:
-        _, lists = _open_lists(protocol_name, options)
-        for files, labels in zip(lists, (features.gallery_labels, features.query_labels), strict=True):
-            check_images(files)
-            if not np.array_equal(files.labels, labels):
-                return None
-    except InputError:
-        return None
-    return lists
-
-
-def _source(protocol_name, checkpoint, options):
-    """What features depend on, for the record beside them."""
-    benchmark_lists = {}
-    try:
-        _, lists = _open_lists(protocol_name, options)
-        benchmark_lists = {
-            f"{kind} list": digest(files.source) for kind, files in zip(("photo", "sketch"), lists, strict=True)
-        }
-    except InputError:
-        pass  # features can be tested where their images are not
+def _source(checkpoint, images, options):
+    """What features depend on, for the record beside them; without its lists where those are not at hand."""
+    lists = {"photo list": images.photos.source, "sketch list": images.sketches.source} if images else {}
     return {
         "checkpoint": digest(checkpoint),
         "model": options.model,
         "input_size": options.input_size,
-        **benchmark_lists,
+        **{name: digest(path) for name, path in lists.items()},
     }
 
 
-def _class_names(protocol_name, features, options):
-    """{label: class name}, or the number where the benchmark's class names are not at hand."""
-    labels = np.union1d(features.gallery_labels, features.query_labels).tolist()
+def _drawable(features, images):
+    """Whether `images` are at hand and are those that `features` were computed from."""
+    if images is None:
+        return False
+    pairs = ((images.photos, features.gallery_labels), (images.sketches, features.query_labels))
     try:
-        unseen = open_benchmark(protocol_name, options.data_root, options.zero_version).unseen_names
+        for files, _ in pairs:
+            check_images(files)
     except InputError:
-        unseen = []
-    return {label: unseen[label] if label < len(unseen) else str(label) for label in labels}
+        return False
+    return all(np.array_equal(files.labels, labels) for files, labels in pairs)

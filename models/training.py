@@ -5,16 +5,18 @@
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from datasets.errors import InputError, ends_in_one_line
 from datasets.filelists import check_images, open_benchmark
-from datasets.files import InputError, check_writable, ends_in_one_line, write_json
+from datasets.files import check_writable, write_json
 from datasets.images import normalise
-from datasets.protocols import PROTOCOLS
+from datasets.protocols import PROTOCOLS, protocol_of
 from datasets.zeroshot import evaluation_loader, training_loader
 from models.alignment import alignment_losses
 from models.networks import Student, Teacher
@@ -42,15 +44,13 @@ def main(protocol_name, argv=None):
     """Command line of a train script. Returns the path of the checkpoint that the zero-shot test will read."""
     protocol = PROTOCOLS[protocol_name]
     options = resolve(train_parser(protocol).parse_args(argv), protocol, "savedir")
-    benchmark = open_benchmark(protocol_name, options.data_root, options.zero_version)
+    benchmark = open_benchmark(
+        protocol_of(protocol_name, options.zero_version), options.data_root, options.zero_version
+    )
     loaders, mask = load_data(benchmark, options)
-    earlier = _check_savedir(options)
+    _check_savedir(options)
     run = start(options, len(benchmark.seen_names))
-    if options.epochs <= options.warmup_epochs + 1 and not options.no_validation:
-        note(f"note: all {options.epochs} epochs are warm-up, so no {BEST} will be kept (see --warmup_epochs)")
-    for path in earlier:
-        path.unlink()
-    return train(run, loaders, mask, options, protocol)
+    return train(run, loaders, mask, options, benchmark.protocol)
 
 
 def load_data(benchmark, options):
@@ -64,7 +64,10 @@ def load_data(benchmark, options):
             f"{protocol.photo_share} photos; use {least} or more"
         )
     sketches, photos = benchmark.read("sketch", "train"), benchmark.read("photo", "train")
-    held_back = None if options.no_validation else benchmark.read("sketch", "test")
+    try:
+        held_back = None if options.no_validation else benchmark.read("sketch", "test")
+    except InputError as error:
+        raise InputError(f"{error}; --no_validation trains without held-back sketches") from None
     for files in filter(None, (sketches, photos, held_back)):
         check_images(files)
     machine = options.workers, options.device
@@ -103,14 +106,14 @@ def train(run, loaders, mask, options, protocol):
     """
     training, validation = loaders
     record = {"protocol": protocol.title, **run_record(options)}
-    board = _open_board(options.savedir)
+    board = _open_board(options.savedir, first_epoch=len(run.history))
     for epoch in range(len(run.history), options.epochs):
         set_learning_rates(run.optimizers, (options.lr, options.teacher_lr), epoch, options.epochs)
         bidirectional = epoch > options.warmup_epochs
         entry = {"epoch": epoch, "phase": "bidirectional" if bidirectional else "warm-up"}
         entry |= train_epoch(run, training, mask, epoch, bidirectional, options)
-        if not math.isfinite(entry["total"]):
-            raise InputError(f"epoch {epoch}: the loss is {entry['total']}; the last good epoch is kept, lower --lr")
+        if not math.isfinite(entry["total"]) or not all(value.isfinite().all() for value in run.student.parameters()):
+            raise InputError(f"epoch {epoch}: loss or weights are not finite; start anew with a lower --lr")
         if validation is not None:
             entry["accuracy"] = validate(run.student, validation, options.device)
         names = _rank(run.history, entry)
@@ -207,6 +210,9 @@ def _save(run, names, savedir, record):
         "history": run.history,
         **record,
     }
+    if len(run.history) == 1:  # whatever an earlier run kept there is not this one's
+        for name in (BEST, BEST_AFTER_WARMUP):
+            (savedir / name).unlink(missing_ok=True)
     # The checkpoint that a resumed run reads comes last: where a run dies in between, it does this epoch again.
     for name in reversed(names):
         save_checkpoint(savedir / name, run.student, run.teacher, **content)
@@ -219,32 +225,40 @@ def _restore(run, path, options):
     checkpoint = read_checkpoint(path)
     if "teacher" not in checkpoint or "history" not in checkpoint:
         raise InputError(f"{path}: holds no teacher, so it cannot be resumed, only tested; start anew without --resume")
-    before = checkpoint["options"]
+    load_published(run.student, checkpoint["state_dict"], path)
+    load_published(run.teacher, checkpoint["teacher"], path)
+    try:
+        _check_same_options(checkpoint["options"], options, path)
+        for optimizer, key in zip(run.optimizers, ("optimizer", "optimizer_1"), strict=True):
+            optimizer.load_state_dict(checkpoint[key])
+        run.history = [{"phase": entry["phase"], "kept": entry["kept"], **entry} for entry in checkpoint["history"]]
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{path}: damaged, it cannot be resumed ({type(error).__name__}: {error}); start anew"
+        ) from error
+    note(f"resuming {path} after {len(run.history)} of {options.epochs} epochs")
+
+
+def _check_same_options(before, options, path):
     for name, value in run_record(options)["options"].items():
         if name not in HARMLESS and before.get(name) != value:
             raise InputError(
                 f"--resume: {path} was trained with --{name} {before.get(name)}, not {value}; use the same"
             )
-    load_published(run.student, checkpoint["state_dict"], path)
-    load_published(run.teacher, checkpoint["teacher"], path)
-    for optimizer, key in zip(run.optimizers, ("optimizer", "optimizer_1"), strict=True):
-        optimizer.load_state_dict(checkpoint[key])
-    run.history = checkpoint["history"]
-    note(f"resuming {path} after {len(run.history)} of {options.epochs} epochs")
 
 
 def _check_savedir(options):
-    """Checkpoints of an earlier run that this one is to replace: none but with --overwrite."""
-    check_writable(options.savedir)
-    if options.resume:
-        return []
-    found = [options.savedir / name for name in (LAST, BEST, BEST_AFTER_WARMUP) if (options.savedir / name).exists()]
-    if found and not options.overwrite:
+    found = [name for name in (LAST, BEST, BEST_AFTER_WARMUP) if os.path.exists(options.savedir / name)]
+    if options.resume and LAST not in found:
+        raise InputError(f"{options.savedir}: holds no {LAST} to resume; see --savedir, or start without --resume")
+    if found and not options.resume and not options.overwrite:
         raise InputError(
-            f"{options.savedir}: already holds {found[0].name}; --resume goes on with it, --overwrite replaces it, "
+            f"{options.savedir}: already holds {found[0]}; --resume goes on with it, --overwrite replaces it, "
             "--savedir starts elsewhere"
         )
-    return found
+    check_writable(options.savedir)
 
 
 def _kept(history, options):
@@ -256,7 +270,8 @@ def _kept(history, options):
         name = BEST
     else:
         name = BEST_AFTER_WARMUP if kept else LAST
-        note(f"note: no epoch after warm-up beat every epoch before it, so there is no {BEST}; {name} stands in")
+        why = "no epoch after warm-up beat every epoch before it" if kept else "all epochs were warm-up"
+        note(f"note: {why}, so there is no {BEST}; {name} stands in")
     print(f"trained {len(history)} epochs; test reads {options.savedir / name}")
     return options.savedir / name
 
@@ -265,13 +280,13 @@ def _step_seed(*place):
     return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
 
 
-def _open_board(savedir):
+def _open_board(savedir, first_epoch):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         note("note: tensorboard is not installed, no training curves are written")
         return None
-    return SummaryWriter(savedir / "curves")
+    return SummaryWriter(savedir / "curves", purge_step=first_epoch)  # hides what an earlier run wrote after it
 
 
 def _tell(entry, epochs, board):

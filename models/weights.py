@@ -9,14 +9,15 @@ both ways. Files are read as data: tensors, numbers and plain containers, never 
 """
 
 import argparse
+import os
 import pickle
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from datasets.files import InputError, write_whole
+from datasets.errors import InputError
+from datasets.files import write_whole
 from models.networks import Student, Teacher, create_backbone
 
 _TO_PUBLISHED = [  # timm's name of a parameter, published name
@@ -55,20 +56,27 @@ def published_state(module):
 def load_published(module, state, source):
     """Copy a published state dict into a backbone, Student or Teacher; `module.` prefixes are understood.
 
-    Strict: raises InputError naming `source` and the first parameter that is missing, unknown or of another shape;
-    the module is then untouched.
+    Strict: raises InputError naming `source` and the first parameter that is missing, unknown, no tensor or of another
+    shape; the module is then untouched.
     """
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise InputError(f"{source}: expected a state dict, parameters by name")
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    wanted = {published_name(name): (name, value) for name, value in module.state_dict().items()}
     expected = published_state(module)
-    for name in wanted.keys() & state.keys():
-        if state[name].shape != expected[name].shape:
-            raise InputError(_other_shape(source, name, state, expected[name].shape))
-    if unknown := sorted(state.keys() - wanted.keys()):
-        raise InputError(f"{source}: unknown parameter {unknown[0]} (of {len(unknown)}); {_is_model(state)}")
-    if missing := sorted(wanted.keys() - state.keys()):
-        raise InputError(f"{source}: parameter {missing[0]} is missing (of {len(missing)}); {_is_model(state)}")
-    module.load_state_dict({name: state[published].reshape(value.shape) for published, (name, value) in wanted.items()})
+    for name, value in expected.items():
+        found = state.get(name, value)
+        if not isinstance(found, torch.Tensor) or found.layout != torch.strided or found.is_meta:
+            raise InputError(f"{source}: {name} is no ordinary tensor; fetch the file again")
+        if found.shape != value.shape:
+            raise InputError(f"{source}: {_other_shape(name, tuple(found.shape), tuple(value.shape))}")
+    if unknown := sorted(state.keys() - expected.keys()):
+        raise InputError(f"{source}: holds another network, with {unknown[0]} and {len(unknown) - 1} more; see --model")
+    if missing := sorted(expected.keys() - state.keys()):
+        raise InputError(
+            f"{source}: holds another network, without {missing[0]} and {len(missing) - 1} more; see --model"
+        )
+    own = module.state_dict()
+    module.load_state_dict({name: state[published_name(name)].reshape(value.shape) for name, value in own.items()})
 
 
 def read_torch(path):
@@ -111,12 +119,10 @@ def save_checkpoint(path, student, teacher=None, **rest):
     if teacher is not None:
         content["teacher"] = published_state(teacher)
     with write_whole(path) as file:
-        torch.save(content, file)
-
-
-def seen_classes(checkpoint):
-    """Number of seen classes that the student in a checkpoint was trained on."""
-    return next((len(v) for name, v in checkpoint["state_dict"].items() if name.endswith("linear.bias")), 0)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # how torch reports a write that failed
+            raise OSError(f"{_gist(error)}; is the disk full?") from error
 
 
 def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
@@ -125,47 +131,52 @@ def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
     finetune: a published file, "timm" (the same weights from timm's hub), or "none" (random).
     Raises InputError if the model or the weights cannot be had.
     """
-    try:
-        pretrained = finetune == "timm"
-        backbones = [create_backbone(model, imagenet_classes, rate, pretrained) for rate in (drop_path, 0.0)]
-    except ValueError as error:
-        raise InputError(f"--model: {error}") from None
-    except Exception as error:
-        if finetune != "timm":
-            raise
-        raise InputError(
-            f"--finetune timm: {model} could not be fetched ({_gist(error)}); give a downloaded file instead"
-        ) from error
+    backbone = _create_backbone(model, imagenet_classes, drop_path, pretrained=finetune == "timm")
     if finetune not in ("timm", "none"):
-        if not Path(finetune).is_file():
+        if not os.path.isfile(finetune):
             raise InputError(
                 f"{finetune}: no pretrained weights; see pretrained_model/README.md, or use --finetune timm or none"
             )
         content = read_torch(finetune)
         state = content.get("model", content) if isinstance(content, dict) else None
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise InputError(f"{finetune}: not pretrained weights, expected {{'model': state dict}}")
-        load_published(backbones[0], state, finetune)
-    backbones[1].load_state_dict(backbones[0].state_dict())
-    return Student(backbones[0], classes), Teacher(backbones[1])
+        load_published(backbone, state, finetune)
+    frozen = _create_backbone(model, imagenet_classes)
+    frozen.load_state_dict(backbone.state_dict())
+    return Student(backbone, classes), Teacher(frozen)
 
 
-def _other_shape(source, name, state, expected):
-    found = tuple(state[name].shape)
-    if name.startswith("linear."):
+def load_student(path, model, classes, imagenet_classes=1000):
+    """The student of a checkpoint, ours or the authors'. Raises InputError if it is of another model or split."""
+    student = Student(_create_backbone(model, imagenet_classes), classes)
+    load_published(student, read_checkpoint(path)["state_dict"], path)
+    return student
+
+
+def _create_backbone(model, imagenet_classes, drop_path=0.0, pretrained=False):
+    try:
+        return create_backbone(model, imagenet_classes, drop_path, pretrained)
+    except ValueError as error:
+        raise InputError(f"--model: {error}") from None
+    except Exception as error:
+        if not pretrained:
+            raise
+        reason = f"{model} could not be fetched ({_gist(error)})"
+        raise InputError(f"--finetune timm: {reason}; give a downloaded file instead") from error
+
+
+def _other_shape(name, found, expected):
+    """Why a parameter is not of the expected shape, and the way out."""
+    if found and name.startswith("linear.") and found[1:] == expected[1:]:
         return (
-            f"{source}: trained on {found[0]} seen classes, not {expected[0]}; it belongs to another split or data set"
+            f"trained on {found[0]} seen classes, but cname_cid.txt lists {expected[0]}: "
+            "they belong to different splits; see --zero_version"
         )
-    if name.startswith("head.") and found[1:] == tuple(expected)[1:]:
-        return f"{source}: its head has {found[0]} classes, not {expected[0]}; set --nb_classes {found[0]}"
-    return f"{source}: {name} is {found}, expected {tuple(expected)}; {_is_model(state)}"
-
-
-def _is_model(state):
-    stem = state.get("downsample_layers.0.0.weight")
-    size = _STEM_WIDTHS.get(len(stem)) if stem is not None else None
-    return f"the file holds a convnextv2_{size}: see --model" if size else "the file holds no known ConvNeXt V2"
+    if found and name.startswith("head.") and found[1:] == expected[1:]:
+        return f"its head has {found[0]} classes, not {expected[0]}; set --nb_classes {found[0]}"
+    size = _STEM_WIDTHS.get(found[0]) if found and name.startswith("downsample_layers.0.") else None
+    holds = f"the file holds a convnextv2_{size}" if size else "the file holds another network"
+    return f"{name} is {found}, expected {expected}: {holds}, see --model"
 
 
 def _gist(error):
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    return str(error).strip().split("\n")[0][:160] or type(error).__name__

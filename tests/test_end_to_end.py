@@ -104,16 +104,20 @@ def test_chunks_change_nothing(tmp_path, monkeypatch):
     assert test_tuberlin_ext_zeroshot.main(arguments)["rows"] == whole
 
 
-def test_features_older_than_the_checkpoint_are_named_and_recomputed(trained, miniature, tmp_path, capsys):
+def test_features_older_than_the_checkpoint_are_named_and_recomputed(trained, miniature, tmp_path, capsys, fails):
     shutil.copy(trained / "checkpoint.pth.tar", tmp_path / "model_best.pth.tar")
     features_of_three_classes(tmp_path / "features_zero.pickle")
     os.utime(tmp_path / "features_zero.pickle", (1000, 1000))
+    downloaded = (tmp_path / "features_zero.pickle").read_bytes()
+    arguments = [*MODEL, "--mode", "1", "--data_root", str(tmp_path / "no"), "--resume_dir", str(tmp_path)]
+    assert "no such data folder; " in (message := fails(test_sketchy_ext_zeroshot.main, *arguments))
+    assert "move model_best.pth.tar away to test features_zero.pickle as it is" in message
     arguments = [*MODEL, "--mode", "1", "--data_root", str(miniature), "--resume_dir", str(tmp_path)]
     assert test_sketchy_ext_zeroshot.main(arguments)["gallery"] == 48
-    assert (
-        "features_zero.pickle is older than model_best.pth.tar beside it, computing them anew"
-        in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "features_zero.pickle is older than model_best.pth.tar beside it, computing them anew" in said
+    assert "that was there is now features_zero.pickle.old" in said
+    assert (tmp_path / "features_zero.pickle.old").read_bytes() == downloaded
 
 
 def test_downloaded_weights_and_checkpoints_swap_in(miniature, tmp_path):
@@ -167,13 +171,17 @@ def test_bad_input_to_a_test_ends_in_one_line(trained, miniature, tiny, tmp_path
         return fails(test_sketchy_ext_zeroshot.main, *arguments)
 
     assert "neither model_best.pth.tar nor features_zero.pickle" in error(folder=tmp_path / "empty")
-    assert "holds a convnextv2_atto: see --model" in error("--model", "convnextv2_femto")
+    assert "holds a convnextv2_atto, see --model" in error("--model", "convnextv2_femto")
     assert "its head has 1000 classes, not 12" in error("--nb_classes", 12)
     assert "trained on 29 seen classes, but cname_cid.txt lists 2" in error("--data_root", tiny)
     assert "no such data folder" in error("--data_root", tmp_path / "nowhere")
     assert "--clusters 50: the gallery has only 48 photos" in error("--clusters", 50)
     assert "--subspaces 7" in error("--subspaces", 7)
     assert "--mode" in error("--mode", 3)
+    sick = torch.load(trained / "checkpoint.pth.tar")
+    sick["state_dict"]["module.norm.weight"][:] = float("nan")
+    torch.save(sick, tmp_path / "sick")
+    assert f"{tmp_path / 'sick'}: its features are not finite" in error(folder=tmp_path / "sick")
     torn = tmp_path / "torn"
     torn.write_bytes((trained / "checkpoint.pth.tar").read_bytes()[:10_000])
     assert f"{torn}: " in error(folder=torn)
@@ -189,6 +197,14 @@ def test_what_a_missing_extra_skips_is_said_in_a_line(miniature, tmp_path, monke
     )
     assert "note: no picture of retrievals, matplotlib is not installed\n" in capsys.readouterr().err
     assert not (tmp_path / "retrievals.png").exists() and not (tmp_path / "curves").exists()
+
+
+def test_what_features_alone_cannot_do_is_said(tmp_path, fails):
+    gallery, gallery_labels, query, _ = features_of_three_classes(tmp_path / "features_zero.pickle")
+    assert "holds no checkpoint" in fails(test_tuberlin_ext_zeroshot.main, "--resume_dir", tmp_path, "--recompute")
+    one = [gallery[:1], gallery_labels[:1], query[:1], gallery_labels[:1], None]
+    (tmp_path / "features_zero.pickle").write_bytes(pickle.dumps(one))
+    assert "use --mode 1" in fails(test_tuberlin_ext_zeroshot.main, "--resume_dir", tmp_path, "--clusters", 1)
 
 
 def test_a_query_class_without_photos_is_named(tmp_path, fails):

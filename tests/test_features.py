@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from datasets.files import InputError
+from datasets.errors import InputError
 from datasets.images import normalise
-from models.eval.features import Features, extract, read_features, why_stale, write_features
+from models.eval.features import Features, extract, is_ours, read_features, why_stale, write_features
 
 
 def unit(count, width=8, seed=0):
@@ -47,14 +47,21 @@ def test_features_of_any_length_are_scaled_to_one_and_said(features, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({0: np.full((6, 8), np.nan)}, "gallery feature 0 holds NaN or infinity"),
-        ({2: np.array([[0.0] * 8, [np.inf] * 8, [1.0] * 8])}, "query feature 1 holds NaN or infinity"),
+        ({0: np.full((6, 8), np.nan)}, "gallery feature 0 is zero, or holds NaN or infinity"),
+        ({2: np.array([[1.0] * 8, [np.inf] * 8, [1.0] * 8])}, "query feature 1 is zero, or holds NaN"),
+        ({2: np.array([[1.0] * 8, [1.0] * 8, [0.0] * 8])}, "query feature 2 is zero"),
         ({2: unit(3, 7)}, "gallery features have 8 values, query features 7"),
-        ({1: np.zeros(5)}, r"gallery features \(6, 8\) do not match 5 labels"),
+        ({1: np.zeros(5)}, "gallery labels must be one whole number for each of 6 features"),
         ({3: np.array([0, 1, 0.5])}, "query labels must be whole numbers"),
         ({3: np.array([0, 1, -1])}, "query labels must be whole numbers"),
-        ({0: "photos"}, "must be arrays of numbers"),
-        ({0: np.zeros((0, 8)), 1: np.zeros(0)}, "do not match 0 labels"),
+        ({3: np.array([0, 1, np.nan])}, "query labels must be whole numbers"),
+        ({3: [0, 1, 10**30]}, "query labels must be one whole number"),
+        ({0: "photos"}, "gallery features must be an array of numbers"),
+        ({0: unit(6).astype(complex)}, "gallery features must be an array of numbers"),
+        ({0: [[1.0], [1.0, 2.0]]}, "gallery features must be an array of numbers"),
+        ({0: np.zeros((0, 8)), 1: np.zeros(0)}, "gallery features must be an array of numbers"),
+        ({0: np.zeros((6, 0))}, "gallery features must be an array of numbers"),
+        ({1: np.array([None] * 6)}, "only numbers and strings are read"),
     ],
 )
 def test_unusable_features_are_named(features, tmp_path, change, words):
@@ -73,6 +80,8 @@ def test_features_are_stale_when_what_they_came_from_changed(features, tmp_path)
     assert why_stale(path, {"checkpoint": "a", "input_size": 224}, checkpoint) is None
     assert why_stale(path, {"checkpoint": "b", "input_size": 224}, checkpoint) == "computed with another checkpoint"
     assert why_stale(path, {"checkpoint": "a", "input_size": 64}, checkpoint) == "computed with another input_size"
+    (tmp_path / "features_zero.json").write_text("[]")
+    assert not is_ours(path)
     # Somebody else's pickle has no record, or one that is not its own: the older file loses.
     save(path, features.query)
     os.utime(checkpoint, (1000, 1000))

@@ -3,6 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
+from datasets.errors import InputError
 from datasets.filelists import (
     check_images,
     open_benchmark,
@@ -12,7 +13,6 @@ from datasets.filelists import (
     write_list,
     write_mask,
 )
-from datasets.files import InputError
 from datasets.protocols import PROTOCOLS
 
 
@@ -35,6 +35,7 @@ def test_names_with_spaces_windows_line_ends_and_a_byte_order_mark(tmp_path):
         ("../a.png 0\n", r"list\.txt:1: '\.\./a\.png' leaves the data folder"),
         ("photo/../../a.png 0\n", r"list\.txt:1: .* leaves the data folder"),
         ("/etc/a.png 0\n", r"list\.txt:1: '/etc/a\.png' leaves the data folder"),
+        (f"a.png {'9' * 5000}\n", r"list\.txt:1: expected 'path label'"),
         ("\n", r"list\.txt: the list is empty"),
         (None, r"list\.txt: no such list"),
     ],
@@ -62,6 +63,12 @@ def test_class_labels_must_be_complete(tmp_path, labels, words):
         read_class_names(tmp_path / "c.txt")
 
 
+def test_a_class_has_one_label(tmp_path):
+    write_list(tmp_path / "c.txt", [("bell", 0), ("bell", 1)])
+    with pytest.raises(InputError, match=r"c\.txt:2: the class 'bell' already has a label"):
+        read_class_names(tmp_path / "c.txt")
+
+
 def test_a_mask_survives_the_round_trip(tmp_path):
     mask = np.zeros((3, 1000))
     mask[1, [5, 999]] = 1, 0.25
@@ -78,6 +85,9 @@ def test_a_mask_survives_the_round_trip(tmp_path):
         ([np.zeros(1000)] * 2, "not a mask of the 2 classes"),
         ({0: np.zeros(1000), 1: np.zeros(999)}, "vector of 1000 finite numbers"),
         ({0: np.zeros(1000), 1: np.full(1000, np.nan)}, "vector of 1000 finite numbers"),
+        ({label: np.zeros(1000) for label in range(3)}, "not a mask of the 2 classes"),
+        ({0: np.zeros(1000), 1: np.full(1000, 1e300)}, "vector of 1000 finite numbers"),
+        ({0: np.zeros(1000), 1: [10**400] * 1000}, "vector of 1000 finite numbers"),
         ({0: "a", 1: "b"}, "vector of 1000 finite numbers"),
     ],
 )

@@ -4,7 +4,8 @@ import pickle
 import numpy as np
 import pytest
 
-from datasets.files import InputError, check_writable, ends_in_one_line, read_pickle, write_json, write_whole
+from datasets.errors import InputError, ends_in_one_line
+from datasets.files import check_writable, read_pickle, write_json, write_whole
 
 
 class Shell:
@@ -41,6 +42,50 @@ def test_a_pickle_of_python_2_is_read(tmp_path):
     array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR" + state
     (tmp_path / "p").write_bytes(b"(dI0\n" + array + b"s.")
     assert read_pickle(tmp_path / "p")[0].tolist() == [1.5]
+
+
+class Forged:
+    """Builds an array over bytes of the attacker's choice, through a type that says they are pointers."""
+
+    def __init__(self, dtype_state, call_ndarray):
+        self.dtype_state, self.call_ndarray = dtype_state, call_ndarray
+
+    def __reduce__(self):
+        kind = ForgedType(self.dtype_state)
+        if self.call_ndarray:
+            return np.ndarray, ((2,), kind, b"A" * 16)
+        return np.empty(0).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, (2,), kind, False, b"A" * 16)
+
+
+class ForgedType:
+    def __init__(self, state):
+        self.state = state
+
+    def __reduce__(self):
+        return np.dtype, ("V8", False, True), self.state
+
+
+@pytest.mark.parametrize("call_ndarray", [False, True])
+@pytest.mark.parametrize(
+    "state",
+    [
+        (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0),
+        (3, "|", None, None, None, 8, 1, 63),
+    ],
+)
+def test_arrays_of_forged_types_are_refused(tmp_path, state, call_ndarray):
+    (tmp_path / "p").write_bytes(pickle.dumps(Forged(state, call_ndarray)))
+    with pytest.raises(InputError, match="p: "):
+        read_pickle(tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    "array", [np.array([None]), np.zeros(2, dtype=[("a", "f4")]), np.array(["2020"], dtype="M8[D]")]
+)
+def test_arrays_of_anything_but_numbers_and_strings_are_refused(tmp_path, array):
+    (tmp_path / "p").write_bytes(pickle.dumps(array))
+    with pytest.raises(InputError, match="only numbers and strings are read"):
+        read_pickle(tmp_path / "p")
 
 
 def test_a_torn_or_missing_pickle_is_named(tmp_path):
@@ -82,6 +127,17 @@ def test_input_errors_end_in_one_line(capsys, message):
         command()
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: a.txt:3: no label\n"
+
+
+def test_limits_of_the_machine_end_in_one_line(capsys):
+    @ends_in_one_line
+    def command():
+        raise OSError(24, "Too many open files", "a.txt")
+
+    with pytest.raises(SystemExit) as end:
+        command()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: [Errno 24] Too many open files: 'a.txt'\n"
 
 
 def test_bugs_keep_their_traceback():

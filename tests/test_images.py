@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.files import InputError
+from datasets.errors import InputError
 from datasets.images import draw_augmentation, normalise, read_rgb, resize, warp
 
 

@@ -50,6 +50,7 @@ def test_every_category_draws_lines_and_pictures(name):
 
 def test_a_folder_in_use_is_left_alone(tmp_path, fails):
     Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
-    assert "is not empty" in fails(prepare.main, "miniature", tmp_path)
-    assert "is not empty" in fails(prepare.main, "miniature", tmp_path / "mine.png")
+    assert "is not an empty folder" in fails(prepare.main, "miniature", tmp_path)
+    assert "is not an empty folder" in fails(prepare.main, "miniature", tmp_path / "mine.png")
+    assert "--seed" in fails(prepare.main, "miniature", tmp_path / "new", "--seed", -1)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]

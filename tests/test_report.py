@@ -33,7 +33,7 @@ def queries(tmp_path):
     for name, colour in (("sketch", "white"), ("right", "green"), ("wrong", "red")):
         Image.new("RGB", (40, 30), colour).save(tmp_path / f"{name}.png")
     found = [(tmp_path / "right.png", True), (tmp_path / "wrong.png", False)]
-    return [("bell\nAP 0.50", tmp_path / "sketch.png", found)] * 2
+    return [("a$_$b\nAP 0.50", tmp_path / "sketch.png", found)] * 2
 
 
 def test_right_and_wrong_retrievals_are_framed_differently(queries, tmp_path):

@@ -134,7 +134,10 @@ def test_bad_options_end_in_one_line(tiny, tmp_path, fails):
     assert "no pretrained weights" in error("--finetune", tmp_path / "none.pt")
     assert "--model" in error("--model", "convnext_tiny")
     assert "--epochs" in error("--epochs", 0)
-    assert "--device" in error("--device", "abacus")
+    for device in ("abacus", "meta", "cuda:99"):
+        assert f"--device {device}: there is no such device here" in error("--device", device)
+    assert "--zero_version" in error("--zero_version", "a/b")
+    assert "--seed" in error("--seed", 10**20)
     assert "unrecognized arguments: --epoch" in error("--epoch", 3)
     assert "cid_mask.pickle: every class needs a vector of 20" in error("--nb_classes", 20)
     assert not list((tmp_path / "new").glob("*.tar"))
@@ -156,7 +159,7 @@ def test_bad_data_ends_in_one_line(tiny, tmp_path, fails):
     assert "--no_mask" in error()
     held_back = lists / "sketch_tx_000000000000_ready_filelist_test.txt"
     held_back.unlink()
-    assert f"{held_back}: no such list" in error("--no_mask")
+    assert f"{held_back}: no such list" in (message := error("--no_mask")) and "--no_validation" in message
     write_list(lists / "all_photo_filelist_train.txt", [("photo of train/9.png", 0)])
     assert "all_photo_filelist_train.txt:1: no image" in error("--no_mask", "--no_validation")
 
@@ -170,8 +173,50 @@ def test_earlier_checkpoints_are_not_lost_by_accident(tiny, tmp_path, fails):
     assert (tmp_path / LAST).read_bytes() == before
     assert "no pretrained weights" in fails(*arguments, "--overwrite", "--finetune", "gone.pt")
     assert (tmp_path / LAST).read_bytes() == before
+    assert "not allowed with argument" in fails(*arguments, "--overwrite", "--resume")
     run(tiny, tmp_path, "--epochs", 1, "--seed", 1, "--overwrite")
     assert (tmp_path / LAST).read_bytes() != before
+
+
+def test_what_an_earlier_run_kept_goes_with_its_first_epoch(tiny, tmp_path):
+    for name in (LAST, BEST, BEST_AFTER_WARMUP):
+        (tmp_path / name).write_bytes(b"old")
+    assert run(tiny, tmp_path, "--epochs", 1, "--overwrite") == tmp_path / LAST
+    assert not (tmp_path / BEST).exists() and not (tmp_path / BEST_AFTER_WARMUP).exists()
+
+
+def test_a_damaged_checkpoint_cannot_be_resumed(tiny, tmp_path, fails):
+    arguments = [train_sketchy_ext.main, *SHORT, "--data_root", tiny, "--savedir", tmp_path, "--resume"]
+    assert "holds no checkpoint.pth.tar to resume" in fails(*arguments)
+    run(tiny, tmp_path, "--epochs", 1)
+    whole = read_checkpoint(tmp_path / LAST)
+    whole["options"]["epochs"] = 3
+    for change in (
+        {"optimizer": 7},
+        {"optimizer_1": {}},
+        {"optimizer_1": whole["optimizer"]},
+        {"history": 3},
+        {"history": [{}]},
+        {"options": []},
+    ):
+        torch.save(whole | change, tmp_path / LAST)
+        assert "damaged, it cannot be resumed" in fails(*arguments)
+    torch.save(whole | {"teacher": 7}, tmp_path / LAST)
+    assert "expected a state dict" in fails(*arguments)
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tiny, tmp_path, fails, monkeypatch):
+    run(tiny, tmp_path, "--epochs", 1)
+    before = (tmp_path / LAST).read_bytes()
+
+    def fail(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr("models.weights.torch.save", fail)
+    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--epochs", 1, "--overwrite"]
+    assert "is the disk full?" in fails(train_sketchy_ext.main, *arguments)
+    assert (tmp_path / LAST).read_bytes() == before
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_checkpoint_of_the_authors_cannot_be_resumed(tiny, tmp_path, fails):

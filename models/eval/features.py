@@ -16,7 +16,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from datasets.files import InputError, read_pickle, write_json, write_whole
+from datasets.errors import InputError
+from datasets.files import read_pickle, write_json, write_whole
 from datasets.images import normalise
 
 
@@ -46,33 +47,36 @@ def extract(student, loader, device, title="features"):
 def read_features(path):
     """Read a features_zero.pickle without trusting it. Returns (Features, whether it had to be normalised).
 
-    Raises InputError if the file is refused, torn, of another form, or holds values that are not finite.
+    Raises InputError if the file is refused, torn, of another form, or holds a feature that has no direction.
     """
     content = read_pickle(path)
     if not isinstance(content, list | tuple) or len(content) < 4:
         raise InputError(f"{path}: expected [gallery features, gallery labels, query features, query labels, ...]")
-    try:
-        gallery, query = (np.asarray(content[i], dtype=np.float32) for i in (0, 2))
-        labels = [np.asarray(content[i]).reshape(-1) for i in (1, 3)]
-        gallery_labels, query_labels = (values.astype(np.int64) for values in labels)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: features and labels must be arrays of numbers ({error})") from None
-    for name, values, integers in (("gallery", gallery, gallery_labels), ("query", query, query_labels)):
-        if values.ndim != 2 or not len(values) or len(values) != len(integers):
-            raise InputError(f"{path}: {name} features {values.shape} do not match {len(integers)} labels")
-        if not np.isfinite(values).all():
-            row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
-            raise InputError(
-                f"{path}: {name} feature {row} holds NaN or infinity; extract the features again: --recompute"
-            )
-    if gallery.shape[1] != query.shape[1]:
-        raise InputError(f"{path}: gallery features have {gallery.shape[1]} values, query features {query.shape[1]}")
-    for name, raw, integers in (("gallery", labels[0], gallery_labels), ("query", labels[1], query_labels)):
-        if (raw != integers).any() or (integers < 0).any():
+    parts, rescaled = [], False
+    for name, values, labels in (("gallery", *content[:2]), ("query", *content[2:4])):
+        values, labels = _numbers(values), _numbers(labels)
+        if values is None or values.ndim != 2 or not values.size:
+            raise InputError(f"{path}: {name} features must be an array of numbers (photos or sketches, values)")
+        if labels is None or labels.reshape(-1).shape != values.shape[:1]:
+            raise InputError(f"{path}: {name} labels must be one whole number for each of {len(values)} features")
+        labels = labels.reshape(-1)
+        if not np.isfinite(labels).all() or (labels % 1 != 0).any() or labels.min() < 0 or labels.max() > 10**9:
             raise InputError(f"{path}: {name} labels must be whole numbers, 0 or more")
-    normalised = [_unit(values) for values in (gallery, query)]
-    rescaled = any(changed for _, changed in normalised)
-    return Features(normalised[0][0], gallery_labels, normalised[1][0], query_labels), rescaled
+        norms = np.linalg.norm(values.astype(np.float64), axis=1)
+        if not np.isfinite(norms).all() or not norms.all():
+            row = int(np.flatnonzero(~np.isfinite(norms) | (norms == 0))[0])
+            raise InputError(
+                f"{path}: {name} feature {row} is zero, or holds NaN or infinity; extract the features again"
+            )
+        # Features that have length 1 stay as they were published, to the bit.
+        if np.abs(norms - 1).max() > 1e-3:
+            values, rescaled = values / norms[:, None], True
+        parts += [values.astype(np.float32), labels.astype(np.int64)]
+    features = Features(*parts)
+    widths = features.gallery.shape[1], features.query.shape[1]
+    if widths[0] != widths[1]:
+        raise InputError(f"{path}: gallery features have {widths[0]} values, query features {widths[1]}")
+    return features, rescaled
 
 
 def write_features(path, features, source):
@@ -83,17 +87,19 @@ def write_features(path, features, source):
     write_json(_sidecar(path), {"source": source, "sha256": digest(path)})
 
 
+def is_ours(path):
+    """Whether the features at `path` are those that the record beside them speaks of."""
+    return _record(path).get("sha256") == digest(path)
+
+
 def why_stale(path, source, checkpoint):
     """Why features at `path` must not stand for `source` (see `write_features`), or None if they may.
 
     A pickle of somebody else's has no record of its source; it is stale if `checkpoint` is newer.
     """
-    try:
-        record = json.loads(_sidecar(path).read_text())
-    except (OSError, ValueError):
-        record = {}
-    if record.get("sha256") == digest(path):
-        differing = [name for name, value in source.items() if record["source"].get(name) != value]
+    if is_ours(path):
+        recorded = _record(path).get("source", {})
+        differing = [name for name, value in source.items() if recorded.get(name) != value]
         return f"computed with another {differing[0]}" if differing else None
     if path.stat().st_mtime < checkpoint.stat().st_mtime:
         return f"older than {checkpoint.name} beside it"
@@ -113,9 +119,18 @@ def _sidecar(path):
     return Path(path).with_suffix(".json")
 
 
-def _unit(values):
-    """Rows of length 1: `values` themselves where they already are, so that published features stay as they were."""
-    norms = np.linalg.norm(values, axis=1, keepdims=True)
-    if np.abs(norms - 1).max() < 1e-3:
-        return values, False
-    return values / np.maximum(norms, np.finfo(np.float32).tiny), True
+def _record(path):
+    try:
+        record = json.loads(_sidecar(path).read_text())
+    except (OSError, ValueError):
+        record = None
+    return record if isinstance(record, dict) else {}
+
+
+def _numbers(values):
+    """`values` as an array of real numbers, or None if they are something else."""
+    try:
+        values = np.asarray(values)
+    except ValueError:
+        return None
+    return values if values.dtype.kind in "biuf" else None

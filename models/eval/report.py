@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from datasets.files import write_json, write_whole
+from datasets.files import write_whole
 from datasets.images import read_rgb
 
 
 def print_table(results, protocol):
-    """Print one line per row of `results` (see `write_results`); a star marks K = number of unseen classes."""
+    """Print one line per row of `results` (the content of results.json); a star marks K = number of unseen classes."""
     at = "all" if protocol.map_at is None else protocol.map_at
     counts = f"{results['queries']:,} sketches, {results['gallery']:,} photos, {results['classes']} classes"
     print(f"{protocol.title}: {counts}")
@@ -18,11 +18,6 @@ def print_table(results, protocol):
         print(f"{row['matching']:12} {subspaces:>2} {clusters:>3}{star}  {row['mAP']:9.4f} {row['Prec']:9.4f}")
     if any(row.get("K") == results["classes"] for row in results["rows"]):
         print("* K = number of unseen classes")
-
-
-def write_results(path, results):
-    """Write results.json: protocol, queries, gallery, classes, options, versions, rows; each row with its per_class."""
-    write_json(path, results)
 
 
 def draw_retrievals(path, queries, title):
@@ -40,7 +35,7 @@ def draw_retrievals(path, queries, title):
         for axis in row:
             axis.set_axis_off()
         row[0].imshow(_thumbnail(sketch))
-        row[0].set_title(caption, fontsize=8)
+        row[0].set_title(caption, fontsize=8, parse_math=False)
         for axis, (photo, right) in zip(row[1:], photos, strict=False):
             axis.imshow(_thumbnail(photo))
             axis.set_axis_on()
@@ -61,7 +56,8 @@ def _one_per_class(order, labels, count):
     first = [order[np.flatnonzero(labels[order] == label)[0]] for label in np.unique(labels)]
     rank = {index: place for place, index in enumerate(order)}
     picked = sorted(first, key=rank.get)[:count]
-    rest = (index for index in order if index not in set(first))
+    taken = set(first)
+    rest = (index for index in order if index not in taken)
     return [*picked, *(next(rest) for _ in range(min(count, len(order)) - len(picked)))]
 
 

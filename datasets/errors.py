@@ -1,0 +1,70 @@
+"""How command lines fail: `InputError` is what a user can cause and mend.
+
+Every command line of the project ends such an error in one line with exit status 2. Anything else is a bug and keeps
+its traceback.
+"""
+
+import argparse
+import functools
+import re
+import sys
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message names it and the way out."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, too, and whose help names every default worth naming."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        plain = action.default is None or isinstance(action.default, bool)
+        return action.help if plain else super()._get_help_string(action)
+
+
+def number(kind, low, high, wanted):
+    """An argparse type: a number of `kind` from `low` to `high`, described as `wanted` where it is not."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+seed = number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
+
+
+def ends_in_one_line(command):
+    """Let a command line end what a user can mend in one line (status 2) and Ctrl-C in one word (status 130)."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except InputError as error:
+            # A DataLoader worker wraps the message in its own traceback, of which the last line is ours.
+            last = str(error).strip().split("\n")[-1]
+            message = re.sub(r"^[\w.]*InputError: ", "", last)
+        except OSError as error:  # the machine's own limits: full disk, too many open files, a closed pipe
+            message = str(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        print("error:", message, file=sys.stderr)
+        raise SystemExit(2)
+
+    return wrapped
