@@ -1,5 +1,6 @@
 """What the tests share: golden numbers, networks of the golden size, small benchmarks and the way errors end."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,25 @@ def fails(capsys):
         return lines[0]
 
     return run
+
+
+class Trap:
+    """Makes a file when a pickle of it is trusted; `sprung` tells."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+    def sprung(self):
+        return self.target.exists()
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """An object whose pickle runs code when it is trusted."""
+    return Trap(tmp_path / "sprung")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,3 @@
-import os
 from collections import OrderedDict
 
 import numpy as np
@@ -116,19 +115,11 @@ def test_another_model_size_is_recognised(student):
         load_published(student, published_state(Student(create_backbone("convnextv2_femto", 12), 5)), "file.pt")
 
 
-class Shell:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
-
-
-def test_a_torch_file_that_runs_code_is_refused_and_nothing_runs(tmp_path):
-    torch.save({"state_dict": Shell(tmp_path / "owned")}, tmp_path / "evil.pt")
+def test_a_torch_file_that_runs_code_is_refused_and_nothing_runs(tmp_path, trap):
+    torch.save({"state_dict": trap}, tmp_path / "evil.pt")
     with pytest.raises(InputError, match=r"evil\.pt: refused, it asks for \w+\.system; .* nothing was run"):
         read_torch(tmp_path / "evil.pt")
-    assert not (tmp_path / "owned").exists()
+    assert not trap.sprung()
 
 
 def test_torn_foreign_and_missing_files_are_named(student, tmp_path):
