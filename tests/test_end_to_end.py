@@ -36,11 +36,11 @@ def trained(miniature, tmp_path_factory):
     return folder
 
 
-def features_of_three_classes(path, width=768):
+def features_of_three_classes(path, width=768, photos=60):
     """Features in the authors' form: noisy copies of three directions."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(3, width))
-    labels = np.arange(60) % 3, np.arange(12) % 3
+    labels = np.arange(photos) % 3, np.arange(12) % 3
     parts = [centres[which] + 6 * rng.normal(size=(len(which), width)) for which in labels]
     gallery, query = ((part / np.linalg.norm(part, axis=1, keepdims=True)).astype(np.float32) for part in parts)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,9 @@ def test_train_then_retrieve(trained, miniature, capsys):
 )
 def test_features_alone_are_enough(tmp_path, monkeypatch, script, map_at, prec_at):
     monkeypatch.chdir(tmp_path)
-    gallery, gallery_labels, query, query_labels = features_of_three_classes(tmp_path / "features_zero.pickle")
+    gallery, gallery_labels, query, query_labels = features_of_three_classes(
+        tmp_path / "features_zero.pickle", photos=330
+    )
     results = script.main(["--resume_dir", str(tmp_path), "--mode", "1", "--device", "cpu"])
     distances = np.linalg.norm(query[:, None].astype(float) - gallery[None], axis=2)
     relevant = rank(*map(torch.from_numpy, (distances, query_labels, gallery_labels)))

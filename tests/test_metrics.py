@@ -29,6 +29,8 @@ def test_ties_go_by_gallery_order():
     scores = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0]])
     relevant = rank(scores, torch.tensor([7]), torch.tensor([0, 7, 7, 0, 0]))  # order 1, 4, 0, 2, 3
     assert relevant.tolist() == [[True, False, False, True, False]]
+    many = rank(torch.zeros(1, 5000), torch.tensor([1]), torch.arange(5000) % 3)
+    assert torch.equal(many[0], torch.arange(5000) % 3 == 1)
 
 
 def test_shuffling_the_gallery_changes_nothing_without_ties():
