@@ -59,8 +59,15 @@ def ends_in_one_line(command):
             # A DataLoader worker wraps the message in its own traceback, of which the last line is ours.
             last = str(error).strip().split("\n")[-1]
             message = re.sub(r"^[\w.]*InputError: ", "", last)
-        except OSError as error:  # the machine's own limits: full disk, too many open files, a closed pipe
+        except OSError as error:  # what the machine refuses: too many open files, a closed pipe
             message = str(error)
+        except (MemoryError, RuntimeError) as error:  # torch knows its own limits only as RuntimeError
+            if "DataLoader worker" in str(error):
+                message = "a process that decodes images was killed, perhaps for memory; lower --workers"
+            elif isinstance(error, MemoryError) or "memory" in str(error):
+                message = "out of memory; lower --batch_size or --input_size"
+            else:
+                raise
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None

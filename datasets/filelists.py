@@ -67,9 +67,12 @@ def open_benchmark(protocol_name, root=None, zero_version=None):
         raise InputError(f"{root}: no such data folder; unpack {protocol.title} there or name another with --data_root")
     if not os.path.isdir(lists):
         raise InputError(f"{lists}: no such folder of lists; name the right one with --zero_version")
-    return Benchmark(
-        protocol, root, lists, read_class_names(lists / "cname_cid.txt"), read_class_names(lists / "cname_cid_zero.txt")
-    )
+    seen, unseen = (read_class_names(lists / name) for name in ("cname_cid.txt", "cname_cid_zero.txt"))
+    if both := sorted(set(seen) & set(unseen)):
+        raise InputError(
+            f"{lists}: {both[0]!r} is in cname_cid.txt and in cname_cid_zero.txt; unseen classes must be new"
+        )
+    return Benchmark(protocol, root, lists, seen, unseen)
 
 
 def read_list(path, root, classes):

@@ -1,5 +1,6 @@
 """Files as this project treats them: written whole or not at all, and read as data, never as programs."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -53,10 +54,20 @@ def write_json(path, content):
 
 def check_writable(folder):
     """Make `folder` and try a file in it, so that hours of work do not end at a closed door. Raises InputError."""
-    probe = Path(folder) / "a file"
-    with write_whole(probe):
-        pass
-    probe.unlink()
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
+
+
+def digest(path):
+    """SHA-256 of a file, in hex."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def read_pickle(path):

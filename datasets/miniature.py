@@ -12,6 +12,7 @@ Sketch and photo of one number are drawn from different shapes. The classes and 
 import itertools
 import math
 import shutil
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -36,26 +37,33 @@ def write_miniature(root, seed=0, sketches=40, photos=60, held_back=5, workers=N
     """Draw the benchmark into `root`: per class `sketches` and `photos`, of seen classes `held_back` more sketches.
 
     The same seed gives the same files. workers: processes that draw (default: one a core).
-    The folder appears when all is drawn. Raises InputError if it cannot be made or already holds something.
+    The lists appear when all is drawn. Raises InputError if it cannot be made or already holds something.
     """
     root = Path(root)
-    if root.is_file() or (root.is_dir() and any(root.iterdir())):
+    unfinished = root / ".unfinished"
+    if root.is_file() or (root.is_dir() and any(path != unfinished for path in root.iterdir())):
         raise InputError(f"{root}: is not an empty folder; name a new one")
-    unfinished = root.absolute().with_name(f".{root.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     jobs, lists = _plan(unfinished, seed, sketches, photos, held_back)
     _make_folders({path.parent for path, *_ in jobs})
-    with ProcessPoolExecutor(workers) as pool:
-        done = pool.map(_draw_file, jobs, chunksize=32)
-        for _ in tqdm(done, "drawing", total=len(jobs), unit="image", leave=False, disable=None):
-            pass
+    # The processes leave Ctrl-C to this one, which drops what they have not begun.
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            done = pool.map(_draw_file, jobs, chunksize=32)
+            for _ in tqdm(done, "drawing", total=len(jobs), unit="image", leave=False, disable=None):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     folder = unfinished / PROTOCOLS["sketchy"].zero_version
     for name, rows in lists.items():
         write_list(folder / name, rows)
     write_list(folder / "cname_cid.txt", zip(SEEN, range(len(SEEN)), strict=True))
     write_list(folder / "cname_cid_zero.txt", zip(UNSEEN, range(len(UNSEEN)), strict=True))
     write_mask(folder / "cid_mask.pickle", semantic_mask())
-    unfinished.replace(root)
+    for name in ("256x256", folder.name):  # the lists last: where they are, all is
+        (unfinished / name).replace(root / name)
+    unfinished.rmdir()
 
 
 def _plan(root, seed, sketches, photos, held_back):

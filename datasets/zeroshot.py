@@ -4,6 +4,8 @@ Everything random is a function of (seed, epoch, place in the list), so neither 
 changes a run.
 """
 
+import signal
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -99,4 +101,9 @@ def _collate_training(items):
 
 
 def _workers(workers, device):
-    return dict(num_workers=workers, pin_memory=torch.device(device).type == "cuda")
+    pinned = torch.device(device).type == "cuda"
+    return dict(num_workers=workers, pin_memory=pinned, worker_init_fn=_leave_interrupts_to_the_main_process)
+
+
+def _leave_interrupts_to_the_main_process(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

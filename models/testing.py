@@ -9,17 +9,17 @@ from tqdm import tqdm
 
 from datasets.errors import InputError, ends_in_one_line
 from datasets.filelists import Benchmark, FileList, check_images, open_benchmark
-from datasets.files import check_writable, write_json
-from datasets.protocols import PROTOCOLS
+from datasets.files import check_writable, digest, write_json
+from datasets.protocols import PROTOCOLS, protocol_of
 from datasets.zeroshot import evaluation_loader
 from models.eval.codebooks import fit_codebook
-from models.eval.features import Features, digest, extract, is_ours, read_features, why_stale, write_features
+from models.eval.features import Features, extract, is_ours, read_features, record, why_stale, write_features
 from models.eval.matching import cluster_distances, euclidean_distances, fused_scores, nearest_codes
 from models.eval.metrics import average_precision, class_means, precision_at, rank
 from models.eval.report import draw_retrievals, pick_queries, print_table
 from models.options import note, resolve, run_record, test_parser
 from models.training import BEST_AFTER_WARMUP, LAST
-from models.weights import load_student
+from models.weights import load_student, trained_with
 
 FEATURES = "features_zero.pickle"
 CHUNK_BYTES = 64 << 20  # of one float64 matrix of a chunk of queries × gallery; about six live at a time
@@ -39,6 +39,9 @@ def main(protocol_name, argv=None):
     """Command line of a test script. Returns the results as they are in results.json."""
     protocol = PROTOCOLS[protocol_name]
     options = resolve(test_parser(protocol).parse_args(argv), protocol, "resume_dir")
+    other = PROTOCOLS[protocol_of(protocol_name, options.zero_version)]
+    if other is not protocol:
+        note(f"note: {options.zero_version} is the folder of {other.title}; this is the test of {protocol.title}")
     folder, checkpoint = find_checkpoint(options, protocol)
     check_writable(folder)
     try:
@@ -53,6 +56,8 @@ def main(protocol_name, argv=None):
     codebooks = fit_codebooks(features.gallery, options)
     measured = evaluate(features, codebooks, protocol, options.device)
     results = summarise(measured, features, names, protocol, options)
+    path = folder / FEATURES  # which of them were measured, for whoever doubts a number
+    results["features"] = {"file": str(path), "sha256": digest(path), "source": record(path).get("source")}
     print_table(results, protocol)
     write_json(folder / "results.json", results)
     print(f"results: {folder / 'results.json'}")
@@ -64,7 +69,7 @@ def find_checkpoint(options, protocol):
     """(folder, checkpoint or None) for --resume_dir, which names either. Raises InputError where both are missing."""
     place = options.resume_dir
     if os.path.isfile(place):
-        return place.parent, place
+        return place.parent, place if place.name != FEATURES else None
     for name in (protocol.kept_checkpoint, BEST_AFTER_WARMUP, LAST):
         if os.path.isfile(place / name):
             if name != protocol.kept_checkpoint:
@@ -110,6 +115,9 @@ def compute_features(folder, checkpoint, images, options):
     """Extract the Features of all unseen images with the student of `checkpoint`, and write features_zero.pickle."""
     student = load_student(checkpoint, options.model, len(images.benchmark.seen_names), options.nb_classes)
     student.to(options.device)
+    trained_size = trained_with(checkpoint).get("input_size", options.input_size)
+    if trained_size != options.input_size:
+        note(f"note: {checkpoint} was trained with --input_size {trained_size}, not {options.input_size}")
     for files in (images.photos, images.sketches):
         check_images(files)
     parts = []
@@ -243,6 +251,8 @@ def _draw(path, features, codebooks, measured, names, images, options, count=4, 
         draw_retrievals(path, queries, f"Best and worst retrievals, {matching}")
     except ImportError:
         return note("note: no picture of retrievals, matplotlib is not installed")
+    except InputError as error:
+        return note(f"note: no picture of retrievals, {error}")
     print(f"picture: {path}")
 
 
@@ -257,12 +267,16 @@ def _fused(query, euclidean, codes):
 
 def _source(checkpoint, images, options):
     """What features depend on, for the record beside them; without its lists where those are not at hand."""
-    lists = {"photo list": images.photos.source, "sketch list": images.sketches.source} if images else {}
+    if images:
+        lists = {"photo list": digest(images.photos.source), "sketch list": digest(images.sketches.source)}
+        lists["data_root"] = str(images.benchmark.root.resolve())
+    else:
+        lists = {}
     return {
         "checkpoint": digest(checkpoint),
         "model": options.model,
         "input_size": options.input_size,
-        **{name: digest(path) for name, path in lists.items()},
+        **lists,
     }
 
 

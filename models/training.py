@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from datasets.errors import InputError, ends_in_one_line
 from datasets.filelists import check_images, open_benchmark
-from datasets.files import check_writable, write_json
+from datasets.files import check_writable, digest, write_json
 from datasets.images import normalise
 from datasets.protocols import PROTOCOLS, protocol_of
 from datasets.zeroshot import evaluation_loader, training_loader
@@ -37,6 +37,7 @@ class Run:
     teacher: Teacher
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]  # student's, teacher's
     history: list[dict] = field(default_factory=list)  # one entry an epoch, see `train`
+    data: dict = field(default_factory=dict)  # SHA-256 of the lists and mask of a resumed run
 
 
 @ends_in_one_line
@@ -50,7 +51,7 @@ def main(protocol_name, argv=None):
     loaders, mask = load_data(benchmark, options)
     _check_savedir(options)
     run = start(options, len(benchmark.seen_names))
-    return train(run, loaders, mask, options, benchmark.protocol)
+    return train(run, loaders, mask, options, benchmark)
 
 
 def load_data(benchmark, options):
@@ -98,14 +99,20 @@ def create_optimizers(student, teacher, lr, teacher_lr, weight_decay):
     )
 
 
-def train(run, loaders, mask, options, protocol):
+def train(run, loaders, mask, options, benchmark):
     """Train from where `run` stands to the last epoch, with a checkpoint after each.
 
     Returns the path of the checkpoint to test: the epoch after warm-up whose validation accuracy beats every epoch
     before it, warm-up included; where none does, the best one after warm-up; without validation, the last.
     """
     training, validation = loaders
-    record = {"protocol": protocol.title, **run_record(options)}
+    record = {"protocol": benchmark.protocol.title, "data": _data_record(loaders, benchmark), **run_record(options)}
+    _check_same_data(run.data, record["data"])
+    if run.history:
+        note(f"note: going on after {len(run.history)} of {options.epochs} epochs")
+    if options.overwrite:
+        for name in (LAST, BEST, BEST_AFTER_WARMUP, "results.json", "retrievals.png"):
+            (options.savedir / name).unlink(missing_ok=True)
     board = _open_board(options.savedir, first_epoch=len(run.history))
     for epoch in range(len(run.history), options.epochs):
         set_learning_rates(run.optimizers, (options.lr, options.teacher_lr), epoch, options.epochs)
@@ -113,7 +120,7 @@ def train(run, loaders, mask, options, protocol):
         entry = {"epoch": epoch, "phase": "bidirectional" if bidirectional else "warm-up"}
         entry |= train_epoch(run, training, mask, epoch, bidirectional, options)
         if not math.isfinite(entry["total"]) or not all(value.isfinite().all() for value in run.student.parameters()):
-            raise InputError(f"epoch {epoch}: loss or weights are not finite; start anew with a lower --lr")
+            raise InputError(f"epoch {epoch + 1}: loss or weights are not finite; start anew with a lower --lr")
         if validation is not None:
             entry["accuracy"] = validate(run.student, validation, options.device)
         names = _rank(run.history, entry)
@@ -128,7 +135,7 @@ def train_epoch(run, loader, mask, epoch, bidirectional, options):
     loader.batch_sampler.epoch = epoch
     steps = min(len(loader), options.max_steps or len(loader))
     sums = {}
-    progress = tqdm(loader, f"epoch {epoch}", total=steps, unit="step", leave=False, disable=None)
+    progress = tqdm(loader, f"epoch {epoch + 1}/{options.epochs}", total=steps, unit="step", leave=False, disable=None)
     for step, (images, labels, is_photo) in enumerate(progress):
         # Seeded step by step, noise and stochastic depth do not depend on where a run was interrupted.
         torch.manual_seed(_step_seed(options.seed, epoch, step))
@@ -210,9 +217,6 @@ def _save(run, names, savedir, record):
         "history": run.history,
         **record,
     }
-    if len(run.history) == 1:  # whatever an earlier run kept there is not this one's
-        for name in (BEST, BEST_AFTER_WARMUP):
-            (savedir / name).unlink(missing_ok=True)
     # The checkpoint that a resumed run reads comes last: where a run dies in between, it does this epoch again.
     for name in reversed(names):
         save_checkpoint(savedir / name, run.student, run.teacher, **content)
@@ -231,6 +235,8 @@ def _restore(run, path, options):
         _check_same_options(checkpoint["options"], options, path)
         for optimizer, key in zip(run.optimizers, ("optimizer", "optimizer_1"), strict=True):
             optimizer.load_state_dict(checkpoint[key])
+        run.data = dict(checkpoint["data"])
+        # An entry without these would only be missed at the end of the next epoch.
         run.history = [{"phase": entry["phase"], "kept": entry["kept"], **entry} for entry in checkpoint["history"]]
     except InputError:
         raise
@@ -238,7 +244,22 @@ def _restore(run, path, options):
         raise InputError(
             f"{path}: damaged, it cannot be resumed ({type(error).__name__}: {error}); start anew"
         ) from error
-    note(f"resuming {path} after {len(run.history)} of {options.epochs} epochs")
+
+
+def _data_record(loaders, benchmark):
+    """SHA-256 of the lists and the mask that a run learns from."""
+    training, validation = loaders
+    files = [training.dataset.sketches.source, training.dataset.photos.source]
+    files += [validation.dataset.files.source] if validation else []
+    mask = benchmark.lists / "cid_mask.pickle"
+    return {path.name: digest(path) for path in [*files, *([mask] if mask.is_file() else [])]}
+
+
+def _check_same_data(before, now):
+    """Raise InputError if a resumed run would learn from other lists or another mask than `before`."""
+    for name, value in before.items():
+        if now.get(name) != value:
+            raise InputError(f"--resume: {name} is not the one that the run began with; restore it, or start anew")
 
 
 def _check_same_options(before, options, path):

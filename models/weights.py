@@ -10,6 +10,7 @@ both ways. Files are read as data: tensors, numbers and plain containers, never 
 
 import argparse
 import os
+import pathlib
 import pickle
 import re
 
@@ -61,7 +62,9 @@ def load_published(module, state, source):
     """
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise InputError(f"{source}: expected a state dict, parameters by name")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = {re.sub(r"^(module\.)+", "", name): value for name, value in state.items()}
+    if "stem.0.weight" in state:
+        raise InputError(f"{source}: has timm's parameter names; give the published file, or --finetune timm")
     expected = published_state(module)
     for name, value in expected.items():
         found = state.get(name, value)
@@ -90,7 +93,9 @@ def read_torch(path):
         (scalar, "numpy._core.multiarray.scalar"),
         np.dtype,
         *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
-        argparse.Namespace,  # the options that some published files carry along
+        argparse.Namespace,  # the options that some published files carry along, paths among them
+        (pathlib.PurePosixPath, "pathlib.PosixPath"),
+        (pathlib.PureWindowsPath, "pathlib.WindowsPath"),
     ]
     try:
         with torch.serialization.safe_globals(harmless):
@@ -106,8 +111,13 @@ def read_torch(path):
 
 
 def read_checkpoint(path):
-    """Read a training checkpoint, ours or the authors'. Raises InputError unless it has a 'state_dict'."""
+    """Read a training checkpoint, ours or the authors', or a bare state dict, which becomes its 'state_dict'.
+
+    Raises InputError if the file holds neither.
+    """
     checkpoint = read_torch(path)
+    if isinstance(checkpoint, dict) and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        return {"state_dict": checkpoint}
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise InputError(f"{path}: not a training checkpoint, it has no 'state_dict'")
     return checkpoint
@@ -150,6 +160,12 @@ def load_student(path, model, classes, imagenet_classes=1000):
     student = Student(_create_backbone(model, imagenet_classes), classes)
     load_published(student, read_checkpoint(path)["state_dict"], path)
     return student
+
+
+def trained_with(path):
+    """Options that a checkpoint of ours was trained with; {} for the authors'."""
+    options = read_checkpoint(path).get("options")
+    return options if isinstance(options, dict) else {}
 
 
 def _create_backbone(model, imagenet_classes, drop_path=0.0, pretrained=False):

@@ -53,7 +53,7 @@ def test_train_then_retrieve(trained, miniature, capsys):
         [*MODEL, *GRID, "--data_root", str(miniature), "--resume_dir", str(trained)]
     )
     assert json.loads((trained / "results.json").read_text()) == results
-    assert list(results) == ["protocol", "queries", "gallery", "classes", "options", "versions", "rows"]
+    assert list(results) == ["protocol", "queries", "gallery", "classes", "options", "versions", "rows", "features"]
     assert (results["queries"], results["gallery"], results["classes"]) == (32, 48, 8)
     assert [(row["matching"], row.get("M"), row.get("K")) for row in results["rows"]] == [
         ("one-to-one", None, None),
@@ -71,7 +71,9 @@ def test_train_then_retrieve(trained, miniature, capsys):
     assert "computing them anew" not in capsys.readouterr().err
     larger = [*MODEL, "--input_size", "48", "--mode", "1", "--data_root", str(miniature), "--resume_dir", str(trained)]
     assert len(test_sketchy_ext_zeroshot.main(larger)["rows"]) == 1
-    assert "computed with another input_size, computing them anew" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "computed with another input_size, computing them anew" in said
+    assert "was trained with --input_size 32, not 48" in said
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_a_query_class_without_photos_is_named(tmp_path, fails):
 
 def test_a_results_folder_that_cannot_be_written_is_named_first(tmp_path, fails, monkeypatch):
     features_of_three_classes(tmp_path / "features_zero.pickle")
-    monkeypatch.setattr("datasets.files.tempfile.NamedTemporaryFile", _denied)
+    monkeypatch.setattr("datasets.files.tempfile.TemporaryFile", _denied)
     assert "cannot be written (Permission denied)" in fails(test_tuberlin_ext_zeroshot.main, "--resume_dir", tmp_path)
 
 

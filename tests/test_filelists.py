@@ -69,6 +69,12 @@ def test_a_class_has_one_label(tmp_path):
         read_class_names(tmp_path / "c.txt")
 
 
+def test_a_class_is_seen_or_unseen(tiny):
+    write_list(tiny / "zeroshot1/cname_cid_zero.txt", [("cat", 0), ("cow", 1)])
+    with pytest.raises(InputError, match=r"'cat' is in cname_cid\.txt and in cname_cid_zero\.txt"):
+        open_benchmark("sketchy", tiny)
+
+
 def test_a_mask_survives_the_round_trip(tmp_path):
     mask = np.zeros((3, 1000))
     mask[1, [5, 999]] = 1, 0.25

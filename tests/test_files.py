@@ -120,15 +120,33 @@ def test_input_errors_end_in_one_line(capsys, message):
     assert capsys.readouterr().err == "error: a.txt:3: no label\n"
 
 
-def test_limits_of_the_machine_end_in_one_line(capsys):
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(24, "Too many open files", "a.txt"), "error: [Errno 24] Too many open files: 'a.txt'\n"),
+        (MemoryError(), "error: out of memory; lower --batch_size or --input_size\n"),
+        (RuntimeError("CUDA out of memory.\nTried"), "error: out of memory; lower --batch_size or --input_size\n"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+            "error: a process that decodes images was killed, perhaps for memory; lower --workers\n",
+        ),
+    ],
+)
+def test_limits_of_the_machine_end_in_one_line(capsys, error, line):
     @ends_in_one_line
     def command():
-        raise OSError(24, "Too many open files", "a.txt")
+        raise error
 
     with pytest.raises(SystemExit) as end:
         command()
     assert end.value.code == 2
-    assert capsys.readouterr().err == "error: [Errno 24] Too many open files: 'a.txt'\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_writable_folder_stays_as_it_was(tmp_path):
+    (tmp_path / "a file").write_text("precious")
+    check_writable(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
 
 def test_bugs_keep_their_traceback():

@@ -178,11 +178,25 @@ def test_earlier_checkpoints_are_not_lost_by_accident(tiny, tmp_path, fails):
     assert (tmp_path / LAST).read_bytes() != before
 
 
-def test_what_an_earlier_run_kept_goes_with_its_first_epoch(tiny, tmp_path):
-    for name in (LAST, BEST, BEST_AFTER_WARMUP):
+def test_what_an_earlier_run_left_goes_when_the_new_one_starts(tiny, tmp_path):
+    for name in (LAST, BEST, BEST_AFTER_WARMUP, "results.json"):
         (tmp_path / name).write_bytes(b"old")
     assert run(tiny, tmp_path, "--epochs", 1, "--overwrite") == tmp_path / LAST
-    assert not (tmp_path / BEST).exists() and not (tmp_path / BEST_AFTER_WARMUP).exists()
+    assert not any((tmp_path / name).exists() for name in (BEST, BEST_AFTER_WARMUP, "results.json"))
+
+
+def test_a_run_is_not_resumed_on_other_lists(tiny, tmp_path, monkeypatch, fails):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(training, "_tell", _interrupt)
+        run(tiny, tmp_path)
+    path = tiny / "zeroshot1/all_photo_filelist_train.txt"
+    path.write_text(path.read_text().replace(" 1\n", " 0\n"))
+    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--resume"]
+    assert "all_photo_filelist_train.txt is not the one" in fails(train_sketchy_ext.main, *arguments)
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_damaged_checkpoint_cannot_be_resumed(tiny, tmp_path, fails):
@@ -206,16 +220,18 @@ def test_a_damaged_checkpoint_cannot_be_resumed(tiny, tmp_path, fails):
 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tiny, tmp_path, fails, monkeypatch):
-    run(tiny, tmp_path, "--epochs", 1)
-    before = (tmp_path / LAST).read_bytes()
+    save, kept = torch.save, []
 
-    def fail(*_):
-        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 64 vs 0")
+    def fail_in_the_second_epoch(content, file):
+        if content["epoch"] == 2:
+            kept.append((tmp_path / LAST).read_bytes())
+            raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 64 vs 0")
+        save(content, file)
 
-    monkeypatch.setattr("models.weights.torch.save", fail)
-    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--epochs", 1, "--overwrite"]
+    monkeypatch.setattr("models.weights.torch.save", fail_in_the_second_epoch)
+    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--no_validation"]
     assert "is the disk full?" in fails(train_sketchy_ext.main, *arguments)
-    assert (tmp_path / LAST).read_bytes() == before
+    assert (tmp_path / LAST).read_bytes() == kept[0]
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

@@ -1,4 +1,6 @@
+import argparse
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +122,19 @@ def test_a_torch_file_that_runs_code_is_refused_and_nothing_runs(tmp_path, trap)
     with pytest.raises(InputError, match=r"evil\.pt: refused, it asks for \w+\.system; .* nothing was run"):
         read_torch(tmp_path / "evil.pt")
     assert not trap.sprung()
+
+
+def test_other_forms_of_weights_are_read_or_named(student, tmp_path):
+    state = {f"module.module.{name}": value for name, value in published_state(student).items()}
+    torch.save(state, tmp_path / "bare.pt")
+    other = Student(create_backbone("convnextv2_atto", 12), 5)
+    load_published(other, read_checkpoint(tmp_path / "bare.pt")["state_dict"], "bare.pt")
+    assert same(other.state_dict(), student.state_dict())
+    extras = {"args": argparse.Namespace(out=Path("runs")), "scaler": {}}
+    torch.save({"state_dict": state, **extras}, tmp_path / "extras.pt")
+    assert read_checkpoint(tmp_path / "extras.pt")["state_dict"].keys() == state.keys()
+    with pytest.raises(InputError, match=r"timm\.bin: has timm's parameter names; .*--finetune timm"):
+        load_published(student.backbone, student.backbone.state_dict(), "timm.bin")
 
 
 def test_torn_foreign_and_missing_files_are_named(student, tmp_path):

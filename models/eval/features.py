@@ -5,7 +5,6 @@ features_zero.pickle  [gallery features (N, D) float32, gallery labels (N,), que
 features_zero.json    what our own pickle was computed from, so that a stale one is never used silently
 """
 
-import hashlib
 import json
 import pickle
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from datasets.errors import InputError
-from datasets.files import read_pickle, write_json, write_whole
+from datasets.files import digest, read_pickle, write_json, write_whole
 from datasets.images import normalise
 
 
@@ -89,7 +88,7 @@ def write_features(path, features, source):
 
 def is_ours(path):
     """Whether the features at `path` are those that the record beside them speaks of."""
-    return _record(path).get("sha256") == digest(path)
+    return record(path).get("sha256") == digest(path)
 
 
 def why_stale(path, source, checkpoint):
@@ -98,7 +97,7 @@ def why_stale(path, source, checkpoint):
     A pickle of somebody else's has no record of its source; it is stale if `checkpoint` is newer.
     """
     if is_ours(path):
-        recorded = _record(path).get("source", {})
+        recorded = record(path).get("source", {})
         differing = [name for name, value in source.items() if recorded.get(name) != value]
         return f"computed with another {differing[0]}" if differing else None
     if path.stat().st_mtime < checkpoint.stat().st_mtime:
@@ -106,25 +105,17 @@ def why_stale(path, source, checkpoint):
     return None
 
 
-def digest(path):
-    """SHA-256 of a file, in hex."""
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()
-
-
 def _sidecar(path):
     return Path(path).with_suffix(".json")
 
 
-def _record(path):
+def record(path):
+    """What `write_features` recorded beside the features at `path`: {"source", "sha256"}, or {}."""
     try:
-        record = json.loads(_sidecar(path).read_text())
+        content = json.loads(_sidecar(path).read_text())
     except (OSError, ValueError):
-        record = None
-    return record if isinstance(record, dict) else {}
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 def _numbers(values):
