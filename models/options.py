@@ -99,7 +99,7 @@ def resolve(options, protocol, folder):
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=options.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise InputError(
             f"--device {options.device}: there is no such device here; use cpu, or cuda with a GPU"
         ) from None

@@ -19,7 +19,7 @@ from models.eval.metrics import average_precision, class_means, precision_at, ra
 from models.eval.report import draw_retrievals, pick_queries, print_table
 from models.options import note, resolve, run_record, test_parser
 from models.training import BEST_AFTER_WARMUP, LAST
-from models.weights import load_student, trained_with
+from models.weights import load_student
 
 FEATURES = "features_zero.pickle"
 CHUNK_BYTES = 64 << 20  # of one float64 matrix of a chunk of queries × gallery; about six live at a time
@@ -48,9 +48,10 @@ def main(protocol_name, argv=None):
         images, no_images = open_images(protocol_name, options), None
     except InputError as error:  # which matters only if features_zero.pickle does not do
         images, no_images = None, error
-    features = stored_features(folder, checkpoint, images, no_images, options)
+    source = _source(checkpoint, images, options) if checkpoint else None
+    features = stored_features(folder, checkpoint, source, no_images, options)
     if features is None:
-        features = compute_features(folder, checkpoint, images, options)
+        features = compute_features(folder, checkpoint, source, images, options)
     names = class_names(features, images)
     check_features(features, names, options)
     codebooks = fit_codebooks(features.gallery, options)
@@ -92,14 +93,15 @@ def open_images(protocol_name, options):
     return UnseenImages(benchmark, benchmark.read("photo", "zero"), benchmark.read("sketch", "zero"))
 
 
-def stored_features(folder, checkpoint, images, no_images, options):
+def stored_features(folder, checkpoint, source, no_images, options):
     """Features of features_zero.pickle, or None where they must be computed.
 
-    Raises InputError where they must and cannot be: `no_images` is why there are no images.
+    source: what features of `checkpoint` depend on. Raises InputError where they must be computed and cannot:
+    `no_images` is why there are no images.
     """
     path = folder / FEATURES
     if os.path.isfile(path) and not options.recompute:
-        stale = why_stale(path, _source(checkpoint, images, options), checkpoint) if checkpoint else None
+        stale = why_stale(path, source, checkpoint) if checkpoint else None
         if stale is None:
             features, rescaled = read_features(path)
             note(f"features: {path}" + (", scaled to length 1" if rescaled else ""))
@@ -111,11 +113,12 @@ def stored_features(folder, checkpoint, images, no_images, options):
     return None
 
 
-def compute_features(folder, checkpoint, images, options):
+def compute_features(folder, checkpoint, source, images, options):
     """Extract the Features of all unseen images with the student of `checkpoint`, and write features_zero.pickle."""
-    student = load_student(checkpoint, options.model, len(images.benchmark.seen_names), options.nb_classes)
+    seen_classes = len(images.benchmark.seen_names)
+    student, trained_with = load_student(checkpoint, options.model, seen_classes, options.nb_classes)
     student.to(options.device)
-    trained_size = trained_with(checkpoint).get("input_size", options.input_size)
+    trained_size = trained_with.get("input_size", options.input_size)
     if trained_size != options.input_size:
         note(f"note: {checkpoint} was trained with --input_size {trained_size}, not {options.input_size}")
     for files in (images.photos, images.sketches):
@@ -130,7 +133,7 @@ def compute_features(folder, checkpoint, images, options):
     if os.path.isfile(path) and not is_ours(path):
         path.replace(f"{path}.old")
         note(f"features: the {FEATURES} that was there is now {FEATURES}.old")
-    write_features(path, features, _source(checkpoint, images, options))
+    write_features(path, features, source)
     return features
 
 

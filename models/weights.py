@@ -156,16 +156,15 @@ def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
 
 
 def load_student(path, model, classes, imagenet_classes=1000):
-    """The student of a checkpoint, ours or the authors'. Raises InputError if it is of another model or split."""
+    """(student of a checkpoint, options it was trained with; {} for the authors').
+
+    Raises InputError if the checkpoint is of another model or split.
+    """
     student = Student(_create_backbone(model, imagenet_classes), classes)
-    load_published(student, read_checkpoint(path)["state_dict"], path)
-    return student
-
-
-def trained_with(path):
-    """Options that a checkpoint of ours was trained with; {} for the authors'."""
-    options = read_checkpoint(path).get("options")
-    return options if isinstance(options, dict) else {}
+    checkpoint = read_checkpoint(path)
+    load_published(student, checkpoint["state_dict"], path)
+    options = checkpoint.get("options")
+    return student, options if isinstance(options, dict) else {}
 
 
 def _create_backbone(model, imagenet_classes, drop_path=0.0, pretrained=False):
