@@ -61,7 +61,7 @@ def read_features(path):
         labels = labels.reshape(-1)
         if not np.isfinite(labels).all() or (labels % 1 != 0).any() or labels.min() < 0 or labels.max() > 10**9:
             raise InputError(f"{path}: {name} labels must be whole numbers, 0 or more")
-        norms = np.linalg.norm(values.astype(np.float64), axis=1)
+        norms = np.sqrt(np.einsum("nd,nd->n", values, values, dtype=np.float64))
         if not np.isfinite(norms).all() or not norms.all():
             row = int(np.flatnonzero(~np.isfinite(norms) | (norms == 0))[0])
             raise InputError(
@@ -70,7 +70,7 @@ def read_features(path):
         # Features that have length 1 stay as they were published, to the bit.
         if np.abs(norms - 1).max() > 1e-3:
             values, rescaled = values / norms[:, None], True
-        parts += [values.astype(np.float32), labels.astype(np.int64)]
+        parts += [values.astype(np.float32, copy=False), labels.astype(np.int64)]
     features = Features(*parts)
     widths = features.gallery.shape[1], features.query.shape[1]
     if widths[0] != widths[1]:

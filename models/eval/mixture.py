@@ -1,19 +1,20 @@
 """EM for Gaussian mixtures with full covariances: scikit-learn's GaussianMixture, several times as fast.
 
-In hundreds of dimensions responsibilities are almost one-hot. Which of them are negligible is shown by lower bounds of
-the Mahalanobis distance, so only the others are computed; what is left out is below the last bit of every sum.
-Stands alone.
+In hundreds of dimensions responsibilities are almost one-hot and most of them settle within a few iterations. Lower
+bounds of the Mahalanobis distance show which are negligible; only the others are computed, and covariances are updated
+by what changed. What is left out is below the last bit of every sum. Stands alone.
 """
 
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 TOLERANCE, REGULARISATION, ITERATIONS = 1e-3, 1e-6, 100  # scikit-learn's defaults
-# A component whose log-probability is this far below a point's best has a responsibility below e^-100 = 4e-44. As
-# every component's total starts from 10 eps = 2e-15, N points of that do not reach the last bit of a sum.
+# A component whose log-probability is this far below a point's best has a responsibility below e^-50 = 2e-22, and a
+# million of those do not reach the last bit of a component's total of 1. Components below that are computed in full.
 NEGLIGIBLE = 50.0
+HEADROOM = 1.1  # bounds are improved until they are this far beyond a limit, so that small changes do not undo them
 BLOCK = 2048  # points at a time: bounds the memory, fits a cache
 
 
@@ -33,134 +34,199 @@ class Mixture:
 
 
 @torch.inference_mode()
-def fit_mixture(points, start, components):
-    """Fit a full-covariance Gaussian mixture in float64, on the device of `points`.
+def fit_mixture(points, start, count):
+    """Fit a full-covariance Gaussian mixture of `count` components in float64, on the device of `points`.
 
     points: (N, d) floating; start: (N,) int, the component that each point starts in.
     Returns the Mixture that scikit-learn's GaussianMixture finds from the same start in float64, to rounding and in as
     many iterations. Raises CollapsedComponent, naming the component.
     """
-    points = points.double()
     likeliest = start.to(points.device).long()
-    responsibilities = torch.nn.functional.one_hot(likeliest, components).T.double()
-    totals, means, roots = _maximise(points, responsibilities)
-    weights = totals / len(points)
-    screen, bound = _Screen(points, components), -torch.inf
+    components = _Components(points, count)
+    components.maximise(torch.nn.functional.one_hot(likeliest, count).T.double())
+    weights = components.totals / len(points)
+    screen, bound = _Screen(points, count), -math.inf
     for iteration in range(1, ITERATIONS + 1):
         previous = bound
-        joint = _log_joint(points, means, roots, weights.log(), likeliest, screen)
+        joint = _log_joint(points, components, weights.log(), likeliest, screen)
         evidence = joint.logsumexp(dim=0)
         likeliest = joint.argmax(dim=0)
-        totals, means, roots = _maximise(points, (joint - evidence).exp_())
-        weights = totals / totals.sum()
+        components.maximise(joint.sub_(evidence).exp_())
+        weights = components.totals / components.totals.sum()
         bound = evidence.mean().item()
         converged = abs(bound - previous) < TOLERANCE
         if converged:
             break
-    return Mixture(means, weights, bound, iteration, converged)
+    return Mixture(components.means, weights, bound, iteration, converged)
 
 
-def _maximise(points, responsibilities):
-    """M step: totals (K,), means (K, d) and inverse Cholesky roots of the covariances (K, d, d), lower-triangular."""
-    totals = responsibilities.sum(dim=1) + 10 * torch.finfo(torch.float64).eps
-    means = responsibilities @ points / totals[:, None]
-    covariances = points.new_zeros(len(totals), points.shape[1], points.shape[1])
-    for share, mean, covariance in zip(responsibilities, means, covariances, strict=True):
-        for part in share.nonzero()[:, 0].split(BLOCK):
-            offsets = (points[part] - mean) * share[part, None].sqrt()
-            covariance.addmm_(offsets.T, offsets)
-    covariances /= totals[:, None, None]
-    covariances.diagonal(dim1=1, dim2=2).add_(REGULARISATION)
-    roots, failed = torch.linalg.cholesky_ex(covariances)
-    if failed.any():
-        raise CollapsedComponent(f"component {failed.nonzero()[0].item()} collapsed onto too few photos")
-    identity = torch.eye(points.shape[1], dtype=points.dtype, device=points.device).expand_as(roots)
-    return totals, means, torch.linalg.solve_triangular(roots, identity, upper=False)
+class _Components:
+    """What the M step makes of responsibilities (K, N), float64.
+
+    totals: (K,); means: (K, d); factors: (K, d, d) lower Cholesky factors of the covariances; roots: their inverses.
+    The last step took y = root · (point − mean) to A · y + shift: drifts: (K,) ‖A − 1‖; shifts: (K,) ‖shift‖.
+    """
+
+    def __init__(self, points, count):
+        width = points.shape[1]
+        self.points, self.shares = points, None
+        self.means, self.origins = (points.new_zeros(count, width, dtype=torch.float64) for _ in range(2))
+        self.scatters = self.means.new_zeros(count, width, width)  # Σ share · (point − origin)(point − origin)ᵀ
+        self.factors, self.roots = torch.zeros_like(self.scatters), torch.zeros_like(self.scatters)
+        self.drifts, self.shifts = self.means.new_zeros(count), self.means.new_zeros(count)
+
+    def maximise(self, shares):
+        """M step. Raises CollapsedComponent."""
+        sums = shares.sum(dim=1)
+        self.totals = sums + 10 * torch.finfo(torch.float64).eps
+        blocks = zip(shares.split(BLOCK, dim=1), self.points.split(BLOCK), strict=True)
+        means = sum(part @ points.double() for part, points in blocks) / self.totals[:, None]
+        moves, self.means = means - self.means, means
+        for component in range(len(shares)):
+            self._update_scatter(component, shares[component])
+            self._factorise(component, sums[component], moves[component])
+        self.shares = shares
+
+    def _update_scatter(self, component, share):
+        """Add what changed; start anew from the present mean where that is less work."""
+        change = share if self.shares is None else share - self.shares[component]
+        if self.shares is None or 2 * change.count_nonzero() > share.count_nonzero():
+            self.origins[component], change = self.means[component], share
+            self.scatters[component] = 0
+        for part in change.nonzero()[:, 0].split(BLOCK):
+            offsets = self.points[part].double() - self.origins[component]
+            self.scatters[component].addmm_((offsets * change[part, None]).T, offsets)
+
+    def _factorise(self, component, share_sum, move):
+        mean, total, origin = self.means[component], self.totals[component], self.origins[component]
+        # From the scatter about the origin to that about the mean: − moved · halfᵀ − half · movedᵀ.
+        moved = mean - origin
+        pair = torch.stack([moved, total * mean - share_sum * (origin + moved / 2)])
+        covariance = torch.addmm(self.scatters[component], pair.T, pair.flip(0), alpha=-1).div_(total)
+        covariance.diagonal().add_(REGULARISATION)
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        if failed:
+            raise CollapsedComponent(f"component {component} collapsed onto too few photos")
+        root = torch.linalg.solve_triangular(factor, torch.eye(len(mean)).to(factor), upper=False)
+        drift = root @ self.factors[component]
+        drift.diagonal().sub_(1)
+        self.drifts[component], self.shifts[component] = drift.norm(), (root @ move).norm()
+        self.factors[component], self.roots[component] = factor, root
 
 
-def _log_joint(points, means, roots, log_weights, likeliest, screen):
+def _log_joint(points, components, log_weights, likeliest, screen):
     """E step: log of weight · density (K, N); -inf where the responsibility is negligible (see NEGLIGIBLE).
 
-    likeliest: (N,) component of each point in the last iteration. Its value comes first and is exact: others that
+    likeliest: (N,) component of each point in the last iteration. Its value comes first and is exact; others that
     are bounded far below it are not computed.
     """
-    constants = log_weights + roots.diagonal(dim1=1, dim2=2).log().sum(dim=1) - points.shape[1] / 2 * np.log(2 * np.pi)
-    joint = points.new_full((len(means), len(points)), -torch.inf)
+    means, roots = components.means, components.roots
+    constants = log_weights + roots.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+    constants -= points.shape[1] / 2 * math.log(2 * math.pi)
+    joint = means.new_full((len(means), len(points)), -math.inf)
 
-    def exactly(component, part):
+    def compute(component, part):
         for rows in part.split(BLOCK):
-            squares = ((points[rows] - means[component]) @ roots[component].T).square_().sum(dim=1)
-            joint[component, rows] = constants[component] - squares / 2
+            offsets = points[rows].double() - means[component]
+            joint[component, rows] = constants[component] - (offsets @ roots[component].T).square_().sum(dim=1) / 2
 
     for component in range(len(means)):
-        exactly(component, (likeliest == component).nonzero()[:, 0])
-    best = joint.gather(0, likeliest[None])[0]
-    # The squared distance that a component must stay below to matter.
-    limits = 2 * (constants[:, None] - best + NEGLIGIBLE)
-    limits[likeliest, torch.arange(len(points), device=points.device)] = -torch.inf
-    for component, part in enumerate(screen.survivors(means, roots, limits)):
-        exactly(component, part)
+        compute(component, (likeliest == component).nonzero()[:, 0])
+    everyone = torch.arange(len(points), device=points.device)
+    # The squared distance below which a component matters to a point.
+    limits = 2 * (constants[:, None] - joint[likeliest, everyone] + NEGLIGIBLE)
+    limits[likeliest, everyone] = -math.inf
+    for component, part in enumerate(screen.survivors(components, limits)):
+        compute(component, part)
+    weak = (joint - joint.logsumexp(dim=0)).exp_().sum(dim=1) < 1
+    for component in weak.nonzero()[:, 0].tolist():
+        compute(component, everyone)
     return joint
 
 
 class _Screen:
-    """Tells which points may lie nearer to a component than a limit, from lower bounds in float32.
+    """Tells which points may lie nearer to a component than a limit, from lower bounds of their distances.
 
-    The squared length of root · (point − mean) in any subspace bounds the squared Mahalanobis distance from below.
-    For each component the subspace is that in which all points are farthest from it on average, the leading
-    eigenvectors of root · E[(point − mean)(point − mean)ᵀ] · rootᵀ, nearly: one step of subspace iteration for
-    each step of EM. Any subspace would do, a better one leaves fewer survivors.
+    The distance is the length of root · (point − mean). Its projection onto any subspace is a lower bound. So is an
+    old one, less what the component's change can have taken from it. Bounds are float32 and allow for its rounding.
     """
 
-    def __init__(self, points, components):
+    def __init__(self, points, count):
         width = points.shape[1]
         self.points = points.float()
-        self.length = points.norm(dim=1).max()
-        self.moment, self.centre = points.T @ points / len(points), points.mean(dim=0)
-        self.first, size = max(1, width // 12), max(1, width // 4)
-        generator = torch.Generator().manual_seed(0)  # not the caller's randomness
-        start = torch.randn(components, width, size, dtype=torch.float64, generator=generator)
-        self.subspace = start.to(points.device)
-        self.fresh = True
+        self.longest = self.points.norm(dim=1).max().double()
+        self.moment = (self.points.T @ self.points / len(points)).double()
+        self.centre = self.points.mean(dim=0).double()
+        self.bounds = None
+        generator = torch.Generator().manual_seed(0)  # leaves the caller's randomness alone
+        start = torch.randn(count, width, max(1, width // 4), dtype=torch.float64, generator=generator)
+        self.subspaces = start.to(points.device)
 
-    def survivors(self, means, roots, limits):
+    def survivors(self, components, limits):
         """For each component the points (indices) whose squared distance may be below limits (K, N)."""
-        directions = self._directions(means, roots)
-        count, width, size = directions.shape
-        # Rounding in float32 cannot move a length by more than this (the usual bound of a product's error).
-        slack = (width + 8) * 2**-24 * (self.length + means.norm(dim=1))
-        narrow = directions[:, :, : self.first]
-        allowed = _reach(limits, slack * narrow.norm(dim=(1, 2)))
-        stacked = narrow.float().permute(1, 0, 2).reshape(width, -1)
-        shift = torch.einsum("kd,kdq->kq", means, narrow).float().reshape(-1)
-        near = torch.empty(limits.shape, dtype=torch.bool, device=limits.device)
-        for rows, out, reach in zip(self.points.split(BLOCK), near.split(BLOCK, 1), allowed.split(BLOCK, 1), strict=True):
-            lengths = (rows @ stacked).sub_(shift).square_().view(len(rows), count, -1).sum(dim=2)
-            torch.lt(lengths.T, reach, out=out)
-        wide, full = directions[:, :, self.first :], roots.mT
-        for component in range(count):
-            part = near[component].nonzero()[:, 0]
-            offsets = self.points[part] - means[component].float()
-            for product in (directions[component], full[component]):
-                reach = _reach(limits[component, part], slack[component] * product.norm())
-                kept = (offsets @ product.float()).square_().sum(dim=1) < reach
-                part, offsets = part[kept], offsets[kept]
-            yield part
+        means, roots = components.means, components.roots
+        first = self.bounds is None
+        if first:
+            self.bounds = torch.zeros_like(limits, dtype=torch.float32)
+        else:  # ‖A · y + shift‖ ≥ (1 − ‖A − 1‖) ‖y‖ − ‖shift‖
+            self.bounds *= (1 - 1e-5 - components.drifts).clamp(min=0)[:, None]
+            self.bounds -= components.shifts[:, None]
+        reach = limits.clamp(min=0).sqrt_().float()
+        near = (self.bounds < reach) & (limits > 0)
+        looks = [(roots.mT, 1.0)]
+        if near.count_nonzero() > 2 * len(self.points):
+            directions = self._directions(means, roots, steps=3 if first else 1)
+            few = directions[:, :, : -(-directions.shape[2] // 3)]
+            self._look_at_all(means, few, near, reach)
+            looks = [(directions, HEADROOM), *looks]
+        margins = [self._margins(means, product).tolist() for product, _ in looks]
+        for component, mean in enumerate(means.float()):
+            products = [product[component].float() for product, _ in looks]
+            survivors = [near.new_empty(0, dtype=torch.long)]
+            for part in near[component].nonzero()[:, 0].split(BLOCK):
+                offsets = self.points[part] - mean
+                for product, margin, (_, headroom) in zip(products, margins, looks, strict=True):
+                    bounds = _bounds(offsets @ product, margin[component])
+                    self.bounds[component, part] = bounds
+                    kept = bounds < headroom * reach[component, part]
+                    part, offsets = part[kept], offsets[kept]
+                survivors.append(part)
+            yield torch.cat(survivors)
 
-    def _directions(self, means, roots):
-        """Orthonormal directions after the roots, the farthest first: (K, d, q)."""
-        outer = means[:, :, None] * self.centre
-        moments = self.moment - outer - outer.mT + means[:, :, None] * means[:, None, :]
-        for _ in range(2 if self.fresh else 1):
-            basis = torch.linalg.qr(self.subspace).Q
-            image = roots @ (moments @ (roots.mT @ basis))
-            self.subspace = image
-        self.fresh = False
-        turn = torch.linalg.eigh(basis.mT @ image).eigenvectors.flip(2)
-        self.subspace = image @ turn
-        return roots.mT @ (basis @ turn)
+    def _look_at_all(self, means, directions, near, reach):
+        """Clear `near` by a few directions, for components near to many points: no copies of points are made."""
+        shifts = (means[:, None, :] @ directions)[:, 0].float()
+        margins = self._margins(means, directions).tolist()
+        for component, product in enumerate(directions.float()):
+            if 4 * near[component].count_nonzero() > len(self.points):
+                bounds = _bounds((self.points @ product).sub_(shifts[component]), margins[component])
+                self.bounds[component] = bounds
+                near[component] &= bounds < HEADROOM * reach[component]
+
+    def _margins(self, means, products):
+        """What rounding can add to the length of a float32 product, by the usual bound: (K,)."""
+        roundings = (means.shape[1] + 8) * 2**-24
+        return roundings * (self.longest + means.norm(dim=1)) * products.norm(dim=(1, 2))
+
+    def _directions(self, means, roots, steps):
+        """Directions in which points are far from each component, the farthest first: (K, d, q), orthonormal after root.
+
+        They approach the leading eigenvectors of root · E[(point − mean)(point − mean)ᵀ] · rootᵀ by subspace
+        iteration, which goes on from one call to the next. Worse ones leave more survivors, not other results.
+        """
+        for _ in range(steps):
+            basis = torch.linalg.qr(self.subspaces).Q
+            turned = roots.mT @ basis
+            along = means[:, None, :] @ turned  # (K, 1, q)
+            image = self.moment @ turned - self.centre[:, None] * along
+            image -= means[:, :, None] * (self.centre @ turned)[:, None, :]
+            image += means[:, :, None] * along
+            self.subspaces = roots @ image
+        order = torch.linalg.eigh(basis.mT @ self.subspaces).eigenvectors.flip(2)
+        self.subspaces = self.subspaces @ order
+        return turned @ order
 
 
-def _reach(limits, slack):
-    """Squared length in float32 that a point within a squared distance of `limits` cannot exceed, for all rounding."""
-    return ((limits.clamp(min=0).sqrt() + slack[..., None] if slack.ndim else limits.clamp(min=0).sqrt() + slack) ** 2 * (1 + 1e-4)).float()
+def _bounds(offsets, margin):
+    """Lower bounds of the lengths of float32 `offsets` (n, q)."""
+    return offsets.norm(dim=1).mul_(1 - 1e-4).sub_(margin)
