@@ -1,0 +1,107 @@
+"""Matching and metrics of all rows of a grid in one pass over the queries, in memory that does not grow with them."""
+
+import threading
+
+import torch
+from tqdm import tqdm
+
+from models.eval.matching import (
+    cluster_distances,
+    code_members,
+    euclidean_distances,
+    fused_scores,
+    nearest_codes,
+)
+from models.eval.metrics import average_precision, precision_at, precision_at_recall, rank
+from models.eval.workers import workers
+
+METRICS = {
+    "mAP@all": average_precision,
+    "mAP@200": lambda ranking: average_precision(ranking, 200),
+    "Prec@100": lambda ranking: precision_at(ranking, 100),
+    "Prec@200": lambda ranking: precision_at(ranking, 200),
+}
+CPU_CHUNK, GPU_CHUNK = 8 << 20, 256 << 20  # bytes of one matrix of a chunk of queries × gallery; a handful live at a time
+
+
+def evaluate(features, codebooks, device="cpu", dtype=torch.float32, one_to_one=True, shown=None, nearest=10, say=print):
+    """Measure one-to-one matching (key None) and one-to-many matching with each codebook.
+
+    features: Features; codebooks: {key: (M, K, d) array}. Distances and scores are of `dtype`. For the row with key
+    `shown` the `nearest` photos are kept too. On the CPU chunks run side by side, one a core. A chunk that does not fit
+    into a device's memory is halved, and so are later ones; `say` is told once.
+    Returns {key: {name: one value a query}} on the CPU: METRICS (Q,), "curve" (Q, 11) and "nearest" (Q, k) int64.
+    """
+    gallery, gallery_labels, query_labels = (
+        torch.from_numpy(values).to(device)
+        for values in (features.gallery, features.gallery_labels, features.query_labels)
+    )
+    gallery, query = gallery.to(dtype), torch.from_numpy(features.query)
+    rows = {None: None} if one_to_one else {}
+    for key, codebook in codebooks.items():
+        codebook = torch.from_numpy(codebook).to(gallery)
+        rows[key] = codebook, code_members(nearest_codes(gallery, codebook), codebook.shape[1]).to(dtype)
+
+    local = threading.local()
+
+    def scratch(count):
+        """Two matrices of count queries × gallery; each thread keeps its own, as making new ones costs page faults."""
+        if len(getattr(local, "matrices", [[]])[0]) < count:
+            local.matrices = [gallery.new_empty(count, len(gallery)) for _ in range(2)]
+        return [matrix[:count] for matrix in local.matrices]
+
+    def measure(chosen):
+        part, labels = query[chosen].to(device, dtype), query_labels[chosen.to(device)]
+        distances, fused = scratch(len(chosen))
+        euclidean_distances(part, gallery, out=distances)
+        measured = {}
+        for key, codes in rows.items():
+            if codes is None:
+                scores = distances
+            else:
+                scores = fused_scores(cluster_distances(part, *codes, out=fused), distances, out=fused)
+            ranking = rank(scores, labels, gallery_labels, nearest if key == shown else 0)
+            values = {name: metric(ranking) for name, metric in METRICS.items()}
+            values["curve"] = precision_at_recall(ranking)
+            if ranking.nearest is not None:
+                values["nearest"] = ranking.nearest
+            measured[key] = {name: value.cpu() for name, value in values.items()}
+        return chosen, measured
+
+    on_cpu = torch.device(device).type == "cpu"
+    size = (CPU_CHUNK if on_cpu else GPU_CHUNK) // (len(gallery) * gallery.element_size())
+    # By class: a chunk of one class has one set of relevant photos.
+    chunks = torch.from_numpy(features.query_labels.argsort(kind="stable")).split(max(1, size))
+    with (
+        workers(None if on_cpu else 1) as pool,
+        tqdm(total=len(query), desc="matching", unit="sketch", leave=False, disable=None) as progress,
+    ):
+        done = []
+        for parts in pool.map(_halving(measure, say), chunks):
+            done += parts
+            progress.update(sum(len(chosen) for chosen, _ in parts))
+    back = torch.cat([chosen for chosen, _ in done]).argsort()
+    return {
+        key: {name: torch.cat([part[key][name] for _, part in done])[back] for name in done[0][1][key]} for key in rows
+    }
+
+
+def _halving(measure, say):
+    """`measure` of as many queries at a time as fit into memory, which is found out by trying: a list of its results."""
+    fitting = None
+
+    def run(chosen):
+        nonlocal fitting
+        if fitting is None or len(chosen) <= fitting:
+            try:
+                return [measure(chosen)]
+            except torch.OutOfMemoryError:
+                if len(chosen) == 1:
+                    raise
+                if fitting is None:
+                    say(f"note: {len(chosen)} sketches at a time do not fit into the device's memory, trying fewer")
+                fitting = (len(chosen) + 1) // 2
+        half = (len(chosen) + 1) // 2
+        return run(chosen[:half]) + run(chosen[half:])
+
+    return run
