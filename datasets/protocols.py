@@ -36,6 +36,11 @@ class Protocol:
         return unit * self.sketch_share, unit * self.photo_share
 
     @property
+    def metrics(self):
+        """Names of its two metrics, such as ("mAP@all", "Prec@100")."""
+        return f"mAP@{self.map_at or 'all'}", f"Prec@{self.prec_at}"
+
+    @property
     def kept_checkpoint(self):
         """Name of the checkpoint that the zero-shot test reads."""
         return "model_best.pth.tar" if self.has_validation else "checkpoint.pth.tar"

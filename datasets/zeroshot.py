@@ -14,15 +14,18 @@ from datasets.images import draw_augmentation, read_rgb, resize, warp
 
 
 class ImageList(Dataset):
-    """Images of a FileList in order, as they are: ((3, size, size) uint8, label)."""
+    """Images of a FileList in order, from index `start` on, as they are: ((3, size, size) uint8, label)."""
 
-    def __init__(self, files, size):
-        self.files, self.size = files, size
+    def __init__(self, files, size, start=0):
+        self.files, self.size, self.start = files, size, start
 
     def __len__(self):
-        return len(self.files)
+        return len(self.files) - self.start
 
     def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        index += self.start
         image = read_rgb(self.files.root / self.files.paths[index])
         return resize(image, self.size), int(self.files.labels[index])
 
@@ -90,9 +93,9 @@ def training_loader(sketches, photos, split, size, seed, workers, device):
     )
 
 
-def evaluation_loader(files, size, batch_size, workers, device):
-    """Loader of (images uint8, labels int64) batches in list order."""
-    return DataLoader(ImageList(files, size), batch_size=batch_size, **_workers(workers, device))
+def evaluation_loader(files, size, batch_size, workers, device, start=0):
+    """Loader of (images uint8, labels int64) batches in list order, from the image with index `start` on."""
+    return DataLoader(ImageList(files, size, start), batch_size=batch_size, **_workers(workers, device))
 
 
 def _collate_training(items):

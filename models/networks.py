@@ -1,11 +1,14 @@
 """Student and teacher of SBKA (arXiv:2312.10320) on timm's ConvNeXt V2, which computes the published network's
 function under other parameter names (weights.py translates). Stands alone: no data, no options."""
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import timm
 import torch
 from torch import nn
+
+PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 class StudentOutput(NamedTuple):
@@ -52,6 +55,18 @@ class Teacher(nn.Module):
         with torch.no_grad():
             features = _features(self.backbone, images)
         return self.head(features)
+
+
+@contextmanager
+def arithmetic(precision, device):
+    """Compute in float32 ("fp32"), with TF32 convolutions on CUDA ("tf32", PyTorch's own default), or in "bf16"."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    try:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=False):

@@ -12,6 +12,7 @@ import timm
 import torch
 
 from datasets.errors import InputError, OneLineParser, number, seed
+from models.networks import PRECISIONS
 
 
 def train_parser(protocol):
@@ -82,9 +83,18 @@ def test_parser(protocol):
         metavar="M",
         help="parts of a feature",
     )
+    add("--mixture", choices=("torch", "sklearn"), default="torch",
+        help="fits the clusters: our EM in float64, or scikit-learn's in float32, as the release does")  # fmt: skip
+    add("--mixture_seeds", type=seed, nargs="+", default=[123], metavar="SEED",
+        help="seeds of the mixtures; with several, each row is their mean, with deviation and range")  # fmt: skip
+    add("--distances", choices=("float32", "float64"), default="float32", help="type of distances and scores")
+    add("--per_class", action="store_true", help="print a table of the classes, too")
+    add("--nearest", type=number(int, 1, 50, "a whole number from 1 to 50"), default=10,
+        help="photos beside each sketch in the picture of retrievals")  # fmt: skip
     add("--batch_size", type=_positive, default=64, help="images at a time in feature extraction")
+    add("--precision", choices=PRECISIONS, default="tf32",
+        help="arithmetic of feature extraction; tf32 is for convolutions on CUDA, and float32 elsewhere")  # fmt: skip
     add("--recompute", action="store_true", help="extract the features even if features_zero.pickle is up to date")
-    add("--seed", type=seed, default=123, help="seeds the mixtures, as the release does")
     _add_machine(parser)
     return parser
 

@@ -1,7 +1,8 @@
 """The zero-shot test, end to end: features, codebooks, matching, metrics, report."""
 
 import os
-from dataclasses import dataclass
+from concurrent.futures import as_completed
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,16 +14,26 @@ from datasets.files import check_writable, digest, write_json
 from datasets.protocols import PROTOCOLS, protocol_of
 from datasets.zeroshot import evaluation_loader
 from models.eval.codebooks import fit_codebook
-from models.eval.features import Features, extract, is_ours, read_features, record, why_stale, write_features
-from models.eval.matching import cluster_distances, euclidean_distances, fused_scores, nearest_codes
-from models.eval.metrics import average_precision, class_means, precision_at, rank
-from models.eval.report import draw_retrievals, pick_queries, print_table
+from models.eval.evaluation import METRICS, evaluate
+from models.eval.features import (
+    Features,
+    Unfinished,
+    extract,
+    is_ours,
+    read_features,
+    record,
+    why_stale,
+    write_features,
+)
+from models.eval.metrics import class_means
+from models.eval.mixture import CollapsedComponent
+from models.eval.report import draw_precision_recall, draw_retrievals, pick_queries, print_classes, print_table
+from models.eval.workers import workers
 from models.options import note, resolve, run_record, test_parser
 from models.training import BEST_AFTER_WARMUP, LAST
 from models.weights import load_student
 
 FEATURES = "features_zero.pickle"
-CHUNK_BYTES = 64 << 20  # of one float64 matrix of a chunk of queries × gallery; about six live at a time
 
 
 @dataclass(frozen=True)
@@ -52,17 +63,18 @@ def main(protocol_name, argv=None):
     features = stored_features(folder, checkpoint, source, no_images, options)
     if features is None:
         features = compute_features(folder, checkpoint, source, images, options)
-    names = class_names(features, images)
+    features, names = name_classes(features, images)
     check_features(features, names, options)
-    codebooks = fit_codebooks(features.gallery, options)
-    measured = evaluate(features, codebooks, protocol, options.device)
-    results = summarise(measured, features, names, protocol, options)
+    rows, shown = measure(features, options)
+    results = summarise(rows, features, names, protocol, options)
     path = folder / FEATURES  # which of them were measured, for whoever doubts a number
     results["features"] = {"file": str(path), "sha256": digest(path), "source": record(path).get("source")}
     print_table(results, protocol)
+    if options.per_class:
+        print_classes(results, protocol)
     write_json(folder / "results.json", results)
     print(f"results: {folder / 'results.json'}")
-    _draw(folder / "retrievals.png", features, codebooks, measured, names, images, options)
+    draw(folder, results, shown, features, names, images, protocol)
     return results
 
 
@@ -123,25 +135,49 @@ def compute_features(folder, checkpoint, source, images, options):
         note(f"note: {checkpoint} was trained with --input_size {trained_size}, not {options.input_size}")
     for files in (images.photos, images.sketches):
         check_images(files)
-    parts = []
+    parts, unfinished = [], []
     for files, title in ((images.photos, "photos"), (images.sketches, "sketches")):
-        loader = evaluation_loader(files, options.input_size, options.batch_size, options.workers, options.device)
-        parts += [extract(student, loader, options.device, title), files.labels]
+        part = Unfinished(folder / f".{title}.unfinished", source, student.backbone.num_features, options.batch_size)
+        if part.done:
+            note(f"features: {part.done:,} of {len(files):,} {title} are there already, going on")
+        loader = evaluation_loader(
+            files, options.input_size, options.batch_size, options.workers, options.device, part.done
+        )
+        extract(student, loader, options.device, part, title, options.precision)
+        unfinished.append(part)
+        parts += [part.read(), files.labels]
         if not np.isfinite(parts[-2]).all():
+            part.remove()
             raise InputError(f"{checkpoint}: its features are not finite; test another checkpoint, or train anew")
     features, path = Features(*parts), folder / FEATURES
     if os.path.isfile(path) and not is_ours(path):
         path.replace(f"{path}.old")
         note(f"features: the {FEATURES} that was there is now {FEATURES}.old")
     write_features(path, features, source)
+    for part in unfinished:
+        part.remove()
     return features
 
 
-def class_names(features, images):
-    """{label: class name}, or the number where the benchmark's class names are not at hand."""
-    labels = np.union1d(features.gallery_labels, features.query_labels).tolist()
+def name_classes(features, images):
+    """(Features with labels from 0, class names): names are those of the benchmark, or numbers where it is not at hand.
+
+    Labels beyond the classes, 100 to 124, say, are taken in ascending order, and that is said.
+    """
+    labels = np.union1d(features.gallery_labels, features.query_labels)
     unseen = images.benchmark.unseen_names if images else []
-    return {label: unseen[label] if label < len(unseen) else str(label) for label in labels}
+    if labels[-1] < max(len(labels), len(unseen)):
+        return features, [unseen[label] if label < len(unseen) else str(label) for label in range(labels[-1] + 1)]
+    named = len(unseen) == len(labels)
+    note(
+        f"note: the features' {len(labels)} labels, {labels[0]} to {labels[-1]}, are not 0 to {len(labels) - 1}: "
+        f"taken as {'the unseen classes' if named else 'classes'} in ascending order"
+    )
+    gallery_labels, query_labels = (
+        labels.searchsorted(each) for each in (features.gallery_labels, features.query_labels)
+    )
+    features = replace(features, gallery_labels=gallery_labels, query_labels=query_labels)
+    return features, unseen if named else [str(label) for label in labels]
 
 
 def check_features(features, names, options):
@@ -152,6 +188,8 @@ def check_features(features, names, options):
             f"{len(missing)} query classes have no photo in the gallery, first {names[missing[0]]!r}: "
             "its sketches have no AP; add photos to the zero list or take its sketches out"
         )
+    if (features.gallery == features.gallery[0]).all():
+        note("note: all photos have the same features, so every ranking is the gallery's order")
     if options.mode == 1:
         return
     count, width = features.gallery.shape
@@ -166,106 +204,139 @@ def check_features(features, names, options):
             )
 
 
-def fit_codebooks(gallery, options):
-    """{(M, K): codebook (M, K, D/M)} for the grid of --subspaces and --clusters; empty in mode 1."""
-    grid = [(m, k) for m in options.subspaces for k in options.clusters] if options.mode == 2 else []
-    codebooks = {}
-    for subspaces, clusters in tqdm(grid, "mixtures", unit="row", leave=False, disable=None):
-        codebooks[subspaces, clusters], unconverged = fit_codebook(gallery, subspaces, clusters, options.seed)
-        if unconverged:
-            note(f"note: M {subspaces}, K {clusters}: no convergence in 100 iterations in sub-space {unconverged}")
-    return codebooks
+def measure(features, options):
+    """(rows, shown): all rows {key: {seed: ClassMeans, or why there are none}} and the one to draw, a Shown.
 
-
-def evaluate(features, codebooks, protocol, device="cpu"):
-    """AP and Prec of every query, for one-to-one matching (key None) and each codebook (key (M, K)).
-
-    Goes through the queries in chunks, so memory does not grow with their number; distances are float64.
-    Returns {key: (AP (Q,), Prec (Q,))}, float64 on the CPU.
+    The key of a row is None for one-to-one matching, else (M, K); one-to-one matching has the seed None.
     """
-    gallery, gallery_labels, query_labels = (
-        torch.from_numpy(values).to(device)
-        for values in (features.gallery.astype(np.float64), features.gallery_labels, features.query_labels)
-    )
-    codes = {key: _codes(gallery, codebook) for key, codebook in codebooks.items()}
-    query = torch.from_numpy(features.query)
-    rows = {key: ([], []) for key in (None, *codebooks)}
-    chunk = max(1, CHUNK_BYTES // (8 * len(gallery)))
-    with tqdm(total=len(query), desc="matching", unit="sketch", leave=False, disable=None) as progress:
-        for part, labels in zip(query.split(chunk), query_labels.split(chunk), strict=True):
-            part = part.to(device).double()
-            euclidean = euclidean_distances(part, gallery)
-            for key, (precisions, shares) in rows.items():
-                scores = euclidean if key is None else _fused(part, euclidean, codes[key])
-                relevant = rank(scores, labels, gallery_labels)
-                precisions.append(average_precision(relevant, protocol.map_at).cpu())
-                shares.append(precision_at(relevant, protocol.prec_at).cpu())
-            progress.update(len(part))
-    return {key: tuple(torch.cat(parts) for parts in row) for key, row in rows.items()}
-
-
-def summarise(measured, features, names, protocol, options):
-    """The content of results.json."""
-    labels = torch.from_numpy(features.query_labels)
-    rows = []
-    for key, (precision, share) in measured.items():
-        matching = {"matching": "one-to-one"} if key is None else {"matching": "one-to-many", "M": key[0], "K": key[1]}
-        classes, mean_precision = class_means(precision, labels)
-        _, mean_share = class_means(share, labels)
-        by_class = zip(classes.tolist(), mean_precision.tolist(), mean_share.tolist(), strict=True)
-        rows.append(
-            matching
-            | {"mAP": mean_precision.mean().item(), "Prec": mean_share.mean().item()}
-            | {"per_class": {names[label]: {"mAP": ap, "Prec": prec} for label, ap, prec in by_class}}
+    # The row a reader looks at first: as many clusters as classes, else the last one of the grid.
+    grid = [(m, k) for m in options.subspaces for k in options.clusters] if options.mode == 2 else []
+    classes = len(np.unique(features.gallery_labels))
+    key = next((key for key in grid if key[1] == classes), grid[-1] if grid else None)
+    rows, shown = {None: {}} | {key: {} for key in grid}, None
+    for seed in options.mixture_seeds if grid else [None]:
+        codebooks, failures = fit_codebooks(features.gallery, grid, seed, options)
+        for failed, reason in failures.items():
+            rows[failed][seed] = reason
+        first = not rows[None]
+        if first and key not in codebooks:
+            key = next(reversed(codebooks), None)
+        measured = evaluate(
+            features,
+            codebooks,
+            options.device,
+            getattr(torch, options.distances),
+            one_to_one=first,
+            shown=key if first else (),
+            nearest=options.nearest,
+            say=note,
         )
+        for row, values in measured.items():
+            rows[row][seed if row else None] = {
+                name: class_means(values[name], torch.from_numpy(features.query_labels))[1].numpy()
+                for name in (*METRICS, "curve")
+            }
+        if first:
+            shown = key, measured[key]
+    return rows, shown
+
+
+def fit_codebooks(gallery, grid, seed, options):
+    """({(M, K): codebook (M, K, D/M)}, {(M, K): why it could not be fitted}) for the grid, one core a row."""
+    codebooks, failures = {}, {}
+    with (
+        workers() as pool,
+        tqdm(total=len(grid), desc="mixtures", unit="row", leave=False, disable=None) as progress,
+    ):
+        # Few sub-spaces take longest and come first.
+        jobs = {
+            key: pool.submit(fit_codebook, gallery, *key, seed, options.mixture, options.device) for key in sorted(grid)
+        }
+        for _ in as_completed(jobs.values()):
+            progress.update()
+    for key in grid:
+        row = f"M {key[0]}, K {key[1]}"
+        try:
+            codebooks[key], unconverged = jobs[key].result()
+        except CollapsedComponent as error:
+            failures[key] = str(error)
+            note(f"note: {row}, seed {seed}: {error}; the row is left out, others are not affected")
+            continue
+        if unconverged:
+            note(f"note: {row}, seed {seed}: no convergence in 100 iterations in sub-space {unconverged}")
+    return codebooks, failures
+
+
+def summarise(rows, features, names, protocol, options):
+    """The content of results.json."""
+    present = [names[label] for label in np.unique(features.query_labels)]
     return {
         "protocol": protocol.title,
+        "metrics": list(protocol.metrics),
         "queries": len(features.query),
         "gallery": len(features.gallery),
         "classes": len(np.unique(features.gallery_labels)),
         **run_record(options),
-        "rows": rows,
+        "rows": [_summary(key, seeds, present) for key, seeds in rows.items()],
     }
 
 
-def _draw(path, features, codebooks, measured, names, images, options, count=4, nearest=10):
-    """Write the picture of the best and worst retrievals, or say in one line why there is none."""
-    if not _drawable(features, images):
-        return note("note: no picture of retrievals, the images of these features are not at hand (see --data_root)")
-    # The row a reader looks at first: as many clusters as classes, else the last one of the grid.
-    classes = len(np.unique(features.gallery_labels))
-    key = next((key for key in codebooks if key[1] == classes), next(reversed(codebooks), None))
-    precision = measured[key][0].numpy()
-    best, worst = pick_queries(precision, features.query_labels, count)
-    picked = [*best, *worst]
-    query, gallery = (torch.from_numpy(values).double() for values in (features.query[picked], features.gallery))
-    scores = euclidean_distances(query, gallery)
-    if key is not None:
-        scores = _fused(query, scores, _codes(gallery, codebooks[key]))
-    order = scores.sort(dim=1, stable=True).indices[:, :nearest].numpy()
-    photos, sketches = images.photos, images.sketches
-    queries = []
-    for index, ranking in zip(picked, order, strict=True):
-        label = features.query_labels[index]
-        found = [(photos.root / photos.paths[i], features.gallery_labels[i] == label) for i in ranking]
-        queries.append((f"{names[label]}\nAP {precision[index]:.2f}", sketches.root / sketches.paths[index], found))
+def _summary(key, seeds, names):
+    """A row of results.json from {seed: class means by name, or why there are none}."""
+    row = {"matching": "one-to-one"} if key is None else {"matching": "one-to-many", "M": key[0], "K": key[1]}
+    failures = {seed: reason for seed, reason in seeds.items() if isinstance(reason, str)}
+    if failures:
+        row["failed"] = failures
+    fitted = {seed: means for seed, means in seeds.items() if seed not in failures}
+    if not fitted:
+        return row
+    means = {name: np.mean([each[name] for each in fitted.values()], axis=0) for name in (*METRICS, "curve")}
+    row |= {name: float(means[name].mean()) for name in METRICS}
+    if len(seeds) > 1:
+        row["seeds"] = {seed: {name: float(each[name].mean()) for name in METRICS} for seed, each in fitted.items()}
+        for name in METRICS:
+            values = [each[name] for each in row["seeds"].values()]
+            spread = {"deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+            row.setdefault("spread", {})[name] = spread | {"range": [min(values), max(values)]}
+    row["per_class"] = {
+        label: {name: float(means[name][index]) for name in METRICS} for index, label in enumerate(names)
+    }
+    row["precision_at_recall"] = means["curve"].mean(axis=0).tolist()
+    return row
+
+
+def draw(folder, results, shown, features, names, images, protocol, count=4):
+    """Write the figures, or say in one line why there are none: precision over recall, and retrievals."""
+    key, measured = shown
     matching = "one-to-one matching" if key is None else f"one-to-many matching, M {key[0]}, K {key[1]}"
     try:
-        draw_retrievals(path, queries, f"Best and worst retrievals, {matching}")
+        path = folder / "precision_recall.png"
+        draw_precision_recall(path, results)
+        print(f"figure: {path}")
+        if not _drawable(features, images):
+            return note(
+                "note: no picture of retrievals, the images of these features are not at hand (see --data_root)"
+            )
+        precision = measured[protocol.metrics[0]].numpy()
+        groups = []
+        for title, picked in pick_queries(precision, features.query_labels, count).items():
+            queries = []
+            for index in picked:
+                label = features.query_labels[index]
+                found = [
+                    (images.photos.root / images.photos.paths[photo], features.gallery_labels[photo] == label)
+                    for photo in measured["nearest"][index]
+                ]
+                sketch = images.sketches.root / images.sketches.paths[index]
+                queries.append((f"{names[label]}\nAP {precision[index]:.2f}", sketch, found))
+            groups.append((title, queries))
+        path = folder / "retrievals.png"
+        draw_retrievals(path, groups, f"{protocol.title}, {matching}")
+        print(f"picture: {path}")
     except ImportError:
-        return note("note: no picture of retrievals, matplotlib is not installed")
+        note("note: no figures, matplotlib is not installed")
     except InputError as error:
-        return note(f"note: no picture of retrievals, {error}")
-    print(f"picture: {path}")
-
-
-def _codes(gallery, codebook):
-    codebook = torch.from_numpy(codebook).to(gallery)
-    return codebook, nearest_codes(gallery, codebook)
-
-
-def _fused(query, euclidean, codes):
-    return fused_scores(cluster_distances(query, *codes), euclidean)
+        note(f"note: no picture of retrievals, {error}")
 
 
 def _source(checkpoint, images, options):
@@ -279,6 +350,7 @@ def _source(checkpoint, images, options):
         "checkpoint": digest(checkpoint),
         "model": options.model,
         "input_size": options.input_size,
+        "precision": options.precision,
         **lists,
     }
 

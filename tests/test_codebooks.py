@@ -3,21 +3,22 @@ import pytest
 import torch
 
 from models.eval.codebooks import fit_codebook
-from models.eval.matching import cluster_distances, euclidean_distances, fused_scores, nearest_codes
+from models.eval.matching import cluster_distances, code_members, euclidean_distances, fused_scores, nearest_codes
 from models.eval.metrics import average_precision, class_means, precision_at, rank
+from models.eval.mixture import CollapsedComponent
 
 
 @pytest.mark.parametrize(("subspaces", "clusters"), [(2, 5), (2, 6), (2, 7), (4, 5), (4, 6), (4, 7)])
-def test_own_codebooks_retrieve_as_well_as_golden_ones(golden, subspaces, clusters):
+@pytest.mark.parametrize("mixture", ["torch", "sklearn"])
+def test_own_codebooks_retrieve_as_well_as_golden_ones(golden, subspaces, clusters, mixture):
     z = golden("matching")
-    codebook, unconverged = fit_codebook(z["gallery"].numpy(), subspaces, clusters, seed=int(z["seed"]))
+    codebook, unconverged = fit_codebook(z["gallery"].numpy(), subspaces, clusters, int(z["seed"]), mixture)
     assert not unconverged
     assert codebook.dtype == np.float32
     np.testing.assert_allclose(codebook, z[f"M{subspaces}K{clusters}_codebook"], rtol=0, atol=1e-4)
     query, gallery, means = z["query"].double(), z["gallery"].double(), torch.from_numpy(codebook).double()
-    scores = fused_scores(
-        cluster_distances(query, means, nearest_codes(gallery, means)), euclidean_distances(query, gallery)
-    )
+    members = code_members(nearest_codes(gallery, means), clusters).double()
+    scores = fused_scores(cluster_distances(query, means, members), euclidean_distances(query, gallery))
     relevant = rank(scores, z["query_labels"], z["gallery_labels"])
     for name, values in (
         ("map_all", average_precision(relevant)),
@@ -43,3 +44,19 @@ def test_too_many_clusters_or_uneven_subspaces():
         fit_codebook(gallery, 2, 7)
     with pytest.raises(ValueError, match="4 equal sub-spaces"):
         fit_codebook(gallery, 4, 2)
+
+
+@pytest.mark.parametrize("mixture", ["torch", "sklearn"])
+def test_equal_photos_give_a_codebook(mixture):
+    gallery = np.full((30, 8), 8**-0.5, np.float32)
+    codebook, _ = fit_codebook(gallery, 2, 3, mixture=mixture)
+    assert np.isfinite(codebook).all()
+    assert np.abs(codebook - gallery[0, 0]).min() < 1e-6
+
+
+@pytest.mark.parametrize("mixture", ["torch", "sklearn"])
+def test_the_collapsed_sub_space_is_named(mixture, monkeypatch):
+    gallery = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    gallery[:, 4:] = 1e6 * gallery[:, 4:5]  # so flat that 1e-6 on the diagonal is lost in rounding
+    with pytest.raises(CollapsedComponent, match=r"^sub-space 1: (a )?component .*collapsed onto too few photos"):
+        fit_codebook(gallery, 2, 2, mixture=mixture)

@@ -53,7 +53,8 @@ def test_train_then_retrieve(trained, miniature, capsys):
         [*MODEL, *GRID, "--data_root", str(miniature), "--resume_dir", str(trained)]
     )
     assert json.loads((trained / "results.json").read_text()) == results
-    assert list(results) == ["protocol", "queries", "gallery", "classes", "options", "versions", "rows", "features"]
+    order = "protocol metrics queries gallery classes options versions rows features"
+    assert list(results) == order.split()
     assert (results["queries"], results["gallery"], results["classes"]) == (32, 48, 8)
     assert [(row["matching"], row.get("M"), row.get("K")) for row in results["rows"]] == [
         ("one-to-one", None, None),
@@ -62,8 +63,12 @@ def test_train_then_retrieve(trained, miniature, capsys):
     ]
     for row in results["rows"]:
         assert sorted(row["per_class"]) == sorted(UNSEEN)
-        assert row["mAP"] == pytest.approx(np.mean([one["mAP"] for one in row["per_class"].values()]))
+        for metric in ("mAP@all", "mAP@200", "Prec@100", "Prec@200"):
+            assert row[metric] == pytest.approx(np.mean([one[metric] for one in row["per_class"].values()]))
+        assert len(row["precision_at_recall"]) == 11
     assert (trained / "retrievals.png").stat().st_size > 10_000
+    assert (trained / "precision_recall.png").stat().st_size > 5_000
+    assert not list(trained.glob(".*"))  # nothing unfinished is left
     assert "  8*" in capsys.readouterr().out
     # The features it wrote are up to date for the same test and stale for another one.
     again = test_sketchy_ext_zeroshot.main([*MODEL, *GRID, "--data_root", str(miniature), "--resume_dir", str(trained)])
@@ -90,22 +95,127 @@ def test_features_alone_are_enough(tmp_path, monkeypatch, script, map_at, prec_a
     gallery, gallery_labels, query, query_labels = features_of_three_classes(
         tmp_path / "features_zero.pickle", photos=330
     )
-    results = script.main(["--resume_dir", str(tmp_path), "--mode", "1", "--device", "cpu"])
+    results = script.main(["--resume_dir", str(tmp_path), "--mode", "1", "--device", "cpu", "--distances", "float64"])
     distances = np.linalg.norm(query[:, None].astype(float) - gallery[None], axis=2)
-    relevant = rank(*map(torch.from_numpy, (distances, query_labels, gallery_labels)))
+    ranking = rank(*map(torch.from_numpy, (distances, query_labels, gallery_labels)))
+    assert results["metrics"] == [f"mAP@{map_at or 'all'}", f"Prec@{prec_at}"]
     labels = torch.from_numpy(query_labels)
     expected = [class_means(values, labels)[1].mean().item() for values in
-                (average_precision(relevant, map_at), precision_at(relevant, prec_at))]  # fmt: skip
-    assert [results["rows"][0][name] for name in ("mAP", "Prec")] == pytest.approx(expected, abs=1e-12)
+                (average_precision(ranking, map_at), precision_at(ranking, prec_at))]  # fmt: skip
+    assert [results["rows"][0][name] for name in results["metrics"]] == pytest.approx(expected, abs=1e-12)
     assert expected[0] < 0.99
 
 
-def test_chunks_change_nothing(tmp_path, monkeypatch):
-    features_of_three_classes(tmp_path / "features_zero.pickle", width=64)
+def test_mixtures_of_several_seeds_are_summed_up(tmp_path, capsys):
+    features_of_three_classes(tmp_path / "features_zero.pickle", width=16, photos=200)
+    arguments = ["--resume_dir", str(tmp_path), "--clusters", "3", "6", "--subspaces", "2", "--device", "cpu"]
+    single = {
+        seed: test_tuberlin_ext_zeroshot.main([*arguments, "--mixture_seeds", str(seed)])["rows"] for seed in (1, 2, 3)
+    }
+    assert "seeds" not in single[1][1]
+    results = test_tuberlin_ext_zeroshot.main([*arguments, "--mixture_seeds", "1", "2", "3", "--per_class"])
+    assert results["rows"][0] == single[1][0]  # one-to-one has no mixture
+    for index, row in enumerate(results["rows"][1:], 1):
+        values = [single[seed][index]["mAP@all"] for seed in (1, 2, 3)]
+        assert [row["seeds"][seed]["mAP@all"] for seed in (1, 2, 3)] == values
+        assert row["mAP@all"] == pytest.approx(np.mean(values))
+        assert row["spread"]["mAP@all"] == {
+            "deviation": pytest.approx(np.std(values, ddof=1)),
+            "range": [min(values), max(values)],
+        }
+    assert len(set(values)) > 1
+    said = capsys.readouterr().out
+    assert "mAP@all over seeds" in said and "class  one-to-one mAP@all" in said
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["rows"][1]["seeds"]["2"] == results["rows"][1]["seeds"][2]
+
+
+def test_both_mixtures_and_distances_agree(tmp_path):
+    features_of_three_classes(tmp_path / "features_zero.pickle", width=32, photos=300)
     arguments = ["--resume_dir", str(tmp_path), "--clusters", "3", "--subspaces", "2", "4", "--device", "cpu"]
-    whole = test_tuberlin_ext_zeroshot.main(arguments)["rows"]
-    monkeypatch.setattr(testing, "CHUNK_BYTES", 5 * 8 * 60)
-    assert test_tuberlin_ext_zeroshot.main(arguments)["rows"] == whole
+    rows = test_tuberlin_ext_zeroshot.main(arguments)["rows"]
+    for more in (["--mixture", "sklearn"], ["--distances", "float64"]):
+        for one, two in zip(rows, test_tuberlin_ext_zeroshot.main([*arguments, *more])["rows"], strict=True):
+            assert one["mAP@all"] == pytest.approx(two["mAP@all"], abs=1e-4)
+
+
+def test_a_collapsed_mixture_leaves_the_other_rows(tmp_path, capsys, monkeypatch):
+    features_of_three_classes(tmp_path / "features_zero.pickle", 8)
+    monkeypatch.setattr("models.eval.mixture.REGULARISATION", 0.0)  # 40 components of 60 photos have no covariance
+    arguments = ["--resume_dir", str(tmp_path), "--subspaces", "2", "--device", "cpu", "--clusters"]
+    results = test_tuberlin_ext_zeroshot.main([*arguments, "2", "40"])
+    captured = capsys.readouterr()
+    assert "note: M 2, K 40, seed 123: sub-space 0: component" in captured.err
+    assert "the row is left out, others are not affected" in captured.err
+    assert "left out, a mixture collapsed" in captured.out
+    one_to_one, fine, failed = results["rows"]
+    assert fine["mAP@all"] > 0 and one_to_one["mAP@all"] > 0
+    assert list(failed) == ["matching", "M", "K", "failed"] and "sub-space 0" in failed["failed"][123]
+    everything = test_tuberlin_ext_zeroshot.main([*arguments, "40"])["rows"]
+    assert everything[0]["mAP@all"] == one_to_one["mAP@all"] and "failed" in everything[1]
+
+
+def test_labels_that_do_not_start_at_0_are_taken_in_order_and_that_is_said(tmp_path, miniature, capsys):
+    gallery, gallery_labels, query, query_labels = features_of_three_classes(tmp_path / "features_zero.pickle")
+    none = ["--mode", "1", "--device", "cpu", "--resume_dir", str(tmp_path), "--data_root", str(tmp_path / "none")]
+    expected = test_sketchy_ext_zeroshot.main(none)["rows"][0]
+    content = [gallery, 100 + 7 * gallery_labels, query, 100 + 7 * query_labels, None]
+    (tmp_path / "features_zero.pickle").write_bytes(pickle.dumps(content))
+    row = test_sketchy_ext_zeroshot.main(none)["rows"][0]
+    assert "labels, 100 to 114, are not 0 to 2: taken as classes in ascending order" in capsys.readouterr().err
+    assert row["mAP@all"] == expected["mAP@all"] and list(row["per_class"]) == ["100", "107", "114"]
+    # With as many classes as the benchmark has unseen ones, they are those.
+    labels = np.arange(60) % 8
+    content = [gallery, 50 + labels, gallery[:16], 50 + labels[:16], None]
+    (tmp_path / "features_zero.pickle").write_bytes(pickle.dumps(content))
+    row = test_sketchy_ext_zeroshot.main([*none, "--data_root", str(miniature)])["rows"][0]
+    assert "taken as the unseen classes in ascending order" in capsys.readouterr().err
+    assert sorted(row["per_class"]) == sorted(UNSEEN)
+
+
+def test_photos_with_equal_features_are_named(tmp_path, capsys):
+    gallery, gallery_labels, query, query_labels = features_of_three_classes(tmp_path / "features_zero.pickle")
+    gallery[:] = gallery[0]
+    (tmp_path / "features_zero.pickle").write_bytes(pickle.dumps([gallery, gallery_labels, query, query_labels]))
+    arguments = ["--resume_dir", str(tmp_path), "--clusters", "3", "--subspaces", "2", "--device", "cpu"]
+    rows = test_tuberlin_ext_zeroshot.main(arguments)["rows"]
+    assert "all photos have the same features, so every ranking is the gallery's order" in capsys.readouterr().err
+    assert rows[0]["mAP@all"] == rows[1]["mAP@all"]
+
+
+def test_a_killed_extraction_goes_on(trained, miniature, tmp_path, monkeypatch, capsys):
+    shutil.copy(trained / "checkpoint.pth.tar", tmp_path)
+    arguments = [
+        *MODEL,
+        "--mode",
+        "1",
+        "--batch_size",
+        "5",
+        "--data_root",
+        str(miniature),
+        "--resume_dir",
+        str(tmp_path),
+    ]
+    expected = test_sketchy_ext_zeroshot.main(arguments)["rows"]
+    (tmp_path / "features_zero.pickle").unlink()
+    add, batches = testing.Unfinished.add, []
+
+    def killed(part, rows):
+        add(part, rows)
+        batches.append(len(rows))
+        if len(batches) == 13:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(testing.Unfinished, "add", killed)
+    with pytest.raises(SystemExit):
+        test_sketchy_ext_zeroshot.main(arguments)
+    assert not (tmp_path / "features_zero.pickle").exists()
+    batches.clear()
+    assert test_sketchy_ext_zeroshot.main(arguments)["rows"] == expected
+    said = capsys.readouterr().err
+    assert "features: 45 of 48 photos are there already, going on" in said  # whole batches of 5
+    assert "features: 15 of 32 sketches are there already, going on" in said
+    assert sum(batches) == 80 - 45 - 15
 
 
 def test_features_older_than_the_checkpoint_are_named_and_recomputed(trained, miniature, tmp_path, capsys, fails):
@@ -199,7 +309,7 @@ def test_what_a_missing_extra_skips_is_said_in_a_line(miniature, tmp_path, monke
     test_sketchy_ext_zeroshot.main(
         [*MODEL, "--mode", "1", "--data_root", str(miniature), "--resume_dir", str(tmp_path)]
     )
-    assert "note: no picture of retrievals, matplotlib is not installed\n" in capsys.readouterr().err
+    assert "note: no figures, matplotlib is not installed\n" in capsys.readouterr().err
     assert not (tmp_path / "retrievals.png").exists() and not (tmp_path / "curves").exists()
 
 
@@ -239,7 +349,8 @@ def test_help_explains_itself_and_tells_every_default(script, capsys):
         sys.modules[script].main(["--help"])
     help_text = capsys.readouterr().out
     assert end.value.code == 0
-    for option in ("--data_root", "--zero_version", "--model", "--device", "--seed", "--workers"):
+    seeds = "--seed" if script.startswith("train") else "--mixture_seeds"
+    for option in ("--data_root", "--zero_version", "--model", "--device", "--workers", seeds):
         assert f"\n  {option}" in help_text
     assert "(default: None)" not in help_text
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from datasets.errors import InputError
 from datasets.images import normalise
-from models.eval.features import Features, extract, is_ours, read_features, why_stale, write_features
+from models.eval.features import Features, Unfinished, extract, is_ours, read_features, why_stale, write_features
 
 
 def unit(count, width=8, seed=0):
@@ -97,10 +97,70 @@ class Means(torch.nn.Module):
         return images.mean(dim=(2, 3))
 
 
-def test_extraction_keeps_the_order_and_normalises():
-    images = torch.randint(0, 255, (10, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(10)), batch_size=4)
-    expected = F.normalize(normalise(images).mean(dim=(2, 3)), dim=1)
-    extracted = extract(Means(), loader, "cpu")
-    assert extracted.dtype == np.float32
-    np.testing.assert_allclose(extracted, expected, atol=1e-6)
+SOURCE = {"checkpoint": "a"}
+
+
+@pytest.fixture
+def images():
+    return torch.randint(1, 255, (11, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def loader(images):
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(len(images))), batch_size=4)
+
+
+def expected_of(images):
+    return F.normalize(normalise(images).mean(dim=(2, 3)), dim=1)
+
+
+def test_extraction_keeps_the_order_and_normalises(images, tmp_path):
+    part = Unfinished(tmp_path / "part", SOURCE, 3, 4)
+    extract(Means(), loader(images), "cpu", part)
+    assert part.read().dtype == np.float32
+    np.testing.assert_allclose(part.read(), expected_of(images), atol=1e-6)
+    part.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_bf16_is_near_and_not_the_same(images, tmp_path):
+    class Linear(Means):
+        def features(self, images):
+            return images.flatten(1) @ torch.ones(48, 3).cumsum(0)
+
+    rows = []
+    for precision in ("fp32", "tf32", "bf16"):
+        part = Unfinished(tmp_path / precision, SOURCE, 3, 4)
+        extract(Linear(), loader(images), "cpu", part, precision=precision)
+        rows.append(part.read())
+    assert np.array_equal(rows[0], rows[1])  # TF32 is for CUDA
+    assert not np.array_equal(rows[0], rows[2])
+    np.testing.assert_allclose(rows[0], rows[2], atol=0.02)
+
+
+@pytest.mark.parametrize("torn", [0, 5, 17])
+def test_a_killed_extraction_goes_on_at_its_last_whole_batch(images, tmp_path, torn):
+    part = Unfinished(tmp_path / "part", SOURCE, 3, 4)
+    assert part.done == 0
+    extract(Means(), loader(images[:8]), "cpu", part)
+    with open(part.path, "ab") as file:
+        file.write(b"\1" * torn)  # the kill came in the middle of a write
+    again = Unfinished(tmp_path / "part", SOURCE, 3, 4)
+    assert again.done == 8
+    extract(Means(), loader(images[8:]), "cpu", again)
+    np.testing.assert_allclose(again.read(), expected_of(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["another source", "another width", "no header", "zeros"])
+def test_what_cannot_be_trusted_is_extracted_anew(images, tmp_path, damage):
+    path = tmp_path / "part"
+    extract(Means(), loader(images[:8]), "cpu", Unfinished(path, SOURCE, 3, 4))
+    content = bytearray(path.read_bytes())
+    if damage == "no header":
+        path.write_bytes(b"")
+    if damage == "zeros":
+        content[-5 * 12 :] = bytes(5 * 12)
+        path.write_bytes(content)
+    source = {"checkpoint": "b"} if damage == "another source" else SOURCE
+    part = Unfinished(path, source, 4 if damage == "another width" else 3, 2)
+    assert part.done == (2 if damage == "zeros" else 0)  # three sound rows, batches of two
+    assert len(part.read()) == part.done

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from models.eval.matching import cluster_distances, code_distances, euclidean_distances, fused_scores, nearest_codes
+from models.eval.matching import (
+    cluster_distances,
+    code_distances,
+    code_members,
+    euclidean_distances,
+    fused_scores,
+    nearest_codes,
+)
 from models.eval.metrics import average_precision, class_means, precision_at, rank
 
 GRID = [(m, k) for m in (2, 4) for k in (5, 6, 7)]
@@ -37,7 +44,7 @@ def test_one_to_many_given_the_codebooks_equals_golden(z, subspaces, clusters):
     codes = nearest_codes(gallery, codebook)
     assert torch.equal(codes, row["codes"].long())
     close(code_distances(query, codebook), row["dtable"], 2e-6)
-    cluster = cluster_distances(query, codebook, codes)
+    cluster = cluster_distances(query, codebook, code_members(codes, clusters).double())
     close(cluster[z["row_queries"]], row["cluster_rows"], 2e-6)
     close(cluster.sum(dim=1), row["cluster_rowsum"], 1e-3)
     scores = fused_scores(cluster, euclidean_distances(query, gallery))
@@ -64,10 +71,23 @@ def test_distances_equal_plain_loops():
                 part = slice(2 * m, 2 * m + 2)
                 code = min(range(5), key=lambda k: (gallery[g, part] - codebook[m, k]).norm())
                 expected[q, g] += ((query[q, part] - codebook[m, code]) ** 2).sum()
-    close(cluster_distances(query, codebook, nearest_codes(gallery, codebook)), expected, 1e-12)
+    members = code_members(nearest_codes(gallery, codebook), 5)
+    assert (members.sum(dim=0) == 3).all()
+    close(cluster_distances(query, codebook, members.double()), expected, 1e-12)
     close(euclidean_distances(query, gallery), torch.cdist(query, gallery), 1e-12)
 
 
 def test_a_photo_as_query_finds_itself():
     gallery = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     assert torch.equal(euclidean_distances(gallery, gallery).argmin(dim=1), torch.arange(50))
+
+
+def test_results_go_where_they_are_told(z):
+    query, gallery, codebook = z["query"], z["gallery"], z["M2K5_codebook"]
+    members = code_members(nearest_codes(gallery, codebook), 5).float()
+    out = torch.empty(2, len(query), len(gallery))
+    euclidean = euclidean_distances(query, gallery, out=out[0])
+    cluster = cluster_distances(query, codebook, members, out=out[1])
+    expected = fused_scores(cluster, euclidean)
+    assert fused_scores(cluster, euclidean, out=out[1]).data_ptr() == out[1].data_ptr()
+    assert torch.equal(out[0], euclidean_distances(query, gallery)) and torch.equal(out[1], expected)

@@ -1,16 +1,43 @@
 import pytest
 import torch
 
-from models.eval.metrics import average_precision, class_means, precision_at, rank
+from models.eval.metrics import (
+    Ranking,
+    _rank_by_order,
+    average_precision,
+    class_means,
+    precision_at,
+    precision_at_recall,
+    rank,
+)
+
+
+def ranking_of(hits, gallery_size):
+    """The Ranking of one query whose relevant photos have these ranks."""
+    return Ranking(torch.tensor([hits], dtype=torch.float64), torch.tensor([len(hits)]), gallery_size, None)
+
+
+def plain(scores, query_labels, gallery_labels, top=None):
+    """(AP, order) of each query by the definition, one rank at a time."""
+    results = []
+    for row, label in zip(scores.tolist(), query_labels.tolist(), strict=True):
+        order = sorted(range(len(row)), key=lambda photo: (row[photo], photo))
+        relevant = [gallery_labels[photo].item() == label for photo in order]
+        n = len(row) if top is None else min(top, len(row))
+        precision = [sum(relevant[: r + 1]) / (r + 1) for r in range(n)]
+        total = min(sum(relevant), n)
+        ap = sum(max(precision[r:]) for r in range(n) if relevant[r]) / total if total else float("nan")
+        results.append((ap, order))
+    return torch.tensor([ap for ap, _ in results], dtype=torch.float64), [order for _, order in results]
 
 
 @pytest.mark.parametrize("case", range(3))
 def test_metrics_equal_golden(golden, case):
     z = {name.removeprefix(f"case{case}_"): value for name, value in golden("metrics").items()}
-    relevant = rank(z["dist"], z["query_labels"], z["gallery_labels"])
-    measured = {"ap_all": average_precision(relevant), "ap_200": average_precision(relevant, 200)}
-    measured |= {"ap_50": average_precision(relevant, 50)}
-    measured |= {f"prec_{k}": precision_at(relevant, k) for k in (100, 200)}
+    ranking = rank(z["dist"], z["query_labels"], z["gallery_labels"])
+    measured = {"ap_all": average_precision(ranking), "ap_200": average_precision(ranking, 200)}
+    measured |= {"ap_50": average_precision(ranking, 50)}
+    measured |= {f"prec_{k}": precision_at(ranking, k) for k in (100, 200)}
     for name, values in measured.items():
         torch.testing.assert_close(values, z[name], rtol=0, atol=1e-12, equal_nan=True)
         _, means = class_means(values, z["query_labels"])
@@ -18,19 +45,45 @@ def test_metrics_equal_golden(golden, case):
 
 
 def test_average_precision_by_hand():
-    relevant = torch.tensor([[False, True, True, False, True]])  # precisions at the hits: 1/2, 2/3, 3/5
-    assert average_precision(relevant).item() == pytest.approx((2 / 3 + 2 / 3 + 3 / 5) / 3)
-    assert average_precision(relevant, top=2).item() == pytest.approx((1 / 2) / 2)  # R = min(cut, 3 in the gallery)
-    assert average_precision(relevant, top=1).item() == 0
-    assert average_precision(torch.zeros(1, 4, dtype=torch.bool)).isnan().all()
+    ranking = ranking_of([2, 3, 5], 5)  # precisions at the hits: 1/2, 2/3, 3/5
+    assert average_precision(ranking).item() == pytest.approx((2 / 3 + 2 / 3 + 3 / 5) / 3)
+    assert average_precision(ranking, top=2).item() == pytest.approx((1 / 2) / 2)  # R = min(cut, 3 in the gallery)
+    assert average_precision(ranking, top=1).item() == 0
+    assert average_precision(ranking_of([], 4)).isnan().all()
 
 
-def test_ties_go_by_gallery_order():
-    scores = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0]])
-    relevant = rank(scores, torch.tensor([7]), torch.tensor([0, 7, 7, 0, 0]))  # order 1, 4, 0, 2, 3
-    assert relevant.tolist() == [[True, False, False, True, False]]
-    many = rank(torch.zeros(1, 5000), torch.tensor([1]), torch.arange(5000) % 3)
-    assert torch.equal(many[0], torch.arange(5000) % 3 == 1)
+def test_precision_at_recall_by_hand():
+    ranking = ranking_of([2, 3, 5], 5)  # one hit reaches recalls up to 1/3, two up to 2/3
+    assert precision_at_recall(ranking)[0].tolist() == pytest.approx([2 / 3] * 7 + [3 / 5] * 4)
+    exact = ranking_of([1, 2, 3, *range(5, 12)], 20)  # recall 0.3 needs three hits, not four
+    assert precision_at_recall(exact)[0, 3] == 1 and precision_at_recall(exact)[0, 4] == pytest.approx(10 / 11)
+    assert precision_at_recall(ranking_of([], 4)).tolist() == [[0] * 11]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("levels", [2, 7, 1000])
+@pytest.mark.parametrize("shift", [0, -3])
+def test_ranks_with_many_ties_equal_the_definition(dtype, levels, shift):
+    generator = torch.Generator().manual_seed(levels)
+    scores = (torch.randint(levels, (13, 90), generator=generator) / levels + shift).to(dtype)
+    gallery_labels = torch.randint(4, (90,), generator=generator)
+    query_labels = torch.randint(5, (13,), generator=generator)  # class 4 has no photo
+    ranking = rank(scores, query_labels, gallery_labels, nearest=6)
+    for top in (None, 20):
+        expected, order = plain(scores, query_labels, gallery_labels, top)
+        torch.testing.assert_close(average_precision(ranking, top), expected, rtol=0, atol=1e-14, equal_nan=True)
+    assert ranking.nearest.tolist() == [row[:6] for row in order]
+    hits, nearest = _rank_by_order(scores, query_labels, gallery_labels, 6)  # a GPU's way
+    assert torch.equal(hits, ranking.hits) and torch.equal(nearest, ranking.nearest)
+
+
+def test_a_tie_at_the_very_end_and_across_queries():
+    # The last score of a row and the first of the next one differ by the last bit of their keys.
+    scores = torch.tensor([[0.0, 1.0, 1.0], [1.0, 1.0, 2.0]])
+    ranking = rank(scores, torch.tensor([1, 1]), torch.tensor([0, 0, 1]))
+    assert ranking.hits.tolist() == [[3], [3]]
+    ranking = rank(scores, torch.tensor([1, 1]), torch.tensor([0, 1, 0]))
+    assert ranking.hits.tolist() == [[2], [2]]
 
 
 def test_shuffling_the_gallery_changes_nothing_without_ties():
@@ -47,3 +100,5 @@ def test_classes_count_alike_whatever_their_number_of_queries():
     classes, means = class_means(torch.tensor([1.0, 0.0, 0.5, 0.0]), torch.tensor([4, 2, 4, 4]))
     assert classes.tolist() == [2, 4]
     assert means.tolist() == pytest.approx([0, 0.5])
+    _, curves = class_means(torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 5.0]]), torch.tensor([0, 0, 1]))
+    assert curves.tolist() == [[2, 4], [5, 5]]

@@ -17,7 +17,7 @@ def fit_codebook(gallery, subspaces, clusters, seed=123, mixture="torch", device
     gallery: (N, D) float32 array, D divisible by `subspaces`. The sub-spaces draw their k-means starts from one random
     stream, one after the other, as in the release; scikit-learn 1.3 changed what that stream gives.
     mixture: "torch" for our EM (float64, on `device`), "sklearn" for scikit-learn's in the gallery's dtype, as in the
-    release. Both go on from the same start with the same tolerance 1e-3, at most 100 iterations and 1e-6 on the diagonal.
+    release. Both go on from the same start: tolerance 1e-3, at most 100 iterations, 1e-6 on the diagonal.
     Returns (codebook (M, K, D/M) in the gallery's dtype, sub-spaces whose mixture did not converge).
     Raises ValueError if there are fewer photos than clusters or D is not divisible, and CollapsedComponent, naming the
     sub-space, where a mixture cannot be fitted.

@@ -21,10 +21,15 @@ METRICS = {
     "Prec@100": lambda ranking: precision_at(ranking, 100),
     "Prec@200": lambda ranking: precision_at(ranking, 200),
 }
-CPU_CHUNK, GPU_CHUNK = 8 << 20, 256 << 20  # bytes of one matrix of a chunk of queries × gallery; a handful live at a time
+CPU_CHUNK, GPU_CHUNK = (
+    8 << 20,
+    256 << 20,
+)  # bytes of one matrix of a chunk of queries × gallery; a handful live at a time
 
 
-def evaluate(features, codebooks, device="cpu", dtype=torch.float32, one_to_one=True, shown=None, nearest=10, say=print):
+def evaluate(
+    features, codebooks, device="cpu", dtype=torch.float32, one_to_one=True, shown=None, nearest=10, say=print
+):
     """Measure one-to-one matching (key None) and one-to-many matching with each codebook.
 
     features: Features; codebooks: {key: (M, K, d) array}. Distances and scores are of `dtype`. For the row with key
@@ -87,7 +92,7 @@ def evaluate(features, codebooks, device="cpu", dtype=torch.float32, one_to_one=
 
 
 def _halving(measure, say):
-    """`measure` of as many queries at a time as fit into memory, which is found out by trying: a list of its results."""
+    """`measure` for chunks that may not fit into memory, which is found out by trying: gives a list of its results."""
     fitting = None
 
     def run(chosen):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from datasets.errors import InputError
 from datasets.files import digest, read_pickle, write_json, write_whole
 from datasets.images import normalise
+from models.networks import arithmetic
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,66 @@ class Features:
     query_labels: np.ndarray  # (Q,)
 
 
+class Unfinished:
+    """Features of a list of images as they are extracted, in a hidden file, so that a killed extraction goes on.
+
+    The file holds a line of JSON, which says what the features depend on, and then the features, float32.
+    """
+
+    def __init__(self, path, source, width, batch_size):
+        """Go on with the file at `path` if it is of the same `source` (JSON), else start anew."""
+        self.path, self.width = path, width
+        self.header = json.dumps([source, width]).encode() + b"\n"
+        self.done = 0  # whole batches, so that the others are those of an uninterrupted extraction
+        if self._is_same():
+            rows = self.read()
+            sound = np.abs(np.linalg.norm(rows, axis=1) - 1) < 0.01  # a torn disk can leave zeros
+            self.done = int(np.append(sound, False).argmin()) // batch_size * batch_size
+        with open(path, "r+b" if self.done else "wb") as file:
+            if self.done:
+                file.truncate(len(self.header) + 4 * width * self.done)
+            else:
+                file.write(self.header)
+
+    def add(self, rows):
+        """Append rows (n, width) float32; they outlive the process from here on."""
+        with open(self.path, "ab") as file:
+            file.write(rows.tobytes())
+
+    def read(self):
+        """All rows so far: (n, width) float32."""
+        values = np.fromfile(self.path, np.float32, offset=len(self.header))
+        return values[: len(values) // self.width * self.width].reshape(-1, self.width)
+
+    def remove(self):
+        """Delete the file, once its features are somewhere else."""
+        self.path.unlink()
+
+    def _is_same(self):
+        try:
+            with open(self.path, "rb") as file:
+                return file.readline() == self.header
+        except FileNotFoundError:
+            return False
+
+
 @torch.inference_mode()
-def extract(student, loader, device, title="features"):
-    """Student features of all images of `loader`, L2-normalised: (n, D) float32 array."""
-    student.eval()
-    batches = []
-    with tqdm(total=len(loader.dataset), desc=title, unit="image", leave=False, disable=None) as progress:
+def extract(student, loader, device, unfinished, title="features", precision="fp32"):
+    """Add the student's features of all images of `loader` to `unfinished`, L2-normalised.
+
+    precision: see models.networks.arithmetic.
+    """
+    student.eval().to(memory_format=torch.channels_last)
+    done = unfinished.done
+    with tqdm(
+        total=done + len(loader.dataset), initial=done, desc=title, unit="image", leave=False, disable=None
+    ) as bar:
         for images, _ in loader:
-            features = student.features(normalise(images.to(device, non_blocking=True)))
-            batches.append(F.normalize(features, dim=1).float().cpu())
-            progress.update(len(images))
-    return torch.cat(batches).numpy()
+            images = normalise(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+            with arithmetic(precision, device):
+                features = student.features(images)
+            unfinished.add(F.normalize(features.float(), dim=1).cpu().numpy())
+            bar.update(len(images))
 
 
 def read_features(path):

@@ -27,7 +27,7 @@ def nearest_codes(gallery, codebook):
 
 
 def code_members(codes, clusters):
-    """Codes (N, M) as a matrix of zeros and ones, (M·K, N) uint8: row m·K + k marks the photos with code k in part m."""
+    """Codes (N, M) as zeros and ones, (M·K, N) uint8: row m·K + k marks the photos with code k in part m."""
     members = torch.zeros(codes.shape[1], clusters, len(codes), dtype=torch.uint8, device=codes.device)
     return members.scatter_(1, codes.T[:, None], 1).flatten(0, 1)
 

@@ -133,7 +133,7 @@ def precision_at(ranking, k):
     >>> precision_at(rank(torch.tensor([[0.1, 0.2, 0.3]]), torch.tensor([1]), torch.tensor([1, 0, 1])), k=2)
     tensor([0.5000], dtype=torch.float64)
     """
-    return (ranking.hits[:, :k] <= k).sum(dim=1) / float(min(k, ranking.gallery_size))
+    return (ranking.hits[:, :k] <= k).sum(dim=1).double() / min(k, ranking.gallery_size)
 
 
 def precision_at_recall(ranking):

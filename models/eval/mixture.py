@@ -46,7 +46,7 @@ def fit_mixture(points, start, count):
     components.maximise(torch.nn.functional.one_hot(likeliest, count).T.double())
     weights = components.totals / len(points)
     screen, bound = _Screen(points, count), -math.inf
-    for iteration in range(1, ITERATIONS + 1):
+    for iteration in range(1, ITERATIONS + 1):  # noqa: B007, it is returned
         previous = bound
         joint = _log_joint(points, components, weights.log(), likeliest, screen)
         evidence = joint.logsumexp(dim=0)
@@ -209,7 +209,7 @@ class _Screen:
         return roundings * (self.longest + means.norm(dim=1)) * products.norm(dim=(1, 2))
 
     def _directions(self, means, roots, steps):
-        """Directions in which points are far from each component, the farthest first: (K, d, q), orthonormal after root.
+        """Directions (K, d, q) in which points are far from each component, farthest first; orthonormal once whitened.
 
         They approach the leading eigenvectors of root · E[(point − mean)(point − mean)ᵀ] · rootᵀ by subspace
         iteration, which goes on from one call to the next. Worse ones leave more survivors, not other results.

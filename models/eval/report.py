@@ -4,61 +4,138 @@ import numpy as np
 
 from datasets.files import write_whole
 from datasets.images import read_rgb
+from models.eval.metrics import RECALL_LEVELS
 
 
 def print_table(results, protocol):
-    """Print one line per row of `results` (the content of results.json); a star marks K = number of unseen classes."""
-    at = "all" if protocol.map_at is None else protocol.map_at
+    """Print one line per row of `results` (the content of results.json); a star marks K = number of unseen classes.
+
+    Of several mixture seeds: the mean, ± the deviation and the range of its first metric.
+    """
     counts = f"{results['queries']:,} sketches, {results['gallery']:,} photos, {results['classes']} classes"
     print(f"{protocol.title}: {counts}")
-    print(f"{'matching':12} {'M':>2} {'K':>4}  {f'mAP@{at}':>9} {f'Prec@{protocol.prec_at}':>9}")
+    spread = any("spread" in row for row in results["rows"])
+    heads = "".join(f" {name:>9}" for name in protocol.metrics)
+    print(f"{'matching':12} {'M':>2} {'K':>4} {heads}" + (f"  {protocol.metrics[0]} over seeds" if spread else ""))
     for row in results["rows"]:
         subspaces, clusters = row.get("M", "-"), row.get("K", "-")
         star = "*" if clusters == results["classes"] else " "
-        print(f"{row['matching']:12} {subspaces:>2} {clusters:>3}{star}  {row['mAP']:9.4f} {row['Prec']:9.4f}")
+        line = f"{row['matching']:12} {subspaces:>2} {clusters:>3}{star} "
+        if protocol.metrics[0] in row:
+            line += "".join(f" {row[name]:9.4f}" for name in protocol.metrics)
+        else:
+            line += "  left out, a mixture collapsed"
+        if "spread" in row:
+            of_first = row["spread"][protocol.metrics[0]]
+            deviation = "" if of_first["deviation"] is None else f"± {of_first['deviation']:.4f}, "
+            line += "  {}{:.4f} to {:.4f}".format(deviation, *of_first["range"])
+        print(line)
     if any(row.get("K") == results["classes"] for row in results["rows"]):
         print("* K = number of unseen classes")
 
 
-def draw_retrievals(path, queries, title):
-    """Draw each query sketch beside its nearest photos, right ones framed green and wrong ones dashed red.
+def print_classes(results, protocol):
+    """Print the metrics of each class for one-to-one matching and for the row of `main_rows` after it, best first."""
+    rows = main_rows(results)[:2]
+    width = max(len("class"), *(len(name) for name in rows[0]["per_class"]))
+    heads = [f"{row_name(row)} {metric}" for row in rows for metric in protocol.metrics]
+    print("".join([f"{'class':{width}}", *(f"  {head}" for head in heads)]))
+    for name in sorted(rows[-1]["per_class"], key=lambda name: -rows[-1]["per_class"][name][protocol.metrics[0]]):
+        values = [row["per_class"][name][metric] for row in rows for metric in protocol.metrics]
+        cells = (f"  {value:{len(head)}.4f}" for value, head in zip(values, heads, strict=True))
+        print("".join([f"{name:{width}}", *cells]))
 
-    queries: list of (caption, sketch file, [(photo file, whether it is right), ...]).
+
+def main_rows(results):
+    """The rows to look at first: one-to-one and, for each M, K = number of unseen classes, else its last K."""
+    best = {}
+    for row in results["rows"]:
+        if "per_class" in row and best.get(row.get("M"), {}).get("K") != results["classes"]:
+            best[row.get("M")] = row
+    return list(best.values())
+
+
+def row_name(row):
+    """ "one-to-one" or "M 2, K 25"."""
+    return f"M {row['M']}, K {row['K']}" if "M" in row else row["matching"]
+
+
+def draw_precision_recall(path, results):
+    """Draw interpolated precision over recall, mean of classes, for the `main_rows` of `results`.
+
     Raises ImportError without matplotlib.
     """
     from matplotlib.figure import Figure
 
-    columns = 1 + max(len(photos) for _, _, photos in queries)
-    figure = Figure(figsize=(1.25 * columns, 1.5 * len(queries) + 0.5), layout="constrained")
-    axes = figure.subplots(len(queries), columns, squeeze=False)
-    for row, (caption, sketch, photos) in zip(axes, queries, strict=True):
-        for axis in row:
-            axis.set_axis_off()
-        row[0].imshow(_thumbnail(sketch))
-        row[0].set_title(caption, fontsize=8, parse_math=False)
-        for axis, (photo, right) in zip(row[1:], photos, strict=False):
-            axis.imshow(_thumbnail(photo))
-            axis.set_axis_on()
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set(color="tab:green" if right else "tab:red", linewidth=3, linestyle="-" if right else "--")
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axis = figure.subplots()
+    for row in main_rows(results):
+        label = f"{row_name(row)}, mAP@all {row['mAP@all']:.3f}"
+        axis.plot(RECALL_LEVELS, row["precision_at_recall"], marker=".", label=label)
+    axis.set(xlabel="recall", ylabel="precision (interpolated)", xlim=(0, 1), ylim=(0, 1))
+    axis.set_title(f"{results['protocol']}: {results['classes']} unseen classes", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    with write_whole(path) as file:
+        figure.savefig(file, format="png", dpi=130)
+
+
+def draw_retrievals(path, groups, title):
+    """Draw each query sketch beside its nearest photos, right ones framed green and wrong ones dashed red.
+
+    groups: list of (title, list of (caption, sketch file, [(photo file, whether it is right), ...])).
+    Raises ImportError without matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    groups = [group for group in groups if group[1]]
+    columns = 1 + max(len(photos) for _, queries in groups for _, _, photos in queries)
+    heights = [len(queries) for _, queries in groups]
+    figure = Figure(figsize=(1.25 * columns, 1.5 * sum(heights) + 0.35 * len(groups) + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=10)
+    parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, (heading, queries) in zip(parts, groups, strict=True):
+        part.suptitle(heading, fontsize=10, weight="bold")
+        axes = part.subplots(len(queries), columns, squeeze=False)
+        for row, (caption, sketch, photos) in zip(axes, queries, strict=True):
+            for axis in row:
+                axis.set_axis_off()
+            row[0].imshow(_thumbnail(sketch))
+            row[0].set_title(caption, fontsize=8, parse_math=False)
+            for axis, (photo, right) in zip(row[1:], photos, strict=False):
+                axis.imshow(_thumbnail(photo))
+                axis.set_axis_on()
+                axis.set(xticks=[], yticks=[])
+                frame = dict(color="tab:green", linestyle="-") if right else dict(color="tab:red", linestyle="--")
+                axis.spines[:].set(linewidth=3, **frame)
     with write_whole(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
 def pick_queries(average_precision, labels, count):
-    """Indices of the `count` best and `count` worst queries by AP, from as many classes as there are."""
+    """Indices of `count` queries each by AP, from as many classes as there are: {"best", "typical", "worst"}.
+
+    Typical are those nearest to the median. No query is in two groups.
+    """
     order = np.argsort(-average_precision, kind="stable")
-    return _one_per_class(order, labels, count), _one_per_class(order[::-1], labels, count)[::-1]
+    typical = np.argsort(np.abs(average_precision - np.median(average_precision)), kind="stable")
+    picked, taken = {}, set()
+    for group, ranking in (("best", order), ("worst", order[::-1]), ("typical", typical)):
+        picked[group] = _one_per_class([index for index in ranking if index not in taken], labels, count)
+        taken.update(picked[group])
+    return {group: sorted(picked[group], key=lambda index: -average_precision[index]) for group in _GROUPS}
 
 
-def _one_per_class(order, labels, count):
-    first = [order[np.flatnonzero(labels[order] == label)[0]] for label in np.unique(labels)]
-    rank = {index: place for place, index in enumerate(order)}
-    picked = sorted(first, key=rank.get)[:count]
-    taken = set(first)
-    rest = (index for index in order if index not in taken)
-    return [*picked, *(next(rest) for _ in range(min(count, len(order)) - len(picked)))]
+_GROUPS = ("best", "typical", "worst")
+
+
+def _one_per_class(ranking, labels, count):
+    """The first `count` of ranking, each class once before any comes again."""
+    first = list({labels[index]: index for index in reversed(ranking)}.values())
+    place = {index: number for number, index in enumerate(ranking)}
+    first.sort(key=place.get)
+    rest = [index for index in ranking if index not in set(first)]
+    return [*first, *rest][:count]
 
 
 def _thumbnail(path):

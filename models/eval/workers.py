@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 
 @contextmanager
 def workers(count=None):
-    """A ThreadPoolExecutor of `count` threads (None: one a core) in which BLAS, OpenMP and torch use one thread each."""
+    """A ThreadPoolExecutor of `count` threads (None: one a core); BLAS, OpenMP and torch use one thread in each."""
     count = count or available_cores()
     threads = torch.get_num_threads()
     with threadpool_limits(1), ThreadPoolExecutor(count, initializer=_compute_alone) as pool:
