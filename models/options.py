@@ -1,7 +1,6 @@
 """The command lines that the scripts share, and what a run records about itself."""
 
 import argparse
-import os
 import platform
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import timm
 import torch
 
 from datasets.errors import InputError, OneLineParser, number, seed
+from models.eval.workers import available_cores
 from models.networks import PRECISIONS
 
 
@@ -148,8 +148,9 @@ def _add_model(parser):
 
 
 def _add_machine(parser):
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=_count, default=min(4, cores), help="processes that decode images")
+    parser.add_argument(
+        "--workers", type=_count, default=min(4, available_cores()), help="processes that decode images"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
 
 

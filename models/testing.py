@@ -217,7 +217,7 @@ def measure(features, options):
     for seed in options.mixture_seeds if grid else [None]:
         codebooks, failures = fit_codebooks(features.gallery, grid, seed, options)
         for failed, reason in failures.items():
-            rows[failed][seed] = reason
+            rows[failed][str(seed)] = reason
         first = not rows[None]
         if first and key not in codebooks:
             key = next(reversed(codebooks), None)
@@ -232,7 +232,7 @@ def measure(features, options):
             say=note,
         )
         for row, values in measured.items():
-            rows[row][seed if row else None] = {
+            rows[row][str(seed) if row else None] = {
                 name: class_means(values[name], torch.from_numpy(features.query_labels))[1].numpy()
                 for name in (*METRICS, "curve")
             }

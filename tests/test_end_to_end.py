@@ -117,7 +117,7 @@ def test_mixtures_of_several_seeds_are_summed_up(tmp_path, capsys):
     assert results["rows"][0] == single[1][0]  # one-to-one has no mixture
     for index, row in enumerate(results["rows"][1:], 1):
         values = [single[seed][index]["mAP@all"] for seed in (1, 2, 3)]
-        assert [row["seeds"][seed]["mAP@all"] for seed in (1, 2, 3)] == values
+        assert [row["seeds"][seed]["mAP@all"] for seed in "123"] == values
         assert row["mAP@all"] == pytest.approx(np.mean(values))
         assert row["spread"]["mAP@all"] == {
             "deviation": pytest.approx(np.std(values, ddof=1)),
@@ -126,8 +126,7 @@ def test_mixtures_of_several_seeds_are_summed_up(tmp_path, capsys):
     assert len(set(values)) > 1
     said = capsys.readouterr().out
     assert "mAP@all over seeds" in said and "class  one-to-one mAP@all" in said
-    written = json.loads((tmp_path / "results.json").read_text())
-    assert written["rows"][1]["seeds"]["2"] == results["rows"][1]["seeds"][2]
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == results["rows"]
 
 
 def test_both_mixtures_and_distances_agree(tmp_path):
@@ -150,7 +149,7 @@ def test_a_collapsed_mixture_leaves_the_other_rows(tmp_path, capsys, monkeypatch
     assert "left out, a mixture collapsed" in captured.out
     one_to_one, fine, failed = results["rows"]
     assert fine["mAP@all"] > 0 and one_to_one["mAP@all"] > 0
-    assert list(failed) == ["matching", "M", "K", "failed"] and "sub-space 0" in failed["failed"][123]
+    assert list(failed) == ["matching", "M", "K", "failed"] and "sub-space 0" in failed["failed"]["123"]
     everything = test_tuberlin_ext_zeroshot.main([*arguments, "40"])["rows"]
     assert everything[0]["mAP@all"] == one_to_one["mAP@all"] and "failed" in everything[1]
 

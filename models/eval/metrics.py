@@ -38,7 +38,7 @@ def rank(scores, query_labels, gallery_labels, nearest=0):
     """
     in_gallery = gallery_labels.bincount(minlength=int(query_labels.max()) + 1)[query_labels]
     nearest = min(nearest, scores.shape[1])
-    if scores.device.type == "cpu" and scores.min() >= 0:
+    if scores.device.type == "cpu" and scores.numpy().min() >= 0:
         arrays = (values.numpy() for values in (scores, query_labels, gallery_labels))
         hits, near = map(torch.from_numpy, _rank_by_keys(*arrays, nearest))
     else:
@@ -93,9 +93,9 @@ def _break_ties(places, keys, scores, relevant):
     every = np.arange(len(keys))[:, None]
     following = keys[every, np.minimum(places + 1, keys.shape[1] - 1)]
     # The last relevant photo of each tie.
-    rows, last = np.nonzero(following == keys[every, places] + 1)
+    rows, last = _nonzero(following == keys[every, places] + 1)
     values = (keys[rows, places[rows, last]] >> 1).view(scores.dtype)
-    tie, photo = np.nonzero(scores[rows] == values[:, None])
+    tie, photo = _nonzero(scores[rows] == values[:, None])
     starts = tie.searchsorted(np.arange(len(rows)))  # ties are in order
     within = (np.arange(len(tie)) - starts[tie])[relevant[photo]]
     tie = tie[relevant[photo]]
@@ -103,6 +103,11 @@ def _break_ties(places, keys, scores, relevant):
     first = last + 1 - counts
     number = first[tie] + np.arange(len(tie)) - (counts.cumsum() - counts)[tie]
     places[rows[tie], number] = places[rows, first][tie] + within
+
+
+def _nonzero(mask):
+    """np.nonzero of a matrix, several times as fast."""
+    return np.divmod(np.flatnonzero(mask), mask.shape[1])
 
 
 def _nearest(scores, limit, count):

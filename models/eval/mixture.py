@@ -48,10 +48,9 @@ def fit_mixture(points, start, count):
     screen, bound = _Screen(points, count), -math.inf
     for iteration in range(1, ITERATIONS + 1):  # noqa: B007, it is returned
         previous = bound
-        joint = _log_joint(points, components, weights.log(), likeliest, screen)
-        evidence = joint.logsumexp(dim=0)
-        likeliest = joint.argmax(dim=0)
-        components.maximise(joint.sub_(evidence).exp_())
+        shares, evidence = _expect(points, components, weights.log(), likeliest, screen)
+        likeliest = shares.argmax(dim=0)
+        components.maximise(shares)
         weights = components.totals / components.totals.sum()
         bound = evidence.mean().item()
         converged = abs(bound - previous) < TOLERANCE
@@ -70,8 +69,10 @@ class _Components:
     def __init__(self, points, count):
         width = points.shape[1]
         self.points, self.shares = points, None
-        self.means, self.origins = (points.new_zeros(count, width, dtype=torch.float64) for _ in range(2))
-        self.scatters = self.means.new_zeros(count, width, width)  # Σ share · (point − origin)(point − origin)ᵀ
+        self.means = points.new_zeros(count, width, dtype=torch.float64)
+        # Σ share · (point − origin) and Σ share · (point − origin)(point − origin)ᵀ, about a point of the component.
+        self.origins, self.moments = torch.zeros_like(self.means), torch.zeros_like(self.means)
+        self.scatters = self.means.new_zeros(count, width, width)
         self.factors, self.roots = torch.zeros_like(self.scatters), torch.zeros_like(self.scatters)
         self.drifts, self.shifts = self.means.new_zeros(count), self.means.new_zeros(count)
 
@@ -79,29 +80,34 @@ class _Components:
         """M step. Raises CollapsedComponent."""
         sums = shares.sum(dim=1)
         self.totals = sums + 10 * torch.finfo(torch.float64).eps
-        blocks = zip(shares.split(BLOCK, dim=1), self.points.split(BLOCK), strict=True)
-        means = sum(part @ points.double() for part, points in blocks) / self.totals[:, None]
-        moves, self.means = means - self.means, means
-        for component in range(len(shares)):
-            self._update_scatter(component, shares[component])
-            self._factorise(component, sums[component], moves[component])
+        for component, share in enumerate(shares):
+            changed = share if self.shares is None else share - self.shares[component]
+            if changed.any():
+                self._update(component, share, changed)
+                self._factorise(component, sums[component])
+            else:
+                self.drifts[component] = self.shifts[component] = 0
         self.shares = shares
 
-    def _update_scatter(self, component, share):
-        """Add what changed; start anew from the present mean where that is less work."""
-        change = share if self.shares is None else share - self.shares[component]
-        if self.shares is None or 2 * change.count_nonzero() > share.count_nonzero():
-            self.origins[component], change = self.means[component], share
-            self.scatters[component] = 0
+    def _update(self, component, share, change):
+        """Add what changed to the moments; start anew where that is less work, or where what is left is small."""
+        anew = self.shares is None or self.totals[component] < 1
+        if anew or 2 * change.count_nonzero() > share.count_nonzero():
+            change = share
+            self.origins[component] = self.points[share.argmax()]
+            self.moments[component] = self.scatters[component] = 0
         for part in change.nonzero()[:, 0].split(BLOCK):
-            offsets = self.points[part].double() - self.origins[component]
-            self.scatters[component].addmm_((offsets * change[part, None]).T, offsets)
+            offsets = self.points.index_select(0, part).double().sub_(self.origins[component])
+            weighted = offsets * change[part, None]
+            self.moments[component] += weighted.sum(dim=0)
+            self.scatters[component].addmm_(weighted.T, offsets)
 
-    def _factorise(self, component, share_sum, move):
-        mean, total, origin = self.means[component], self.totals[component], self.origins[component]
+    def _factorise(self, component, share_sum):
+        total, origin, before = self.totals[component], self.origins[component], self.means[component].clone()
+        mean = (self.moments[component] + share_sum * origin) / total
         # From the scatter about the origin to that about the mean: − moved · halfᵀ − half · movedᵀ.
         moved = mean - origin
-        pair = torch.stack([moved, total * mean - share_sum * (origin + moved / 2)])
+        pair = torch.stack([moved, self.moments[component] - share_sum * moved / 2])
         covariance = torch.addmm(self.scatters[component], pair.T, pair.flip(0), alpha=-1).div_(total)
         covariance.diagonal().add_(REGULARISATION)
         factor, failed = torch.linalg.cholesky_ex(covariance)
@@ -110,12 +116,12 @@ class _Components:
         root = torch.linalg.solve_triangular(factor, torch.eye(len(mean)).to(factor), upper=False)
         drift = root @ self.factors[component]
         drift.diagonal().sub_(1)
-        self.drifts[component], self.shifts[component] = drift.norm(), (root @ move).norm()
-        self.factors[component], self.roots[component] = factor, root
+        self.drifts[component], self.shifts[component] = drift.norm(), (root @ (mean - before)).norm()
+        self.means[component], self.factors[component], self.roots[component] = mean, factor, root
 
 
-def _log_joint(points, components, log_weights, likeliest, screen):
-    """E step: log of weight · density (K, N); -inf where the responsibility is negligible (see NEGLIGIBLE).
+def _expect(points, components, log_weights, likeliest, screen):
+    """E step: (responsibilities (K, N), 0 where they are negligible (see NEGLIGIBLE); log-likelihoods (N,)).
 
     likeliest: (N,) component of each point in the last iteration. Its value comes first and is exact; others that
     are bounded far below it are not computed.
@@ -127,8 +133,9 @@ def _log_joint(points, components, log_weights, likeliest, screen):
 
     def compute(component, part):
         for rows in part.split(BLOCK):
-            offsets = points[rows].double() - means[component]
-            joint[component, rows] = constants[component] - (offsets @ roots[component].T).square_().sum(dim=1) / 2
+            offsets = points.index_select(0, rows).double().sub_(means[component])
+            lengths = torch.linalg.vector_norm(offsets @ roots[component].T, dim=1)
+            joint[component].index_copy_(0, rows, constants[component] - lengths.square_() / 2)
 
     for component in range(len(means)):
         compute(component, (likeliest == component).nonzero()[:, 0])
@@ -138,10 +145,15 @@ def _log_joint(points, components, log_weights, likeliest, screen):
     limits[likeliest, everyone] = -math.inf
     for component, part in enumerate(screen.survivors(components, limits)):
         compute(component, part)
-    weak = (joint - joint.logsumexp(dim=0)).exp_().sum(dim=1) < 1
-    for component in weak.nonzero()[:, 0].tolist():
-        compute(component, everyone)
-    return joint
+    evidence = joint.logsumexp(dim=0)
+    shares = (joint - evidence).exp_()
+    weak = (shares.sum(dim=1) < 1).nonzero()[:, 0].tolist()
+    if weak:
+        for component in weak:
+            compute(component, everyone)
+        evidence = joint.logsumexp(dim=0)
+        shares = (joint - evidence).exp_()
+    return shares, evidence
 
 
 class _Screen:
@@ -176,7 +188,7 @@ class _Screen:
         looks = [(roots.mT, 1.0)]
         if near.count_nonzero() > 2 * len(self.points):
             directions = self._directions(means, roots, steps=3 if first else 1)
-            few = directions[:, :, : -(-directions.shape[2] // 3)]
+            few = directions[:, :, : -(-directions.shape[2] // 2)]
             self._look_at_all(means, few, near, reach)
             looks = [(directions, HEADROOM), *looks]
         margins = [self._margins(means, product).tolist() for product, _ in looks]
@@ -184,12 +196,14 @@ class _Screen:
             products = [product[component].float() for product, _ in looks]
             survivors = [near.new_empty(0, dtype=torch.long)]
             for part in near[component].nonzero()[:, 0].split(BLOCK):
-                offsets = self.points[part] - mean
+                offsets = self.points.index_select(0, part).sub_(mean)
                 for product, margin, (_, headroom) in zip(products, margins, looks, strict=True):
                     bounds = _bounds(offsets @ product, margin[component])
-                    self.bounds[component, part] = bounds
-                    kept = bounds < headroom * reach[component, part]
-                    part, offsets = part[kept], offsets[kept]
+                    self.bounds[component].index_copy_(0, part, bounds)
+                    kept = (bounds < headroom * reach[component].index_select(0, part)).nonzero()[:, 0]
+                    part = part.index_select(0, kept)
+                    if product is not products[-1]:
+                        offsets = offsets.index_select(0, kept)
                 survivors.append(part)
             yield torch.cat(survivors)
 

@@ -11,14 +11,16 @@ from threadpoolctl import threadpool_limits
 @contextmanager
 def workers(count=None):
     """A ThreadPoolExecutor of `count` threads (None: one a core); BLAS, OpenMP and torch use one thread in each."""
-    count = count or available_cores()
     threads = torch.get_num_threads()
-    with threadpool_limits(1), ThreadPoolExecutor(count, initializer=_compute_alone) as pool:
+    pool = ThreadPoolExecutor(count or available_cores(), initializer=_compute_alone)
+    with threadpool_limits(1):
         try:
             yield pool
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)  # the user is told at once; jobs that run come to their end
             raise
+        else:
+            pool.shutdown()
         finally:
             torch.set_num_threads(threads)
 
