@@ -22,7 +22,7 @@ METRICS = {
     "Prec@200": lambda ranking: precision_at(ranking, 200),
 }
 CPU_CHUNK, GPU_CHUNK = (
-    8 << 20,
+    24 << 20,
     256 << 20,
 )  # bytes of one matrix of a chunk of queries × gallery; a handful live at a time
 

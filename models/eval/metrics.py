@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 CACHE = 1 << 20  # bytes of scores sorted at a time on a CPU
+MANY_TIES = 32  # of a sketch, above which its gallery is put in order rather than searched for each
 RECALL_LEVELS = torch.linspace(0, 1, 11, dtype=torch.float64)
 
 
@@ -94,8 +95,13 @@ def _break_ties(places, keys, scores, relevant):
     following = keys[every, np.minimum(places + 1, keys.shape[1] - 1)]
     # The last relevant photo of each tie.
     rows, last = _nonzero(following == keys[every, places] + 1)
+    many = np.bincount(rows, minlength=len(keys)) > MANY_TIES
+    for row in np.flatnonzero(many):
+        places[row] = np.flatnonzero(relevant[_order(scores[row])])
+    rows, last = rows[~many[rows]], last[~many[rows]]
     values = (keys[rows, places[rows, last]] >> 1).view(scores.dtype)
-    tie, photo = _nonzero(scores[rows] == values[:, None])
+    members = [np.flatnonzero(scores[row] == value) for row, value in zip(rows, values, strict=True)]
+    photo, tie = np.concatenate([*members, rows[:0]]), np.repeat(np.arange(len(rows)), list(map(len, members)))
     starts = tie.searchsorted(np.arange(len(rows)))  # ties are in order
     within = (np.arange(len(tie)) - starts[tie])[relevant[photo]]
     tie = tie[relevant[photo]]
@@ -103,6 +109,16 @@ def _break_ties(places, keys, scores, relevant):
     first = last + 1 - counts
     number = first[tie] + np.arange(len(tie)) - (counts.cumsum() - counts)[tie]
     places[rows[tie], number] = places[rows, first][tie] + within
+
+
+def _order(scores):
+    """scores.argsort(kind="stable") of scores (N,), 0 or more; of float32 by sorting scores joined to places."""
+    if scores.dtype != np.float32:
+        return scores.argsort(kind="stable")
+    keys = scores.view(np.uint32).astype(np.uint64) << np.uint64(32)
+    keys |= np.arange(len(scores), dtype=np.uint64)
+    keys.sort()
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def _nonzero(mask):
