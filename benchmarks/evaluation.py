@@ -25,13 +25,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.peers import PEERS  # noqa: E402
+
 SIZES = {  # unseen sketches, photos
     "sketchy": (15229, 17101),
     "sketchy_split": (12694, 12553),
     "tuberlin": (2400, 27989),
     "quickdraw": (92291, 54151),
 }
-PEERS = ["oml", "torchmetrics", "faiss", "sklearn", "pml", "torchmetrics_class"]
 
 
 def main():
@@ -362,7 +363,7 @@ def peers(options):
             result = run("peer", options, peer, count)
         if result:
             theirs = 1000 * result["seconds"] / count
-            print(f"| {result['name']}, {count:,} sketches | {theirs:.2f} | {theirs / each:.1f} | {result['peak']:.2f} "
+            print(f"| {peer}, {count:,} sketches | {theirs:.2f} | {theirs / each:.1f} | {result['peak']:.2f} "
                   f"| {result['mean']:.4f} |")  # fmt: skip
 
 
@@ -372,98 +373,11 @@ def peer(options, name, queries):
     gallery, gallery_labels, query, query_labels = load(options)
     some = np.sort(np.random.default_rng(2).choice(len(query), int(queries), False))
     query, query_labels = query[some], query_labels[some]
-    compute, title = PEER_JOBS[name](torch)
+    compute = PEERS[name]()
     arrays = [torch.from_numpy(values) for values in (gallery, gallery_labels, query, query_labels)]
     start = time.perf_counter()
     mean = compute(*arrays)
-    return {"seconds": time.perf_counter() - start, "mean": float(mean), "name": title}
-
-
-def _in_chunks(torch, gallery, query, labels, gallery_labels, one, size=500):
-    values = []
-    for part, own in zip(query.split(size), labels.split(size), strict=True):
-        scores = -torch.cdist(part, gallery)
-        scores += 2  # positive, as torchmetrics drops what is not
-        relevant = own[:, None] == gallery_labels
-        values += [float(one(score, target)) for score, target in zip(scores, relevant, strict=True)]
-    return np.mean(values)
-
-
-def oml_peer(torch):
-    from oml.functional.metrics import calc_map
-
-    def compute(gallery, gallery_labels, query, query_labels):
-        scores = torch.cdist(query, gallery)
-        order = scores.argsort(dim=1)
-        relevant = gallery_labels[order] == query_labels[:, None]
-        return calc_map(tuple(relevant), relevant.sum(dim=1).tolist(), (len(gallery),))[0].mean()
-
-    return compute, "open-metric-learning calc_map"
-
-
-def torchmetrics_peer(torch):
-    from torchmetrics.functional.retrieval import retrieval_average_precision
-
-    def compute(gallery, gallery_labels, query, query_labels):
-        return _in_chunks(torch, gallery, query, query_labels, gallery_labels, retrieval_average_precision)
-
-    return compute, "torchmetrics retrieval_average_precision"
-
-
-def torchmetrics_class_peer(torch):
-    from torchmetrics.retrieval import RetrievalMAP
-
-    def compute(gallery, gallery_labels, query, query_labels):
-        metric = RetrievalMAP()
-        for first in range(0, len(query), 500):
-            part = query[first : first + 500]
-            scores = 2 - torch.cdist(part, gallery)
-            relevant = query_labels[first : first + 500, None] == gallery_labels
-            index = torch.arange(first, first + len(part))[:, None].expand_as(scores)
-            metric.update(scores.flatten(), relevant.flatten(), index.flatten())
-        return metric.compute()
-
-    return compute, "torchmetrics RetrievalMAP"
-
-
-def sklearn_peer(torch):
-    from sklearn.metrics import average_precision_score
-
-    def compute(gallery, gallery_labels, query, query_labels):
-        def one(score, target):
-            return average_precision_score(target.numpy(), score.numpy())
-
-        return _in_chunks(torch, gallery, query, query_labels, gallery_labels, one)
-
-    return compute, "scikit-learn average_precision_score"
-
-
-def faiss_peer(torch):
-    import faiss
-
-    def compute(gallery, gallery_labels, query, query_labels):
-        index = faiss.IndexFlatL2(gallery.shape[1])
-        index.add(gallery.numpy())
-        order = index.search(query.numpy(), len(gallery))[1]
-        relevant = gallery_labels.numpy()[order] == query_labels.numpy()[:, None]
-        del order
-        precision = relevant.cumsum(axis=1) / np.arange(1, len(gallery) + 1)
-        return ((precision * relevant).sum(axis=1) / relevant.sum(axis=1)).mean()
-
-    return compute, "faiss IndexFlatL2, k = N, and NumPy"
-
-
-def pml_peer(torch):
-    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-
-    def compute(gallery, gallery_labels, query, query_labels):
-        calculator = AccuracyCalculator(include=("mean_average_precision",), k=len(gallery), device=torch.device("cpu"))
-        return calculator.get_accuracy(query, query_labels, gallery, gallery_labels)["mean_average_precision"]
-
-    return compute, "pytorch-metric-learning AccuracyCalculator"
-
-
-PEER_JOBS = {name: globals()[f"{name}_peer"] for name in PEERS}
+    return {"seconds": time.perf_counter() - start, "mean": float(mean)}
 
 
 # --- growth

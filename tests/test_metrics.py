@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from models.eval import metrics
 from models.eval.metrics import (
     Ranking,
     _rank_by_order,
@@ -63,7 +64,9 @@ def test_precision_at_recall_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("levels", [2, 7, 1000])
 @pytest.mark.parametrize("shift", [0, -3])
-def test_ranks_with_many_ties_equal_the_definition(dtype, levels, shift):
+@pytest.mark.parametrize("many", [0, 3, 100])
+def test_ranks_with_ties_equal_the_definition(dtype, levels, shift, many, monkeypatch):
+    monkeypatch.setattr(metrics, "MANY_TIES", many)
     generator = torch.Generator().manual_seed(levels)
     scores = (torch.randint(levels, (13, 90), generator=generator) / levels + shift).to(dtype)
     gallery_labels = torch.randint(4, (90,), generator=generator)

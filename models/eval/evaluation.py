@@ -12,7 +12,7 @@ from models.eval.matching import (
     fused_scores,
     nearest_codes,
 )
-from models.eval.metrics import average_precision, precision_at, precision_at_recall, rank
+from models.eval.metrics import RECALL_LEVELS, average_precision, precision_at, precision_at_recall, rank
 from models.eval.workers import workers
 
 METRICS = {
@@ -21,10 +21,8 @@ METRICS = {
     "Prec@100": lambda ranking: precision_at(ranking, 100),
     "Prec@200": lambda ranking: precision_at(ranking, 200),
 }
-CPU_CHUNK, GPU_CHUNK = (
-    24 << 20,
-    256 << 20,
-)  # bytes of one matrix of a chunk of queries × gallery; a handful live at a time
+# Bytes of one matrix of a chunk of queries × gallery, of which a handful live at a time.
+CPU_CHUNK, GPU_CHUNK = 24 << 20, 256 << 20
 
 
 def evaluate(
@@ -47,6 +45,12 @@ def evaluate(
         codebook = torch.from_numpy(codebook).to(gallery)
         rows[key] = codebook, code_members(nearest_codes(gallery, codebook), codebook.shape[1]).to(dtype)
 
+    # Filled in place: small results kept between large temporaries would keep the memory of those.
+    measured = {key: {name: torch.empty(len(query), dtype=torch.float64) for name in METRICS} for key in rows}
+    for key, values in measured.items():
+        values["curve"] = torch.empty(len(query), len(RECALL_LEVELS), dtype=torch.float64)
+        if key == shown:
+            values["nearest"] = torch.empty(len(query), min(nearest, len(gallery)), dtype=torch.int64)
     local = threading.local()
 
     def scratch(count):
@@ -59,7 +63,6 @@ def evaluate(
         part, labels = query[chosen].to(device, dtype), query_labels[chosen.to(device)]
         distances, fused = scratch(len(chosen))
         euclidean_distances(part, gallery, out=distances)
-        measured = {}
         for key, codes in rows.items():
             if codes is None:
                 scores = distances
@@ -70,8 +73,9 @@ def evaluate(
             values["curve"] = precision_at_recall(ranking)
             if ranking.nearest is not None:
                 values["nearest"] = ranking.nearest
-            measured[key] = {name: value.cpu() for name, value in values.items()}
-        return chosen, measured
+            for name, value in values.items():
+                measured[key][name][chosen] = value.cpu()
+        return len(chosen)
 
     on_cpu = torch.device(device).type == "cpu"
     size = (CPU_CHUNK if on_cpu else GPU_CHUNK) // (len(gallery) * gallery.element_size())
@@ -81,25 +85,20 @@ def evaluate(
         workers(None if on_cpu else 1) as pool,
         tqdm(total=len(query), desc="matching", unit="sketch", leave=False, disable=None) as progress,
     ):
-        done = []
-        for parts in pool.map(_halving(measure, say), chunks):
-            done += parts
-            progress.update(sum(len(chosen) for chosen, _ in parts))
-    back = torch.cat([chosen for chosen, _ in done]).argsort()
-    return {
-        key: {name: torch.cat([part[key][name] for _, part in done])[back] for name in done[0][1][key]} for key in rows
-    }
+        for count in pool.map(_halving(measure, say), chunks):
+            progress.update(count)
+    return measured
 
 
 def _halving(measure, say):
-    """`measure` for chunks that may not fit into memory, which is found out by trying: gives a list of its results."""
+    """`measure` for chunks that may not fit into memory, which is found out by trying: a sum of what it returns."""
     fitting = None
 
     def run(chosen):
         nonlocal fitting
         if fitting is None or len(chosen) <= fitting:
             try:
-                return [measure(chosen)]
+                return measure(chosen)
             except torch.OutOfMemoryError:
                 if len(chosen) == 1:
                     raise
