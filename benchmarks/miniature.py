@@ -42,8 +42,8 @@ def main():
             subprocess.run(["make", "demo", f"SEED={seed}", f"DEMO={folder}"], cwd=ROOT, check=True)
             seconds = time.perf_counter() - start
             rows = json.loads((Path(folder) / "checkpoint/results.json").read_text())["rows"]
-            marked = [row["mAP"] for row in rows if row.get("K") == 8]
-            table.append((seed, chance(folder, seed), untrained(folder, seed), rows[0]["mAP"], *marked, seconds))
+            marked = [row["mAP@all"] for row in rows if row.get("K") == 8]
+            table.append((seed, chance(folder, seed), untrained(folder, seed), rows[0]["mAP@all"], *marked, seconds))
     print(f"\nmAP@all of unseen classes, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     print("seed  chance  untrained  one-to-one  M 2, K 8  M 4, K 8  seconds")
     for seed, *values, seconds in table:
