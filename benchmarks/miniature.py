@@ -65,7 +65,7 @@ def untrained(folder, seed):
     with contextlib.redirect_stdout(io.StringIO()):
         train_sketchy_ext.main([*data, *SMALL, *UNTRAINED, "--seed", str(seed), "--savedir", start, "--overwrite"])
         results = test_sketchy_ext_zeroshot.main([*data, *SMALL, "--mode", "1", "--resume_dir", start])
-    return results["rows"][0]["mAP"]
+    return results["rows"][0]["mAP@all"]
 
 
 if __name__ == "__main__":
