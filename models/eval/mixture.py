@@ -82,7 +82,7 @@ class _Components:
         self.totals = sums + 10 * torch.finfo(torch.float64).eps
         for component, share in enumerate(shares):
             changed = share if self.shares is None else share - self.shares[component]
-            if changed.any():
+            if self.shares is None or changed.any():
                 self._update(component, share, changed)
                 self._factorise(component, sums[component])
             else:
