@@ -4,7 +4,6 @@ function under other parameter names (weights.py translates). Stands alone: no d
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import timm
 import torch
 from torch import nn
 
@@ -74,6 +73,8 @@ def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=Fals
 
     Raises ValueError for another kind of model, and what timm raises where the hub cannot be reached.
     """
+    import timm  # takes seconds, and stored features need no network
+
     sizes = timm.list_models("convnextv2_*")
     if model not in sizes:
         raise ValueError(f"unknown model {model!r}; choose one of {', '.join(sizes)}")

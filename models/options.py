@@ -3,11 +3,9 @@
 import argparse
 import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy
-import sklearn
-import timm
 import torch
 
 from datasets.errors import InputError, OneLineParser, number, seed
@@ -119,7 +117,7 @@ def resolve(options, protocol, folder):
 def run_record(options):
     """What traces a result to its run: {"options", "versions"}, ready for JSON."""
     values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    versions = {module.__name__: str(module.__version__) for module in (torch, timm, numpy, sklearn)}
+    versions = {name: version(name) for name in ("torch", "timm", "numpy", "scikit-learn")}
     return {"options": values, "versions": {"python": platform.python_version(), **versions}}
 
 

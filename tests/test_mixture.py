@@ -111,7 +111,7 @@ def test_a_bound_is_never_above_the_distance(monkeypatch):
     def check(screen, fitted, limits):
         parts = list(survivors(screen, fitted, limits))
         for component, (mean, root) in enumerate(zip(fitted.means, fitted.roots, strict=True)):
-            distances = ((points - mean) @ root.T).norm(dim=1)
+            distances = ((fitted.points - mean) @ root.T).norm(dim=1)
             assert (screen.bounds[component] <= distances).all()
             left_out = torch.ones(len(points), dtype=torch.bool)
             left_out[parts[component]] = False

@@ -159,6 +159,6 @@ def test_timms_hub_out_of_reach_is_named(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr("models.networks.timm.create_model", unreachable)
+    monkeypatch.setattr("timm.create_model", unreachable)
     with pytest.raises(InputError, match=r"--finetune timm: convnextv2_tiny could not be fetched .no route to host"):
         create_pair("convnextv2_tiny", 3, "timm")

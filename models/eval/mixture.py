@@ -14,8 +14,8 @@ TOLERANCE, REGULARISATION, ITERATIONS = 1e-3, 1e-6, 100  # scikit-learn's defaul
 # A component whose log-probability is this far below a point's best has a responsibility below e^-50 = 2e-22, and a
 # million of those do not reach the last bit of a component's total of 1. Components below that are computed in full.
 NEGLIGIBLE = 50.0
-HEADROOM = 1.1  # bounds are improved until they are this far beyond a limit, so that small changes do not undo them
-BLOCK = 2048  # points at a time: bounds the memory, fits a cache
+STEPS = 6  # in which the screen takes all coordinates
+BLOCK = 4096  # points at a time: bounds the memory, fits a cache
 
 
 class CollapsedComponent(ValueError):
@@ -42,6 +42,9 @@ def fit_mixture(points, start, count):
     many iterations. Raises CollapsedComponent, naming the component.
     """
     likeliest = start.to(points.device).long()
+    points = points.double()
+    rotation = _rotation(points, likeliest, count)
+    points = points @ rotation
     components = _Components(points, count)
     components.maximise(torch.nn.functional.one_hot(likeliest, count).T.double())
     weights = components.totals / len(points)
@@ -56,7 +59,7 @@ def fit_mixture(points, start, count):
         converged = abs(bound - previous) < TOLERANCE
         if converged:
             break
-    return Mixture(components.means, weights, bound, iteration, converged)
+    return Mixture(components.means @ rotation.T, weights, bound, iteration, converged)
 
 
 class _Components:
@@ -74,7 +77,7 @@ class _Components:
         self.origins, self.moments = torch.zeros_like(self.means), torch.zeros_like(self.means)
         self.scatters = self.means.new_zeros(count, width, width)
         self.factors, self.roots = torch.zeros_like(self.scatters), torch.zeros_like(self.scatters)
-        self.drifts, self.shifts = self.means.new_zeros(count), self.means.new_zeros(count)
+        self.drifts, self.shifts = torch.zeros_like(self.means), torch.zeros_like(self.means)
 
     def maximise(self, shares):
         """M step. Raises CollapsedComponent."""
@@ -97,7 +100,7 @@ class _Components:
             self.origins[component] = self.points[share.argmax()]
             self.moments[component] = self.scatters[component] = 0
         for part in change.nonzero()[:, 0].split(BLOCK):
-            offsets = self.points.index_select(0, part).double().sub_(self.origins[component])
+            offsets = self.points.index_select(0, part).sub_(self.origins[component])
             weighted = offsets * change[part, None]
             self.moments[component] += weighted.sum(dim=0)
             self.scatters[component].addmm_(weighted.T, offsets)
@@ -116,7 +119,9 @@ class _Components:
         root = torch.linalg.solve_triangular(factor, torch.eye(len(mean)).to(factor), upper=False)
         drift = root @ self.factors[component]
         drift.diagonal().sub_(1)
-        self.drifts[component], self.shifts[component] = drift.norm(), (root @ (mean - before)).norm()
+        shift = root @ (mean - before)
+        self.drifts[component] = drift.square_().sum(dim=1).cumsum(dim=0).sqrt_()
+        self.shifts[component] = shift.square_().cumsum(dim=0).sqrt_()
         self.means[component], self.factors[component], self.roots[component] = mean, factor, root
 
 
@@ -133,7 +138,7 @@ def _expect(points, components, log_weights, likeliest, screen):
 
     def compute(component, part):
         for rows in part.split(BLOCK):
-            offsets = points.index_select(0, rows).double().sub_(means[component])
+            offsets = points.index_select(0, rows).sub_(means[component])
             lengths = torch.linalg.vector_norm(offsets @ roots[component].T, dim=1)
             joint[component].index_copy_(0, rows, constants[component] - lengths.square_() / 2)
 
@@ -159,88 +164,67 @@ def _expect(points, components, log_weights, likeliest, screen):
 class _Screen:
     """Tells which points may lie nearer to a component than a limit, from lower bounds of their distances.
 
-    The distance is the length of root · (point − mean). Its projection onto any subspace is a lower bound. So is an
-    old one, less what the component's change can have taken from it. Bounds are float32 and allow for its rounding.
+    The distance is the length of root · (point − mean). As root is triangular, its first p rows give the distance in
+    the first p coordinates alone: a lower bound, for most points high enough with few coordinates. So is an old one,
+    less what the component's change can have taken from it. Bounds are float32 and allow for its rounding.
     """
 
     def __init__(self, points, count):
         width = points.shape[1]
-        self.points = points.float()
+        self.centre = points.mean(dim=0)
+        self.points = (points - self.centre).float()
         self.longest = self.points.norm(dim=1).max().double()
-        self.moment = (self.points.T @ self.points / len(points)).double()
-        self.centre = self.points.mean(dim=0).double()
-        self.bounds = None
-        generator = torch.Generator().manual_seed(0)  # leaves the caller's randomness alone
-        start = torch.randn(count, width, max(1, width // 4), dtype=torch.float64, generator=generator)
-        self.subspaces = start.to(points.device)
+        stops = sorted({-(-width * step // STEPS) for step in range(1, STEPS + 1)})
+        self.steps = list(zip([0, *stops], stops, strict=False))
+        self.bounds = self.points.new_zeros(count, len(points))
+        self.reached = torch.zeros_like(self.bounds, dtype=torch.long)  # the step that each bound is of
 
     def survivors(self, components, limits):
         """For each component the points (indices) whose squared distance may be below limits (K, N)."""
-        means, roots = components.means, components.roots
-        first = self.bounds is None
-        if first:
-            self.bounds = torch.zeros_like(limits, dtype=torch.float32)
-        else:  # ‖A · y + shift‖ ≥ (1 − ‖A − 1‖) ‖y‖ − ‖shift‖
-            self.bounds *= (1 - 1e-5 - components.drifts).clamp(min=0)[:, None]
-            self.bounds -= components.shifts[:, None]
+        self._age(components)
+        means, roots = components.means - self.centre, components.roots
+        # What rounding can add to a length: of the product in float32, by the usual bound, and of the sum of squares.
+        roundings, shrink = (means.shape[1] + 8) * 2**-24, 1 - 1e-4
+        margins = (roundings * (self.longest + means.norm(dim=1)) * roots.norm(dim=(1, 2))).float()[:, None]
         reach = limits.clamp(min=0).sqrt_().float()
         near = (self.bounds < reach) & (limits > 0)
-        looks = [(roots.mT, 1.0)]
-        if near.count_nonzero() > 2 * len(self.points):
-            directions = self._directions(means, roots, steps=3 if first else 1)
-            few = directions[:, :, : -(-directions.shape[2] // 2)]
-            self._look_at_all(means, few, near, reach)
-            looks = [(directions, HEADROOM), *looks]
-        margins = [self._margins(means, product).tolist() for product, _ in looks]
-        for component, mean in enumerate(means.float()):
-            products = [product[component].float() for product, _ in looks]
+        enough = reach.add_(margins).div_(shrink).square_()  # a sum of squares beyond it shows a bound beyond reach
+        squares = torch.zeros_like(self.bounds)
+        moves, products = -(roots @ means[:, :, None])[:, :, 0].float(), roots.float()
+        for component, product in enumerate(products):
             survivors = [near.new_empty(0, dtype=torch.long)]
             for part in near[component].nonzero()[:, 0].split(BLOCK):
-                offsets = self.points.index_select(0, part).sub_(mean)
-                for product, margin, (_, headroom) in zip(products, margins, looks, strict=True):
-                    bounds = _bounds(offsets @ product, margin[component])
-                    self.bounds[component].index_copy_(0, part, bounds)
-                    kept = (bounds < headroom * reach[component].index_select(0, part)).nonzero()[:, 0]
-                    part = part.index_select(0, kept)
-                    if product is not products[-1]:
-                        offsets = offsets.index_select(0, kept)
+                found, needed = 0, enough[component].index_select(0, part)
+                for step, (start, stop) in enumerate(self.steps):
+                    some = self.points[:, :stop].index_select(0, part)
+                    values = torch.addmm(moves[component, start:stop], some, product[start:stop, :stop].T)
+                    found = values.square_().sum(dim=1).add_(found)
+                    squares[component].index_copy_(0, part, found)
+                    self.reached[component].index_fill_(0, part, step)
+                    kept = (found < needed).nonzero()[:, 0]
+                    part, found, needed = (values.index_select(0, kept) for values in (part, found, needed))
                 survivors.append(part)
             yield torch.cat(survivors)
+        self.bounds = torch.where(near, squares.sqrt_().mul_(shrink).sub_(margins), self.bounds)
 
-    def _look_at_all(self, means, directions, near, reach):
-        """Clear `near` by a few directions, for components near to many points: no copies of points are made."""
-        shifts = (means[:, None, :] @ directions)[:, 0].float()
-        margins = self._margins(means, directions).tolist()
-        for component, product in enumerate(directions.float()):
-            if 4 * near[component].count_nonzero() > len(self.points):
-                bounds = _bounds((self.points @ product).sub_(shifts[component]), margins[component])
-                self.bounds[component] = bounds
-                near[component] &= bounds < HEADROOM * reach[component]
-
-    def _margins(self, means, products):
-        """What rounding can add to the length of a float32 product, by the usual bound: (K,)."""
-        roundings = (means.shape[1] + 8) * 2**-24
-        return roundings * (self.longest + means.norm(dim=1)) * products.norm(dim=(1, 2))
-
-    def _directions(self, means, roots, steps):
-        """Directions (K, d, q) in which points are far from each component, farthest first; orthonormal once whitened.
-
-        They approach the leading eigenvectors of root · E[(point − mean)(point − mean)ᵀ] · rootᵀ by subspace
-        iteration, which goes on from one call to the next. Worse ones leave more survivors, not other results.
-        """
-        for _ in range(steps):
-            basis = torch.linalg.qr(self.subspaces).Q
-            turned = roots.mT @ basis
-            along = means[:, None, :] @ turned  # (K, 1, q)
-            image = self.moment @ turned - self.centre[:, None] * along
-            image -= means[:, :, None] * (self.centre @ turned)[:, None, :]
-            image += means[:, :, None] * along
-            self.subspaces = roots @ image
-        order = torch.linalg.eigh(basis.mT @ self.subspaces).eigenvectors.flip(2)
-        self.subspaces = self.subspaces @ order
-        return turned @ order
+    def _age(self, components):
+        """‖A · y + shift‖ ≥ (1 − ‖A − 1‖) · ‖y‖ − ‖shift‖, in the first coordinates as in all."""
+        last = [stop - 1 for _, stop in self.steps]
+        self.bounds *= (1 - 1e-5 - components.drifts[:, last]).clamp_(min=0).float().gather(1, self.reached)
+        self.bounds -= components.shifts[:, last].float().gather(1, self.reached)
 
 
-def _bounds(offsets, margin):
-    """Lower bounds of the lengths of float32 `offsets` (n, q)."""
-    return offsets.norm(dim=1).mul_(1 - 1e-4).sub_(margin)
+def _rotation(points, labels, count):
+    """Orthogonal (d, d): first the directions in which the components of labels (N,) differ, then of most variance.
+
+    Turned points keep their distances, and the screen needs fewer of their coordinates. points: (N, d) float64.
+    """
+    members = torch.nn.functional.one_hot(labels, count).double()
+    sizes = members.sum(dim=0)
+    offsets = members.T @ points / sizes.clamp(min=1)[:, None] - points.mean(dim=0) * (sizes > 0)[:, None]
+    total = torch.atleast_2d(torch.cov(points.T, correction=0))
+    within = total - offsets.T * (sizes / len(points)) @ offsets
+    within.diagonal().add_(REGULARISATION)
+    between = torch.linalg.solve_ex(within, offsets.T).result.nan_to_num(0, 0, 0)
+    variance = torch.linalg.eigh(total).eigenvectors.flip(1)
+    return torch.linalg.qr(torch.cat([between, variance], dim=1)).Q
