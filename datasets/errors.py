@@ -6,8 +6,12 @@ its traceback.
 
 import argparse
 import functools
+import os
 import re
 import sys
+
+# Of several processes that meet the same error, as torchrun starts them, one is heard (see models.parallel.connect).
+silent = os.environ.get("RANK", "0") != "0"
 
 
 class InputError(ValueError):
@@ -21,7 +25,7 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, None if silent else f"error: {message} (see --help)\n")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -55,23 +59,29 @@ def ends_in_one_line(command):
     def wrapped(*args, **kwargs):
         try:
             return command(*args, **kwargs)
-        except InputError as error:
-            # A DataLoader worker wraps the message in its own traceback, of which the last line is ours.
-            last = str(error).strip().split("\n")[-1]
-            message = re.sub(r"^[\w.]*InputError: ", "", last)
-        except OSError as error:  # what the machine refuses: too many open files, a closed pipe
-            message = str(error)
-        except (MemoryError, RuntimeError) as error:  # torch knows its own limits only as RuntimeError
-            if "DataLoader worker" in str(error):
-                message = "a process that decodes images was killed, perhaps for memory; lower --workers"
-            elif isinstance(error, MemoryError) or "memory" in str(error):
-                message = "out of memory; lower --batch_size or --input_size"
-            else:
-                raise
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
-        print("error:", message, file=sys.stderr)
-        raise SystemExit(2)
+            message, status = "interrupted", 130
+        except Exception as error:
+            if (message := _one_line(error)) is None:
+                raise
+            message, status = f"error: {message}", 2
+        if not silent:
+            print(message, file=sys.stderr)
+        raise SystemExit(status)
 
     return wrapped
+
+
+def _one_line(error):
+    """What to tell of an error that a user can mend, or None for a bug."""
+    if isinstance(error, InputError):
+        # A DataLoader worker wraps the message in its own traceback, of which the last line is ours.
+        return re.sub(r"^[\w.]*InputError: ", "", str(error).strip().split("\n")[-1])
+    if isinstance(error, OSError):  # what the machine refuses: too many open files, a closed pipe
+        return str(error)
+    if isinstance(error, MemoryError | RuntimeError):  # torch knows its own limits only as RuntimeError
+        if "DataLoader worker" in str(error):
+            return "a process that decodes images was killed, perhaps for memory; lower --workers"
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            return "out of memory; lower --batch_size or --input_size"
+    return None

@@ -3,6 +3,7 @@
 Images stay 8-bit from the file to the device; `normalise` turns a batch into what the networks see.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -82,6 +83,10 @@ def resize(image, size):
 
 def normalise(images):
     """Map (B, 3, H, W) uint8 to float32 with the mean and deviation of ImageNet, on the device it is on."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+    mean, std = _mean_and_std(images.device)
     return (images / 255 - mean) / std
+
+
+@functools.cache  # making them anew would have the host wait for the device
+def _mean_and_std(device):
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -14,18 +14,17 @@ from datasets.images import draw_augmentation, read_rgb, resize, warp
 
 
 class ImageList(Dataset):
-    """Images of a FileList in order, from index `start` on, as they are: ((3, size, size) uint8, label)."""
+    """Images of a FileList in order, from `start` to before `stop`, as they are: ((3, size, size) uint8, label)."""
 
-    def __init__(self, files, size, start=0):
-        self.files, self.size, self.start = files, size, start
+    def __init__(self, files, size, start=0, stop=None):
+        self.files, self.size = files, size
+        self.indices = range(len(files))[start:stop]
 
     def __len__(self):
-        return len(self.files) - self.start
+        return len(self.indices)
 
     def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        index += self.start
+        index = self.indices[index]
         image = read_rgb(self.files.root / self.files.paths[index])
         return resize(image, self.size), int(self.files.labels[index])
 
@@ -40,62 +39,77 @@ class TrainingImages(Dataset):
         self.sketches, self.photos = sketches, photos
         self.size, self.seed = size, seed
 
+    def file(self, index):
+        """(FileList, place in it) of an index."""
+        is_photo = index >= len(self.sketches)
+        return (self.photos, index - len(self.sketches)) if is_photo else (self.sketches, index)
+
     def __getitem__(self, key):
         epoch, index = key
-        is_photo = index >= len(self.sketches)
-        files, place = (self.photos, index - len(self.sketches)) if is_photo else (self.sketches, index)
+        files, place = self.file(index)
         image = read_rgb(files.root / files.paths[place])
         augmentation = draw_augmentation(np.random.default_rng((self.seed, epoch, index)))
         if augmentation is not None:
             image = warp(image, *augmentation)
-        return resize(image, self.size), int(files.labels[place]), float(is_photo)
+        return resize(image, self.size), int(files.labels[place]), float(files is self.photos)
 
 
 class PairedBatches(Sampler):
     """Batches of n_s sketches and n_p photos, joined and shuffled, in the order of (seed, epoch).
 
-    The epoch ends when the shorter list does; the last batch of either list may be short. Yields lists of
-    (epoch, index) as TrainingImages takes them.
+    The epoch ends when the shorter list does; the last batch of either list may be short. Yields the batches from
+    `start` to before `stop`, of each the part share(length), as lists of (epoch, index) for TrainingImages.
     """
 
-    def __init__(self, sketches, photos, sketches_per_batch, photos_per_batch, seed):
+    def __init__(self, sketches, photos, sketches_per_batch, photos_per_batch, seed, share=slice):
         self.counts = sketches, photos
         self.per_batch = sketches_per_batch, photos_per_batch
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch, self.share = seed, 0, share
+        pairs = zip(self.counts, self.per_batch, strict=True)
+        self.start, self.stop = 0, min(-(-count // size) for count, size in pairs)
 
     def __len__(self):
-        return min(-(-count // size) for count, size in zip(self.counts, self.per_batch, strict=True))
+        return max(0, self.stop - self.start)
+
+    def size(self, step):
+        """Images in the whole batch of `step`."""
+        pairs = zip(self.counts, self.per_batch, strict=True)
+        return sum(len(range(count)[step * size : (step + 1) * size]) for count, size in pairs)
 
     def __iter__(self):
+        for step, batch in enumerate(self.batches()):
+            if self.start <= step < self.stop:
+                yield [(self.epoch, int(index)) for index in batch[self.share(len(batch))]]
+
+    def batches(self):
+        """Indices of each whole batch of the epoch, whatever part of it is asked for."""
         rng = np.random.default_rng((self.seed, self.epoch))
         sketches, photos = rng.permutation(self.counts[0]), self.counts[0] + rng.permutation(self.counts[1])
-        for step in range(len(self)):
-            batch = np.concatenate(
-                [
-                    order[step * size : (step + 1) * size]
-                    for order, size in zip((sketches, photos), self.per_batch, strict=True)
-                ]
-            )
-            yield [(self.epoch, int(index)) for index in rng.permutation(batch)]
+        for step in range(self.stop):
+            pairs = zip((sketches, photos), self.per_batch, strict=True)
+            yield rng.permutation(np.concatenate([order[step * size : (step + 1) * size] for order, size in pairs]))
 
 
-def training_loader(sketches, photos, split, size, seed, workers, device):
+def training_loader(sketches, photos, split, size, seed, workers, device, share=slice):
     """Loader of (images uint8, labels int64, is_photo float32) batches; `split` = (sketches, photos) in a batch.
 
-    Set `loader.batch_sampler.epoch` before each epoch.
+    share: which part of each batch is this process's, as a slice of its length.
+
+    Set `loader.batch_sampler.epoch`, and `start` and `stop` for a part of an epoch, before each epoch.
     """
-    batches = PairedBatches(len(sketches), len(photos), *split, seed)
+    batches = PairedBatches(len(sketches), len(photos), *split, seed, share)
     return DataLoader(
         TrainingImages(sketches, photos, size, seed),
         batch_sampler=batches,
         collate_fn=_collate_training,
+        persistent_workers=workers > 0,
         **_workers(workers, device),
     )
 
 
-def evaluation_loader(files, size, batch_size, workers, device, start=0):
-    """Loader of (images uint8, labels int64) batches in list order, from the image with index `start` on."""
-    return DataLoader(ImageList(files, size, start), batch_size=batch_size, **_workers(workers, device))
+def evaluation_loader(files, size, batch_size, workers, device, start=0, stop=None):
+    """Loader of (images uint8, labels int64) batches in list order, from index `start` to before `stop`."""
+    return DataLoader(ImageList(files, size, start, stop), batch_size=batch_size, **_workers(workers, device))
 
 
 def _collate_training(items):

@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from datasets.errors import InputError, OneLineParser, number, seed
+from models import parallel
 from models.eval.workers import available_cores
 from models.networks import PRECISIONS
 
@@ -42,8 +44,21 @@ def train_parser(protocol):
         help="leave the semantic mask out of the alignment, as QuickDraw Ext always does")  # fmt: skip
     add("--no_validation", action="store_true", default=not protocol.has_validation,
         help="read no validation list and keep the last epoch, as QuickDraw Ext always does")  # fmt: skip
+    add("--precision", choices=PRECISIONS, default="tf32",
+        help="arithmetic: float32, but for convolutions on CUDA (tf32, as the authors' runs had); all float32 (fp32); "
+        "bfloat16 in the networks, weights and losses float32 (bf16)")  # fmt: skip
+    add("--compile", action="store_true", help="compile the networks with torch.compile; needs a C++ compiler")
+    add("--accum_steps", type=_positive, default=1, metavar="N",
+        help="take a batch in N parts and sum their gradients: the same step in less memory")  # fmt: skip
+    add("--grad_checkpointing", action="store_true",
+        help="compute activations twice rather than keep them: the same step in less memory, more slowly")  # fmt: skip
+    add("--save_every", type=_interval, default="1e", metavar="10m|30s|2h|1e",
+        help="save the state this often, within epochs too if it is a time; 2e: every second epoch")  # fmt: skip
+    add("--print_freq", type=_positive, default=10, metavar="N", help="read and log the losses every N steps")
+    add("--eval_every", type=_count, default=0, metavar="N",
+        help="test zero-shot (one-to-one) after every N epochs, which looks at unseen classes; 0: never")  # fmt: skip
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true", help="go on after the last epoch in --savedir, with the same options")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --savedir, with the same options")
     add("--overwrite", action="store_true", help="start anew in a --savedir that holds checkpoints, and replace them")
     add = parser.add_argument
     add("--seed", type=seed, default=0, help="seeds weights, order, augmentation and noise")
@@ -100,17 +115,20 @@ def test_parser(protocol):
 def resolve(options, protocol, folder):
     """Fill in what depends on other options: the checkpoint folder (option `folder`) and the device.
 
-    Raises InputError if the device is not there.
+    Raises InputError if the device is not there, or has not the --precision.
     """
     if getattr(options, folder) is None:
         setattr(options, folder, Path(_checkpoint_folder(protocol, options.zero_version)))
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.device = parallel.own_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         torch.zeros(1, device=options.device).item()
     except (RuntimeError, AssertionError):
         raise InputError(
             f"--device {options.device}: there is no such device here; use cpu, or cuda with a GPU"
         ) from None
+    on_gpu = torch.device(options.device).type == "cuda"
+    if options.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError("--precision bf16: this GPU does not compute in bfloat16; use tf32")
     return options
 
 
@@ -122,8 +140,9 @@ def run_record(options):
 
 
 def note(message):
-    """Tell the user something worth a line."""
-    print(message, file=sys.stderr, flush=True)
+    """Tell the user something worth a line; of several processes the first does."""
+    if parallel.rank() == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def _checkpoint_folder(protocol, zero_version=None):
@@ -157,6 +176,12 @@ _count = number(int, 0, 10**6, "a whole number from 0 to a million")
 _size = number(int, 32, 4096, "a whole number of pixels from 32 to 4096")
 _rate = number(float, 0, 1e30, "a number, 0 or more")
 _share = number(float, 0, 0.99, "a number from 0 to 0.99")
+
+
+def _interval(text):
+    if not re.fullmatch(r"0*[1-9]\d{0,5}[smhe]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an interval like 10m, 30s, 2h, or 1e for epochs")
+    return text
 
 
 def _folder_name(text):

@@ -13,6 +13,8 @@ from datasets.filelists import Benchmark, FileList, check_images, open_benchmark
 from datasets.files import check_writable, digest, write_json
 from datasets.protocols import PROTOCOLS, protocol_of
 from datasets.zeroshot import evaluation_loader
+from models import parallel
+from models.checkpoints import BEST_AFTER_WARMUP, LAST
 from models.eval.codebooks import fit_codebook
 from models.eval.evaluation import METRICS, evaluate
 from models.eval.features import (
@@ -30,7 +32,6 @@ from models.eval.mixture import CollapsedComponent
 from models.eval.report import draw_precision_recall, draw_retrievals, pick_queries, print_classes, print_table
 from models.eval.workers import workers
 from models.options import note, resolve, run_record, test_parser
-from models.training import BEST_AFTER_WARMUP, LAST
 from models.weights import load_student
 
 FEATURES = "features_zero.pickle"
@@ -47,7 +48,10 @@ class UnseenImages:
 
 @ends_in_one_line
 def main(protocol_name, argv=None):
-    """Command line of a test script. Returns the results as they are in results.json."""
+    """Command line of a test script. Returns the results as they are in results.json.
+
+    Of several processes each extracts its share of the features; the first does the rest, and others return None.
+    """
     protocol = PROTOCOLS[protocol_name]
     options = resolve(test_parser(protocol).parse_args(argv), protocol, "resume_dir")
     other = PROTOCOLS[protocol_of(protocol_name, options.zero_version)]
@@ -62,7 +66,11 @@ def main(protocol_name, argv=None):
     source = _source(checkpoint, images, options) if checkpoint else None
     features = stored_features(folder, checkpoint, source, no_images, options)
     if features is None:
+        parallel.connect(options.device)
         features = compute_features(folder, checkpoint, source, images, options)
+        parallel.disconnect()
+    if parallel.rank() != 0:
+        return None
     features, names = name_classes(features, images)
     check_features(features, names, options)
     rows, shown = measure(features, options)
@@ -137,26 +145,54 @@ def compute_features(folder, checkpoint, source, images, options):
         check_images(files)
     parts, unfinished = [], []
     for files, title in ((images.photos, "photos"), (images.sketches, "sketches")):
-        part = Unfinished(folder / f".{title}.unfinished", source, student.backbone.num_features, options.batch_size)
+        of = f".{parallel.rank()}-of-{parallel.processes()}" if parallel.processes() > 1 else ""
+        width = student.backbone.num_features
+        part = Unfinished(folder / f".{title}{of}.unfinished", source, width, options.batch_size)
+        share = parallel.share(len(files))
         if part.done:
-            note(f"features: {part.done:,} of {len(files):,} {title} are there already, going on")
+            note(f"features: {part.done:,} of {share.stop - share.start:,} {title} are there already, going on")
+        machine = options.workers, options.device
         loader = evaluation_loader(
-            files, options.input_size, options.batch_size, options.workers, options.device, part.done
+            files, options.input_size, options.batch_size, *machine, share.start + part.done, share.stop
         )
-        extract(student, loader, options.device, part, title, options.precision)
-        unfinished.append(part)
-        parts += [part.read(), files.labels]
-        if not np.isfinite(parts[-2]).all():
+        for rows in extract(student, loader, options.device, title, options.precision, part.done):
+            part.add(rows)
+        if not np.isfinite(part.read()).all():
             part.remove()
             raise InputError(f"{checkpoint}: its features are not finite; test another checkpoint, or train anew")
-    features, path = Features(*parts), folder / FEATURES
+        unfinished.append(part)
+        parts += [parallel.joined(part.read()), files.labels]
+    if parallel.rank() == 0:
+        _write_features(folder / FEATURES, Features(*parts), source)
+    parallel.anyone(False)  # parts are kept until the whole is written
+    for part in unfinished:
+        part.remove()
+    return Features(*parts)
+
+
+def _write_features(path, features, source):
     if os.path.isfile(path) and not is_ours(path):
         path.replace(f"{path}.old")
         note(f"features: the {FEATURES} that was there is now {FEATURES}.old")
     write_features(path, features, source)
-    for part in unfinished:
-        part.remove()
-    return features
+
+
+def zero_shot(student, images, options):
+    """One-to-one results of a student on UnseenImages: {metric of the protocol: value}, {} but in process 0."""
+    parts = []
+    for files, title in ((images.photos, "photos"), (images.sketches, "sketches")):
+        share = parallel.share(len(files))
+        loader = evaluation_loader(
+            files, options.input_size, options.batch_size, options.workers, options.device, share.start, share.stop
+        )
+        rows = list(extract(student, loader, options.device, title, options.precision))
+        rows.append(np.empty((0, student.backbone.num_features), np.float32))  # a share may be empty
+        parts += [parallel.joined(np.concatenate(rows)), files.labels]
+    if parallel.rank() != 0:
+        return {}
+    measured = evaluate(Features(*parts), {}, options.device)[None]
+    labels = torch.from_numpy(images.sketches.labels)
+    return {name: class_means(measured[name], labels)[1].mean().item() for name in images.benchmark.protocol.metrics}
 
 
 def name_classes(features, images):

@@ -8,8 +8,9 @@ import train_quickdraw_ext
 import train_sketchy_ext
 from datasets.filelists import write_list
 from models import training
+from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST
 from models.networks import Student, Teacher
-from models.training import BEST, BEST_AFTER_WARMUP, LAST, create_optimizers, set_learning_rates, train_step
+from models.training import create_optimizers, set_learning_rates, train_step
 from models.weights import load_published, published_state, read_checkpoint
 
 LOSSES = {"cls": "loss_cls", "ka_student": "loss_kd_1", "ma": "loss_kld", "student": "loss_total"}
@@ -37,10 +38,11 @@ def test_four_steps_in_both_phases_equal_golden(golden, small_backbone):
     lr = float(z["lr"])
     optimizers = create_optimizers(*networks.values(), lr, lr, float(z["weight_decay"]))
     for step, (batch, bidirectional) in enumerate(zip(z["step_batch"], z["step_bidirectional"], strict=True)):
-        losses = train_step(
+        losses, sound = train_step(
             *networks.values(), optimizers, z["images"][batch].double(), z["target"][batch], z["tag"][batch, :, 0],
             z["cid_mask"][batch], z["noise"][step], bool(bidirectional),
         )  # fmt: skip
+        assert sound.all()
         for ours, theirs in (*LOSSES.items(), *([("ka_teacher", "loss_kd_2")] if bidirectional else [])):
             torch.testing.assert_close(losses[ours], z[theirs][step], rtol=0, atol=1e-9)
         if step == 1:
@@ -61,8 +63,7 @@ def selection(accuracies, warmup):
     history = []
     for epoch, accuracy in enumerate(accuracies):
         entry = {"phase": "bidirectional" if epoch > warmup else "warm-up", "accuracy": accuracy}
-        training._rank(history, entry)
-        history.append(entry)
+        history.append(entry | {"kept": training.kept_names(history, entry)})
     return [entry["kept"] for entry in history]
 
 
@@ -79,7 +80,7 @@ def test_interrupted_and_resumed_ends_with_the_same_weights(tiny, tmp_path, monk
     whole = tmp_path / "whole"
     run(tiny, whole, "--drop_path", 0.2)
     stop_after = {"warm-up": 1, "bidirectional": 2}[phase]
-    save = training._save
+    save = training.save
 
     def save_then_stop(run, *args):
         save(run, *args)
@@ -88,7 +89,7 @@ def test_interrupted_and_resumed_ends_with_the_same_weights(tiny, tmp_path, monk
 
     halves = tmp_path / "halves"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(training, "_save", save_then_stop)
+        patch.setattr(training, "save", save_then_stop)
         run(tiny, halves, "--drop_path", 0.2)
     assert end.value.code == 130
     run(tiny, halves, "--drop_path", 0.2, "--resume", "--workers", 2)
@@ -187,7 +188,7 @@ def test_what_an_earlier_run_left_goes_when_the_new_one_starts(tiny, tmp_path):
 
 def test_a_run_is_not_resumed_on_other_lists(tiny, tmp_path, monkeypatch, fails):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(training, "_tell", _interrupt)
+        patch.setattr(training, "tell", _interrupt)
         run(tiny, tmp_path)
     path = tiny / "zeroshot1/all_photo_filelist_train.txt"
     path.write_text(path.read_text().replace(" 1\n", " 0\n"))

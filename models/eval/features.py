@@ -74,23 +74,21 @@ class Unfinished:
             return False
 
 
-@torch.inference_mode()
-def extract(student, loader, device, unfinished, title="features", precision="fp32"):
-    """Add the student's features of all images of `loader` to `unfinished`, L2-normalised.
+def extract(student, loader, device, title="features", precision="fp32", done=0):
+    """Yield the L2-normalised features of each batch of `loader`: (n, D) float32 arrays.
 
-    precision: see models.networks.arithmetic.
+    precision: see models.networks.arithmetic; title and done, images that are there already, are the progress bar's.
     """
     student.eval().to(memory_format=torch.channels_last)
-    done = unfinished.done
-    with tqdm(
-        total=done + len(loader.dataset), initial=done, desc=title, unit="image", leave=False, disable=None
-    ) as bar:
+    total = done + len(loader.dataset)
+    with tqdm(total=total, initial=done, desc=title, unit="image", leave=False, disable=None) as bar:
         for images, _ in loader:
-            images = normalise(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-            with arithmetic(precision, device):
-                features = student.features(images)
-            unfinished.add(F.normalize(features.float(), dim=1).cpu().numpy())
-            bar.update(len(images))
+            with torch.inference_mode(), arithmetic(precision, device):
+                images = normalise(images.to(device, non_blocking=True))
+                features = student.features(images.contiguous(memory_format=torch.channels_last))
+                rows = F.normalize(features.float(), dim=1).cpu().numpy()
+            yield rows
+            bar.update(len(rows))
 
 
 def read_features(path):

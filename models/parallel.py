@@ -1,0 +1,74 @@
+"""Several processes as torchrun starts them, each with a share of every batch; a process alone is all of them.
+
+Nothing here waits for a GPU: what processes tell each other about the run itself goes from CPU to CPU.
+"""
+
+import os
+
+import numpy as np
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from datasets import errors
+
+
+def processes():
+    """How many processes work together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """Number of this process; 0 writes and prints."""
+    return int(os.environ.get("RANK", 0))
+
+
+def own_device(device):
+    """The device of this process: its own GPU of this machine where `device` is "cuda"."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def connect(device):
+    """Meet the other processes; once, and after whatever can be wrong with the input has been looked for."""
+    if processes() > 1 and not distributed.is_initialized():
+        errors.silent = False  # from here on an error can be one process's alone
+        on_gpu = torch.device(device).type == "cuda"
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+
+
+def disconnect():
+    """Leave the others, at the end."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def share(count):
+    """This process's part of `count` things in a row, as a slice; parts differ by one at most."""
+    each, number = processes(), rank()
+    return slice(count * number // each, count * (number + 1) // each)
+
+
+def total(values):
+    """Sum of tensors `values` over all processes, on their device."""
+    if distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values
+
+
+def anyone(flag):
+    """Whether `flag` is true in any process."""
+    return bool(total(torch.tensor(int(flag)))) if distributed.is_initialized() else flag
+
+
+def joined(rows):
+    """Arrays `rows` (n, ...) of all processes, one after the other, in process 0; None elsewhere."""
+    if not distributed.is_initialized():
+        return rows
+    parts = [None] * processes() if rank() == 0 else None
+    distributed.gather_object(rows, parts)
+    return np.concatenate(parts) if parts else None
+
+
+def synchronised(network):
+    """`network` such that its gradients are the mean of all processes'."""
+    return DistributedDataParallel(network) if distributed.is_initialized() else network

@@ -1,0 +1,105 @@
+"""What one sees of a training run: a bar or a line an epoch, log.jsonl, TensorBoard curves, and curves.png."""
+
+import json
+
+from datasets.files import write_whole
+from models.options import note
+
+LOSSES = ("total", "cls", "ka_student", "ka_teacher", "ma")
+
+
+class Log:
+    """Writes what was measured to log.jsonl and TensorBoard, going on where a resumed run stands.
+
+    A line of log.jsonl is {"epoch", "step" (of the epoch, from 1), losses, "lr", "images_per_second"}, every
+    --print_freq steps, or {"epoch", "phase", means of the losses, "accuracy", "lr", ...} without a step, every epoch.
+    """
+
+    def __init__(self, savedir, epochs_done, step_done, steps):
+        self.path, self.steps = savedir / "log.jsonl", steps
+        kept = [line for line in _lines(self.path) if _is_before(line, epochs_done, step_done)]
+        with write_whole(self.path) as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in kept)
+        self.board = _open_board(savedir, epochs_done * steps + step_done)
+
+    def write(self, line):
+        """Add a line, a dict as above."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        place = line["epoch"] * self.steps + line.get("step", self.steps)
+        kind = "step" if "step" in line else "epoch"
+        for name, value in line.items() if self.board else ():
+            if isinstance(value, float):
+                self.board.add_scalar(f"{kind}/{name}", value, place)
+        if self.board and kind == "epoch":
+            self.board.flush()
+
+
+def tell(entry, epochs):
+    """Print the line of an epoch."""
+    print(f"epoch {entry['epoch'] + 1}/{epochs} {entry['phase']:13}", end=" ")
+    hidden = ("student", "lr", "train_accuracy")
+    numbers = {name: value for name, value in entry.items() if isinstance(value, float) and name not in hidden}
+    print("  ".join(f"{name} {value:.4f}" for name, value in numbers.items()), flush=True)
+
+
+def draw_curves(path, history):
+    """Draw losses, accuracies (percent), and learning rate of the epochs in `history` as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    losses, accuracies, rate = figure.subplots(1, 3)
+    for name in LOSSES:
+        _line(losses, history, name)
+    losses.set_title("losses, mean of an epoch")
+    retrieval = sorted({name for entry in history for name in entry if "@" in name})
+    for name in ("train_accuracy", "accuracy", *retrieval):
+        _line(accuracies, history, name, 100 if "@" in name else 1)
+    accuracies.set_title("seen-class accuracy; zero-shot, one-to-one (%)" if retrieval else "seen-class accuracy (%)")
+    _line(rate, history, "lr")
+    if all(entry["lr"] for entry in history):
+        rate.set_yscale("log")
+    rate.set_title("learning rate of the student")
+    first = next((entry["epoch"] for entry in history if entry["phase"] == "bidirectional"), None)
+    for axes in (losses, accuracies, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if first is not None and first > 0:
+            axes.axvline(first + 0.5, color="grey", linestyle=":", label="teacher learns, too")
+        axes.legend(fontsize="small")
+    with write_whole(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def _line(axes, history, name, scale=1):
+    found = [(entry["epoch"] + 1, scale * entry[name]) for entry in history if name in entry]
+    if found:
+        axes.plot(*zip(*found, strict=True), marker=".", label=name)
+
+
+def _lines(path):
+    try:
+        texts = path.read_text().splitlines()
+    except FileNotFoundError:
+        return
+    for text in texts:
+        try:
+            yield json.loads(text)
+        except ValueError:  # the last line of a killed run
+            continue
+
+
+def _is_before(line, epochs_done, step_done):
+    return line["epoch"] < epochs_done or (
+        line["epoch"] == epochs_done and line.get("step", step_done + 1) <= step_done
+    )
+
+
+def _open_board(savedir, first_step):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        note("note: tensorboard is not installed, no training curves are written")
+        return None
+    return SummaryWriter(savedir / "curves", purge_step=first_step)  # hides what an earlier run wrote after it
