@@ -62,6 +62,8 @@ def warp(image, flip, sx, sy, rotation, tx, ty):
     """
     if flip:
         image = ImageOps.mirror(image)
+    if (sx, sy, rotation, tx, ty) == (1, 1, 0, 0, 0):
+        return image
     cos, sin = math.cos(rotation), math.sin(rotation)
     # Pillow wants the inverse map, output to input: scale⁻¹ · rotation⁻¹ · (p − t).
     a, b = cos / sx, sin / sx
@@ -76,9 +78,9 @@ def warp(image, flip, sx, sy, rotation, tx, ty):
 
 
 def resize(image, size):
-    """Resize to size × size (bilinear, antialiased) and return (3, size, size) uint8."""
+    """Resize to size × size (bilinear, antialiased) and return (3, size, size) uint8, channels last in memory."""
     image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def normalise(images):

@@ -109,12 +109,27 @@ def training_loader(sketches, photos, split, size, seed, workers, device, share=
 
 def evaluation_loader(files, size, batch_size, workers, device, start=0, stop=None):
     """Loader of (images uint8, labels int64) batches in list order, from index `start` to before `stop`."""
-    return DataLoader(ImageList(files, size, start, stop), batch_size=batch_size, **_workers(workers, device))
+    return DataLoader(
+        ImageList(files, size, start, stop),
+        batch_size=batch_size,
+        collate_fn=_collate_evaluation,
+        **_workers(workers, device),
+    )
 
 
 def _collate_training(items):
     images, labels, is_photo = zip(*items, strict=True)
-    return torch.stack(images), torch.tensor(labels), torch.tensor(is_photo, dtype=torch.float32)
+    return _stack(images), torch.tensor(labels), torch.tensor(is_photo, dtype=torch.float32)
+
+
+def _collate_evaluation(items):
+    images, labels = zip(*items, strict=True)
+    return _stack(images), torch.tensor(labels)
+
+
+def _stack(images):
+    """Images (3, H, W) as one (B, 3, H, W), channels last in memory, as they come and as the networks take them."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def _workers(workers, device):
