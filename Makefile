@@ -1,6 +1,7 @@
 # make demo   train and test SBKA end to end on the built-in miniature benchmark
 # make test   run the tests
 # make lint   check style
+# make torture   kill a training process a dozen times and compare where it ends
 # Each sets up .venv first; `make PYTHON=python3.12 test` chooses the Python that it is made from.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ DEMO ?= demo
 PY := .venv/bin/python
 MINIATURE := --data_root $(DEMO)/data --model convnextv2_atto --input_size 48
 
-.PHONY: demo test lint lock
+.PHONY: demo test torture lint lock
 
 demo: .venv/ready
 	test -e $(DEMO)/data/zeroshot1/cid_mask.pickle || $(PY) -m datasets.prepare miniature $(DEMO)/data
@@ -19,6 +20,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(PY) -m pytest -q
+
+torture: .venv/ready
+	$(PY) tests/torture.py
 
 lint: .venv/ready
 	.venv/bin/ruff check .

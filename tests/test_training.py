@@ -22,7 +22,8 @@ def run(root, savedir, *more, script=train_sketchy_ext):
     return script.main([*SHORT, "--data_root", str(root), "--savedir", str(savedir), *map(str, more)])
 
 
-def test_four_steps_in_both_phases_equal_golden(golden, small_backbone):
+@pytest.mark.parametrize("way", ["plain", "in 2 parts", "in 5 parts", "checkpointing", "channels last", "compiled"])
+def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, way):
     z = golden("train_step")
     networks = {"student": Student(small_backbone(z), int(z["linear_num"])), "teacher": Teacher(small_backbone(z))}
 
@@ -35,12 +36,19 @@ def test_four_steps_in_both_phases_equal_golden(golden, small_backbone):
 
     for name, network in networks.items():
         load_published(network.double(), stored(f"{name}_initial"), name)
+        if way == "channels last":
+            network.to(memory_format=torch.channels_last)
+        if way == "compiled":
+            network.compile()
+    if way == "checkpointing":
+        networks["student"].backbone.set_grad_checkpointing()
+    parts = {"in 2 parts": 2, "in 5 parts": 5}.get(way, 1)
     lr = float(z["lr"])
     optimizers = create_optimizers(*networks.values(), lr, lr, float(z["weight_decay"]))
     for step, (batch, bidirectional) in enumerate(zip(z["step_batch"], z["step_bidirectional"], strict=True)):
         losses, sound = train_step(
             *networks.values(), optimizers, z["images"][batch].double(), z["target"][batch], z["tag"][batch, :, 0],
-            z["cid_mask"][batch], z["noise"][step], bool(bidirectional),
+            z["cid_mask"][batch], z["noise"][step], bool(bidirectional), parts,
         )  # fmt: skip
         assert sound.all()
         for ours, theirs in (*LOSSES.items(), *([("ka_teacher", "loss_kd_2")] if bidirectional else [])):

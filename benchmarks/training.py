@@ -1,0 +1,279 @@
+"""Speed and memory of training: the loader, the whole step beside a plain one and timm's own, end to end.
+
+    .venv/bin/python benchmarks/training.py --data_root <images in the layout of Sketchy Ext>
+    .venv/bin/python benchmarks/training.py --tasks step --device cuda --batch_size 210 --precisions fp32 tf32 bf16
+
+What is compared takes turns in one process; the best of --rounds turns counts. Without --data_root the loader reads
+drawings of the miniature benchmark at 227 pixels, as JPEG and PNG. scikit-image (benchmarks/requirements.txt) is needed
+for the loader of the release.
+"""
+
+import argparse
+import copy
+import math
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from datasets.filelists import FileList, open_benchmark  # noqa: E402
+from datasets.images import IMAGENET_MEAN, IMAGENET_STD, draw_augmentation, normalise  # noqa: E402
+from datasets.zeroshot import TrainingImages, training_loader  # noqa: E402
+from models.alignment import alignment_losses  # noqa: E402
+from models.networks import Student, Teacher, create_backbone  # noqa: E402
+from models.training import create_optimizers, train_step  # noqa: E402
+
+SEEN = 100
+FORWARD = 4.47e9 * 2  # FLOPs of one image through ConvNeXt V2-Tiny at 224; backward takes twice as many
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--data_root", type=Path)
+    add("--device", default="cpu")
+    add("--batch_size", type=int, default=8)
+    add("--precisions", nargs="+", default=["fp32", "bf16"])
+    add("--rounds", type=int, default=5)
+    add("--images", type=int, default=400, help="a turn of the loader")
+    add("--workers", type=int, default=2)
+    add("--peak", type=float, help="TFLOP/s of the device, for the share of it that is used")
+    add("--no_compile", action="store_true")
+    options = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)
+    print(f"{torch.get_num_threads()} threads, device {options.device}, torch {torch.__version__}")
+    for task in options.tasks:
+        TASKS[task](options)
+
+
+# --- the loader
+
+
+def loader(options):
+    """Images a second that one core decodes, augments and resizes: ours, and as the release does it."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        sketches, photos = images_of(options, Path(folder))
+        ours = TrainingImages(sketches, photos, 224, 0)
+        keys = np.random.default_rng(0).permutation(len(sketches) + len(photos))[: options.images]
+        readers = {"ours": lambda key: ours[0, int(key)]}
+        try:
+            import skimage.transform as transform
+
+            readers["as the release does it"] = lambda key: as_released(ours, int(key), transform)
+        except ImportError:
+            print("scikit-image is not installed: the loader of the release is left out")
+        best = dict.fromkeys(readers, 0.0)
+        for _ in range(options.rounds):
+            for name, read in readers.items():
+                start = time.perf_counter()
+                for key in keys:
+                    read(key)
+                best[name] = max(best[name], len(keys) / (time.perf_counter() - start))
+    print("\n| images a second and core | |\n|---|---|")
+    for name, rate in best.items():
+        print(f"| {name} | {rate:.0f} |")
+    if len(best) == 2:
+        print(f"| ratio | {best['ours'] / best['as the release does it']:.2f} |")
+
+
+def images_of(options, folder):
+    """(sketches, photos) FileLists: those of --data_root, or drawings."""
+    if options.data_root:
+        benchmark = open_benchmark("sketchy", options.data_root)
+        return benchmark.read("sketch", "train"), benchmark.read("photo", "train")
+    from datasets.miniature import write_miniature
+
+    write_miniature(folder / "small", seed=0, sketches=4, photos=4, held_back=1, workers=2)
+    benchmark = open_benchmark("sketchy", folder / "small")
+    lists = []
+    for kind, ending in (("sketch", "png"), ("photo", "jpg")):
+        files = benchmark.read(kind, "train")
+        for number, name in enumerate(files.paths):
+            Image.open(files.root / name).convert("RGB").resize((227, 227)).save(folder / f"{kind}{number}.{ending}")
+        names = [f"{kind}{number}.{ending}" for number in range(len(files))]
+        lists.append(FileList(files.source, folder, names, files.labels))
+    return lists
+
+
+def as_released(images, index, transform):
+    """One image by scikit-image's warp, Pillow's resize, float tensors and normalisation on the CPU."""
+    files, place = images.file(index)
+    with Image.open(files.root / files.paths[place]) as file:
+        image = file.convert("RGB")
+    augmentation = draw_augmentation(np.random.default_rng((0, 0, index)))
+    if augmentation is not None:
+        flip, sx, sy, rotation, tx, ty = augmentation
+        pixels = np.asarray(image)[:, :: -1 if flip else 1]
+        mapping = transform.AffineTransform(scale=(sx, sy), rotation=rotation, translation=(tx, ty))
+        image = Image.fromarray((255 * transform.warp(pixels, mapping.inverse)).astype(np.uint8))
+    image = image.resize((224, 224), Image.Resampling.BILINEAR)
+    values = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+    return (values - mean) / std, int(files.labels[place])
+
+
+# --- the step
+
+
+def step(options):
+    """The whole bidirectional step, and that of warm-up: ours in each precision, a plain one in fp32, timm's own."""
+    torch.manual_seed(0)
+    network = create_backbone("convnextv2_tiny")
+    batch = example_batch(options)
+    cases = {"plain fp32, eager": plain_case(network, batch, options)}
+    for precision in options.precisions:
+        for compiled in (False, True)[: 1 if options.no_compile else 2]:
+            name = f"ours, {precision}" + (", --compile" if compiled else "")
+            cases[name] = our_case(network, batch, options, precision, compiled, bidirectional=True)
+    cases[f"ours, {options.precisions[0]}, warm-up"] = our_case(
+        network, batch, options, options.precisions[0], False, bidirectional=False
+    )
+    cases["timm's step, student alone, fp32"] = timm_case(network, batch, options, "fp32")
+    cases[f"timm's step, student alone, {options.precisions[-1]}"] = timm_case(
+        network, batch, options, options.precisions[-1]
+    )
+    seconds, memory = take_turns(cases, options)
+    print(f"\n| step of {options.batch_size} images at 224 | seconds | images/s | ratio to plain | TFLOP/s"
+          + (" | share of peak" if options.peak else "") + " | memory, GB |")  # fmt: skip
+    print("|---|---|---|---|---|---|" + ("---|" if options.peak else ""))
+    for name, each in seconds.items():
+        work = options.batch_size * FORWARD * (3 if "timm" in name else 4)
+        rate = work / each / 1e12
+        used = f" | {rate / options.peak:.2f}" if options.peak else ""
+        print(f"| {name} | {each:.3f} | {options.batch_size / each:.1f} | {seconds['plain fp32, eager'] / each:.2f} "
+              f"| {rate:.2f}{used} | {memory[name]:.2f} |")  # fmt: skip
+
+
+def example_batch(options):
+    count, generator = options.batch_size, torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 224, 224), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, SEEN, (count,), generator=generator)
+    is_photo = (torch.arange(count) % 3 > 0).float()
+    mask, noise = torch.rand(count, 1000, generator=generator), torch.randn(count, 768, generator=generator)
+    return [values.to(options.device) for values in (images, labels, is_photo, mask, noise)]
+
+
+def plain_case(network, batch, options):
+    """The step as it is written down: float32, eager, Adam as it comes."""
+    student, teacher = (each.to(options.device) for each in pair(network))
+    optimizers = [torch.optim.Adam(part.parameters(), lr=1e-4, weight_decay=5e-4) for part in (student, teacher.head)]
+
+    def run():
+        images, labels, is_photo, mask, noise = batch
+        values = normalise(images)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            losses = alignment_losses(student(values), teacher(values), labels, is_photo, mask, noise, True)
+            losses["total"].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return run
+
+
+def our_case(network, batch, options, precision, compiled, bidirectional):
+    networks = [each.to(options.device, memory_format=torch.channels_last) for each in pair(network)]
+    optimizers = create_optimizers(*networks, 1e-4, 1e-4, 5e-4)
+    if compiled:
+        for each in networks:
+            each.compile()
+
+    def run():
+        images, *others = batch
+        train_step(*networks, optimizers, normalise(images), *others, bidirectional, 1, precision)
+
+    return run
+
+
+def timm_case(network, batch, options, precision):
+    """What timm's train script does with this network in a step: cross entropy and AdamW, channels last."""
+    from timm.optim import create_optimizer_v2
+
+    model = copy.deepcopy(network).to(options.device, memory_format=torch.channels_last)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=5e-4)
+    images = normalise(batch[0]).contiguous(memory_format=torch.channels_last)
+
+    def run():
+        with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = F.cross_entropy(model(images), batch[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def pair(network):
+    return Student(copy.deepcopy(network), SEEN), Teacher(copy.deepcopy(network))
+
+
+def take_turns(cases, options):
+    """({name: best seconds a step}, {name: peak memory in GB, of the device, or of the process so far})."""
+    on_gpu = torch.device(options.device).type == "cuda"
+    best, memory, steps = dict.fromkeys(cases, math.inf), {}, 10 if on_gpu else 2
+    for turn in range(-1, options.rounds):  # the first warms up
+        for name, run in cases.items():
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(steps):
+                run()
+            if on_gpu:
+                torch.cuda.synchronize()
+            if turn >= 0:
+                best[name] = min(best[name], (time.perf_counter() - start) / steps)
+            peak = (
+                torch.cuda.max_memory_allocated()
+                if on_gpu
+                else 1000 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            )
+            memory[name] = peak / 1e9
+    return best, memory
+
+
+# --- both
+
+
+def whole(options):
+    """Training end to end from files: images a second, and what the loader alone reaches with as many workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        sketches, photos = images_of(options, Path(folder))
+        third = max(1, options.batch_size // 3)
+        network = create_backbone("convnextv2_tiny")
+        batch = example_batch(options)
+        print("\n| from files | images/s |\n|---|---|")
+        for name in ("loader alone", f"training, {options.precisions[-1]}"):
+            run = our_case(network, batch, options, options.precisions[-1], False, True)
+            feed = training_loader(sketches, photos, (third, 2 * third), 224, 0, options.workers, options.device)
+            seen, start = 0, None
+            for images, labels, is_photo in feed:
+                if start is None:  # the first batch, while workers start, is not counted
+                    start = time.perf_counter()
+                    continue
+                if name != "loader alone":
+                    batch[:3] = (values.to(options.device, non_blocking=True) for values in (images, labels, is_photo))
+                    batch[3:] = (values[: len(images)] for values in batch[3:])
+                    run()
+                seen += len(images)
+                if seen >= options.images:
+                    break
+            print(f"| {name}, {options.workers} workers | {seen / (time.perf_counter() - start):.1f} |")
+
+
+TASKS = {"loader": loader, "step": step, "whole": whole}
+
+if __name__ == "__main__":
+    main()
