@@ -29,11 +29,20 @@ def own_device(device):
 
 
 def connect(device):
-    """Meet the other processes; once, and after whatever can be wrong with the input has been looked for."""
+    """Meet the other processes; once, and after whatever can be wrong with the input has been looked for.
+
+    Raises InputError where there is no meeting them.
+    """
     if processes() > 1 and not distributed.is_initialized():
         errors.silent = False  # from here on an error can be one process's alone
         on_gpu = torch.device(device).type == "cuda"
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        try:
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise errors.InputError(
+                f"{processes()} processes cannot meet ({reason}); start them with torchrun"
+            ) from error
 
 
 def disconnect():

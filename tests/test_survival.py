@@ -18,8 +18,8 @@ from models.checkpoints import LAST, PREVIOUS, SaveSchedule, _keep_as_previous
 from models.progress import Log
 from models.weights import read_checkpoint
 
-TRAIN = """--model convnextv2_atto --nb_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0 --device cpu
-    --epochs 3 --warmup_epochs 0 --drop_path 0.2 --print_freq 1""".split()
+TRAIN = """--model convnextv2_atto --nb_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0
+    --device cpu --epochs 3 --warmup_epochs 0 --drop_path 0.2 --print_freq 1""".split()
 
 
 def run(root, savedir, *more):

@@ -1,0 +1,50 @@
+"""The four golden training steps, each process with its share of every batch; process 0 writes the weights.
+
+torchrun --nproc_per_node 2 tests/golden_steps.py golden.npz weights.pt parts
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.models.convnext import ConvNeXt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models import parallel
+from models.networks import Student, Teacher
+from models.training import create_optimizers, train_step
+from models.weights import load_published, published_state
+
+
+def main(golden, target, parts):
+    with np.load(golden) as file:
+        z = {name: torch.from_numpy(file[name]) for name in file.files if file[name].dtype.kind in "biuf"}
+    sizes = dict(depths=z["depths"].tolist(), dims=z["dims"].tolist(), use_grn=True, ls_init_value=None)
+    backbones = [ConvNeXt(num_classes=int(z["num_classes"]), **sizes) for _ in range(2)]
+    networks = {"student": Student(backbones[0], int(z["linear_num"])), "teacher": Teacher(backbones[1])}
+    for name, network in networks.items():
+        state = {key.split("/", 1)[1]: value for key, value in z.items() if key.startswith(f"{name}_initial/")}
+        load_published(network.double(), state, name)
+    optimizers = create_optimizers(*networks.values(), float(z["lr"]), float(z["lr"]), float(z["weight_decay"]))
+    parallel.connect("cpu")
+    called = [parallel.synchronised(network) for network in networks.values()]
+    for step, (batch, bidirectional) in enumerate(zip(z["step_batch"], z["step_bidirectional"], strict=True)):
+        own = parallel.share(len(z["target"][batch]))
+        values = (z["images"][batch].double(), z["target"][batch], z["tag"][batch, :, 0], z["cid_mask"][batch])
+        train_step(
+            *called,
+            optimizers,
+            *(value[own] for value in values),
+            z["noise"][step][own],
+            bool(bidirectional),
+            int(parts),
+        )
+    if parallel.rank() == 0:
+        torch.save({name: published_state(network) for name, network in networks.items()}, target)
+    parallel.disconnect()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,124 @@
+"""Several real processes (gloo) do what one does."""
+
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import test_sketchy_ext_zeroshot
+import train_sketchy_ext
+from datasets import errors
+from models import parallel
+from models.checkpoints import LAST
+from models.weights import read_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "--model convnextv2_atto --input_size 32 --device cpu --workers 1".split()
+TRAIN = [*MODEL, *"--finetune none --batch_size 12 --epochs 2 --warmup_epochs 0 --eval_every 1".split()]
+
+
+def together(processes, *command):
+    """Run a script in several processes; what they print, stdout and stderr."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    result = subprocess.run(
+        [str(part) for part in (*launcher, *command)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return result.returncode, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_two_processes_take_the_golden_steps(golden, tmp_path, parts):
+    z, target = golden("train_step"), tmp_path / "weights.pt"
+    status, _, complaints = together(
+        2, ROOT / "tests/golden_steps.py", ROOT / "tests/golden/train_step.npz", target, parts
+    )
+    assert status == 0, complaints
+    for name, state in torch.load(target, weights_only=True).items():
+        for parameter, value in state.items():
+            torch.testing.assert_close(value, z[f"{name}_final/{parameter}"], rtol=0, atol=1e-9)
+
+
+def test_two_processes_train_and_test_as_one(miniature, tmp_path):
+    arguments = ["--data_root", miniature, *TRAIN]
+    status, printed, complaints = together(2, "train_sketchy_ext.py", *arguments, "--savedir", tmp_path / "two")
+    assert status == 0, complaints
+    assert len(printed.splitlines()) == 3 and complaints.count("no epoch after warm-up") <= 1
+    train_sketchy_ext.main([str(part) for part in (*arguments, "--savedir", tmp_path / "one")])
+    one, two = (read_checkpoint(tmp_path / name / LAST) for name in ("one", "two"))
+    for ours, theirs in zip(two["history"], one["history"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ("cls", "ka_student", "ma", "ka_teacher", "total", "mAP@all"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+        # A sketch between two classes, at most.
+        assert ours["accuracy"] == pytest.approx(theirs["accuracy"], abs=100 / 29 + 1e-9)
+    first = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0]) for name in ("one", "two")]
+    for name in ("cls", "ka_student", "ma", "ka_teacher"):
+        assert first[0][name] == pytest.approx(first[1][name], rel=1e-5)
+
+    test = [*MODEL, "--data_root", miniature, "--mode", 1, "--batch_size", 7, "--resume_dir", tmp_path / "one"]
+    path = tmp_path / "one/features_zero.pickle"
+    test_sketchy_ext_zeroshot.main([str(part) for part in test])
+    alone = pickle.loads(path.read_bytes())
+    status, printed, complaints = together(2, "test_sketchy_ext_zeroshot.py", *test, "--recompute")
+    assert status == 0, complaints
+    assert printed.count("one-to-one") == 1 and not list((tmp_path / "one").glob(".*"))
+    for one, two in zip(alone[:4], pickle.loads(path.read_bytes())[:4], strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_bad_input_is_told_once(tmp_path):
+    status, _, complaints = together(2, "train_sketchy_ext.py", *TRAIN, "--data_root", tmp_path / "nowhere")
+    assert status != 0 and complaints.count("error: ") == 1 and "no such data folder" in complaints
+
+
+@pytest.fixture
+def of_several(monkeypatch):
+    """of_several(rank, processes) makes this process one of several, as far as it can tell."""
+
+    def pretend(rank, processes):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+
+    return pretend
+
+
+def test_shares_are_even_and_complete(of_several):
+    for processes in (1, 2, 3, 7):
+        for count in (0, 1, 6, 20):
+            shares = []
+            for rank in range(processes):
+                of_several(rank, processes)
+                shares.append(list(range(count))[parallel.share(count)])
+            assert list(itertools.chain(*shares)) == list(range(count))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_more_processes_than_photos_are_refused(tiny, tmp_path, fails, of_several):
+    arguments = [train_sketchy_ext.main, *TRAIN, "--data_root", tiny, "--savedir", tmp_path]
+    of_several(0, 3)
+    assert "its 2 photos cannot be shared by 3 processes" in fails(*arguments, "--batch_size", 3)
+    photos = tiny / "zeroshot1/all_photo_filelist_train.txt"
+    photos.write_text(photos.read_text() + 3 * "photo of train/0.png 0\n")  # 7, of which 6 are in the first batch
+    assert "last batch of an epoch holds 2 images, fewer than the 3" in fails(*arguments, "--batch_size", 9)
+
+
+def test_processes_that_cannot_meet_say_so(tiny, tmp_path, fails, of_several):
+    of_several(0, 2)
+    arguments = [train_sketchy_ext.main, *TRAIN, "--data_root", tiny, "--savedir", tmp_path, "--batch_size", 6]
+    assert "start them with torchrun" in fails(*arguments)
+
+
+def test_only_the_first_process_is_heard(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(errors, "silent", True)
+    for options in (["--epochs", "0"], ["--data_root", str(tiny / "nowhere")]):
+        with pytest.raises(SystemExit) as end:
+            train_sketchy_ext.main(options)
+        assert end.value.code == 2 and capsys.readouterr().err == ""
