@@ -12,6 +12,7 @@ import argparse
 import copy
 import math
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,7 +40,7 @@ FORWARD = 4.47e9 * 2  # FLOPs of one image through ConvNeXt V2-Tiny at 224; back
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--tasks", nargs="+", choices=JOBS, default=list(TASKS))
     add("--data_root", type=Path)
     add("--device", default="cpu")
     add("--batch_size", type=int, default=8)
@@ -49,11 +50,12 @@ def main():
     add("--workers", type=int, default=2)
     add("--peak", type=float, help="TFLOP/s of the device, for the share of it that is used")
     add("--no_compile", action="store_true")
+    add("--case", choices=MEMORY, help=argparse.SUPPRESS)
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
     print(f"{torch.get_num_threads()} threads, device {options.device}, torch {torch.__version__}")
     for task in options.tasks:
-        TASKS[task](options)
+        JOBS[task](options)
 
 
 # --- the loader
@@ -143,16 +145,16 @@ def step(options):
     cases[f"timm's step, student alone, {options.precisions[-1]}"] = timm_case(
         network, batch, options, options.precisions[-1]
     )
-    seconds, memory = take_turns(cases, options)
+    seconds = take_turns(cases, options)
     print(f"\n| step of {options.batch_size} images at 224 | seconds | images/s | ratio to plain | TFLOP/s"
-          + (" | share of peak" if options.peak else "") + " | memory, GB |")  # fmt: skip
-    print("|---|---|---|---|---|---|" + ("---|" if options.peak else ""))
+          + (" | share of peak |" if options.peak else " |"))  # fmt: skip
+    print("|---|---|---|---|---|" + ("---|" if options.peak else ""))
     for name, each in seconds.items():
         work = options.batch_size * FORWARD * (3 if "timm" in name else 4)
         rate = work / each / 1e12
         used = f" | {rate / options.peak:.2f}" if options.peak else ""
         print(f"| {name} | {each:.3f} | {options.batch_size / each:.1f} | {seconds['plain fp32, eager'] / each:.2f} "
-              f"| {rate:.2f}{used} | {memory[name]:.2f} |")  # fmt: skip
+              f"| {rate:.2f}{used} |")  # fmt: skip
 
 
 def example_batch(options):
@@ -183,16 +185,17 @@ def plain_case(network, batch, options):
     return run
 
 
-def our_case(network, batch, options, precision, compiled, bidirectional):
+def our_case(network, batch, options, precision, compiled, bidirectional, parts=1, checkpointing=False):
     networks = [each.to(options.device, memory_format=torch.channels_last) for each in pair(network)]
     optimizers = create_optimizers(*networks, 1e-4, 1e-4, 5e-4)
+    networks[0].backbone.set_grad_checkpointing(checkpointing)
     if compiled:
         for each in networks:
             each.compile()
 
     def run():
         images, *others = batch
-        train_step(*networks, optimizers, normalise(images), *others, bidirectional, 1, precision)
+        train_step(*networks, optimizers, normalise(images), *others, bidirectional, parts, precision)
 
     return run
 
@@ -220,28 +223,57 @@ def pair(network):
 
 
 def take_turns(cases, options):
-    """({name: best seconds a step}, {name: peak memory in GB, of the device, or of the process so far})."""
-    on_gpu = torch.device(options.device).type == "cuda"
-    best, memory, steps = dict.fromkeys(cases, math.inf), {}, 10 if on_gpu else 2
+    """{name: best seconds a step}."""
+    best, steps = dict.fromkeys(cases, math.inf), 10 if options.device != "cpu" else 2
     for turn in range(-1, options.rounds):  # the first warms up
         for name, run in cases.items():
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-                torch.cuda.synchronize()
+            finish(options)
             start = time.perf_counter()
             for _ in range(steps):
                 run()
-            if on_gpu:
-                torch.cuda.synchronize()
+            finish(options)
             if turn >= 0:
                 best[name] = min(best[name], (time.perf_counter() - start) / steps)
-            peak = (
-                torch.cuda.max_memory_allocated()
-                if on_gpu
-                else 1000 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            )
-            memory[name] = peak / 1e9
-    return best, memory
+    return best
+
+
+def finish(options):
+    if options.device != "cpu":
+        torch.cuda.synchronize()
+
+
+MEMORY = {  # parts, checkpointing, precision
+    "fp32": (1, False, "fp32"),
+    "fp32, --accum_steps 4": (4, False, "fp32"),
+    "fp32, --grad_checkpointing": (1, True, "fp32"),
+    "both": (4, True, "fp32"),
+    "bf16": (1, False, "bf16"),
+}
+
+
+def memory(options):
+    """Peak memory of the step, of the device or of a process of its own, and its time."""
+    print(f"\n| step of {options.batch_size} images at 224 | peak memory, GB | seconds |\n|---|---|---|")
+    for name in MEMORY:
+        command = [sys.executable, __file__, "--tasks", "one_memory", "--case", name]
+        command += ["--device", options.device, "--batch_size", str(options.batch_size)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+        print(f"| {name} | {result} |")
+
+
+def one_memory(options):
+    parts, checkpointing, precision = MEMORY[options.case]
+    network = create_backbone("convnextv2_tiny")
+    run = our_case(network, example_batch(options), options, precision, False, True, parts, checkpointing)
+    run()
+    finish(options)
+    start = time.perf_counter()
+    run()
+    finish(options)
+    seconds = time.perf_counter() - start
+    resident = 1000 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if options.device != "cpu" else resident
+    print(f"{peak / 1e9:.2f} | {seconds:.2f}")
 
 
 # --- both
@@ -273,7 +305,8 @@ def whole(options):
             print(f"| {name}, {options.workers} workers | {seen / (time.perf_counter() - start):.1f} |")
 
 
-TASKS = {"loader": loader, "step": step, "whole": whole}
+TASKS = {"loader": loader, "step": step, "memory": memory, "whole": whole}
+JOBS = TASKS | {"one_memory": one_memory}
 
 if __name__ == "__main__":
     main()

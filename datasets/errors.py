@@ -79,6 +79,8 @@ def _one_line(error):
         return re.sub(r"^[\w.]*InputError: ", "", str(error).strip().split("\n")[-1])
     if isinstance(error, OSError):  # what the machine refuses: too many open files, a closed pipe
         return str(error)
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed ({str(error).splitlines()[0]}); train without --compile"
     if isinstance(error, MemoryError | RuntimeError):  # torch knows its own limits only as RuntimeError
         if "DataLoader worker" in str(error):
             return "a process that decodes images was killed, perhaps for memory; lower --workers"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo
 from torture import torture
 
 import train_quickdraw_ext
@@ -58,7 +59,7 @@ def at_step(monkeypatch):
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_weights(miniature, tmp_path):
-    counts = torture(miniature, tmp_path, kills=2, epochs=3)
+    counts = torture(miniature, tmp_path, kills=2, epochs=2)
     assert counts["write"] == 1 and counts["step"] == 1
 
 
@@ -166,6 +167,15 @@ def test_a_loss_that_is_not_finite_names_step_term_and_image(tiny, tmp_path, fai
     assert "1.png" in message and not any(f"{other}.png" in message for other in (0, 2, 3))
     assert not (tmp_path / LAST).exists()
     (tmp_path / LAST).write_bytes(before)
+
+
+def test_a_failing_compiler_is_named(tiny, tmp_path, fails, at_step):
+    def fail():
+        raise torch._dynamo.exc.TorchDynamoException("no working C++ compiler\nand much more")
+
+    at_step(1, fail)
+    message = fails(train_sketchy_ext.main, *TRAIN, "--data_root", tiny, "--savedir", tmp_path)
+    assert message == "error: torch.compile failed (no working C++ compiler); train without --compile"
 
 
 def test_an_image_that_vanishes_on_the_way_is_named_and_nothing_is_lost(tiny, tmp_path, at_step, fails):
