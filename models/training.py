@@ -155,10 +155,10 @@ def train(run, data, options, benchmark):
     writes, steps = parallel.rank() == 0, data.training.batch_sampler.stop
     record = {"protocol": benchmark.protocol.title, "data": data_record(data.files, benchmark), **run_record(options)}
     check_same_data(run.data, record["data"])
-    log = _begin(run, steps, options) if writes else None
     schedule = SaveSchedule(options.save_every)
     # Convolutions of backward passes, too, are TF32 unless that is ruled out.
     with ends_in_order() as signals, arithmetic("fp32" if options.precision == "fp32" else "tf32", options.device):
+        log = _begin(run, steps, options) if writes else None
         networks = [parallel.synchronised(network) for network in (run.student, run.teacher)]
         while len(run.history) < options.epochs:
             bidirectional = len(run.history) > options.warmup_epochs
