@@ -72,6 +72,11 @@ def ends_in_one_line(command):
     return wrapped
 
 
+def lost_worker(error):
+    """Whether an error says that a DataLoader's worker is gone: torch polls for it, or a pipe ends in the middle."""
+    return isinstance(error, EOFError) or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error))
+
+
 def _one_line(error):
     """What to tell of an error that a user can mend, or None for a bug."""
     if isinstance(error, InputError):
@@ -81,9 +86,11 @@ def _one_line(error):
         return str(error)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({str(error).splitlines()[0]}); train without --compile"
+    if lost_worker(error):
+        return "a process that decodes images was killed, perhaps for memory; lower --workers"
     if isinstance(error, MemoryError | RuntimeError):  # torch knows its own limits only as RuntimeError
-        if "DataLoader worker" in str(error):
-            return "a process that decodes images was killed, perhaps for memory; lower --workers"
+        if re.search(r"gloo|NCCL|[Cc]onnection closed by peer", str(error)):
+            return "another process ended, and has told why"
         if isinstance(error, MemoryError) or "memory" in str(error):
             return "out of memory; lower --batch_size or --input_size"
     return None

@@ -34,7 +34,9 @@ def write_whole(path):
         beside.replace(path)
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"{path.parent}: {path.name} cannot be written ({reason}); choose another folder") from error
+        raise InputError(
+            f"{path.parent}: {path.name} cannot be written ({reason}); make room, or choose another folder"
+        ) from error
     finally:
         if beside is not None:
             beside.unlink(missing_ok=True)

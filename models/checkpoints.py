@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -36,6 +37,7 @@ class Run:
     step: int = 0  # steps done in the epoch after those
     sums: torch.Tensor | None = None  # of what was measured in these steps, see models.training.MEASURES
     data: dict = field(default_factory=dict)  # SHA-256 of the lists and mask of a resumed run
+    source: Path | None = None  # checkpoint that it was resumed from
 
 
 class SaveSchedule:
@@ -98,6 +100,7 @@ def restore(run, options, protocol):
     Raises InputError if the checkpoint is of another protocol or other options, or damaged.
     """
     path, checkpoint = _read_last(options.savedir)
+    run.source = path
     if "teacher" not in checkpoint or "history" not in checkpoint:
         raise InputError(f"{path}: holds no teacher, so it cannot be resumed, only tested; start anew without --resume")
     load_published(run.student, checkpoint["state_dict"], path)
@@ -123,15 +126,20 @@ def restore(run, options, protocol):
 
 
 def _read_last(savedir):
-    previous = savedir / PREVIOUS
-    if os.path.isfile(savedir / LAST):
+    """(path, content) of LAST, or of PREVIOUS where LAST cannot be read."""
+    reasons = []
+    for path in (savedir / LAST, savedir / PREVIOUS):
+        if not os.path.isfile(path):
+            continue
         try:
-            return savedir / LAST, read_checkpoint(savedir / LAST)
+            content = read_checkpoint(path)
         except InputError as error:
-            if not os.path.isfile(previous):
-                raise
-            note(f"note: {error}; going on from {PREVIOUS}, the one before")
-    return previous, read_checkpoint(previous)
+            reasons.append(str(error).removesuffix("; fetch it again"))
+            continue
+        if reasons:
+            note(f"note: {reasons[0]}; going on from {PREVIOUS}, the one before")
+        return path, content
+    raise InputError(f"{reasons[0]}; it cannot be resumed, start anew with --overwrite")
 
 
 def _check_same_options(before, options, path):
@@ -181,10 +189,16 @@ def check_space(run, savedir):
         )
 
 
-def clear(savedir, everything):
-    """Delete what a killed process left half-written in `savedir`, and with `everything` an earlier run's results."""
-    for name in (*NAMES, "train.json", "log.jsonl", "curves.png"):
-        for path in savedir.glob(f".{name}.*"):
-            path.unlink(missing_ok=True)
-    for name in (*NAMES, "log.jsonl", "curves.png", "results.json", "retrievals.png") if everything else ():
+def tidy(savedir, source, everything):
+    """Delete what a killed process left half-written in `savedir`, and with `everything` an earlier run's results.
+
+    source: the checkpoint that is resumed. It takes the place of a LAST that could not be read, which would otherwise
+    become the one before.
+    """
+    ours = (*NAMES, "train.json", "log.jsonl", "curves.png")
+    for path in (path for name in ours for path in savedir.glob(f".{name}.*")):
+        path.unlink(missing_ok=True)
+    for name in (*ours, "results.json", "retrievals.png", "precision_recall.png") if everything else ():
         (savedir / name).unlink(missing_ok=True)
+    if source and source.name == PREVIOUS:
+        source.replace(savedir / LAST)

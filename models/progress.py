@@ -79,15 +79,18 @@ def _line(axes, history, name, scale=1):
 
 
 def _lines(path):
+    """Lines of an earlier log.jsonl that can be read; the last of a killed run cannot."""
     try:
-        texts = path.read_text().splitlines()
+        texts = path.read_bytes().splitlines()
     except FileNotFoundError:
         return
     for text in texts:
         try:
-            yield json.loads(text)
-        except ValueError:  # the last line of a killed run
+            line = json.loads(text)
+        except ValueError:
             continue
+        if isinstance(line, dict) and isinstance(line.get("epoch"), int):
+            yield line
 
 
 def _is_before(line, epochs_done, step_done):

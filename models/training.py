@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.errors import InputError, ends_in_one_line
+from datasets.errors import InputError, ends_in_one_line, lost_worker
 from datasets.filelists import check_images, open_benchmark
 from datasets.images import normalise
 from datasets.protocols import PROTOCOLS, protocol_of
@@ -31,10 +31,10 @@ from models.checkpoints import (
     check_same_data,
     check_savedir,
     check_space,
-    clear,
     data_record,
     restore,
     save,
+    tidy,
 )
 from models.networks import StudentOutput, arithmetic
 from models.options import note, resolve, run_record, train_parser
@@ -162,11 +162,17 @@ def train(run, data, options, benchmark):
         networks = [parallel.synchronised(network) for network in (run.student, run.teacher)]
         while len(run.history) < options.epochs:
             bidirectional = len(run.history) > options.warmup_epochs
-            for _ in _whole_steps(train_epoch(run, networks, data, bidirectional, options, log), signals):
-                _end_if_asked(run, signals, options, record)
-                if writes and schedule.is_due():
-                    save(run, options.savedir, record)
-            close_epoch(run, data, bidirectional, options)
+            try:
+                for _ in train_epoch(run, networks, data, bidirectional, options, log):
+                    _end_if_asked(run, signals, options, record)
+                    if writes and schedule.is_due():
+                        save(run, options.savedir, record)
+                close_epoch(run, data, bidirectional, options)
+            except (RuntimeError, EOFError) as error:
+                # A signal to all can end the processes that decode images first; no step is half done then.
+                if lost_worker(error) and parallel.processes() == 1:
+                    _end_if_asked(run, signals, options, record)
+                raise
             if writes:
                 last = len(run.history) == options.epochs or len(run.history) % schedule.epochs == 0
                 save(run, options.savedir, record, [*([LAST] if last else []), *run.history[-1]["kept"]])
@@ -338,16 +344,6 @@ def ends_in_order():
             signal.signal(number, handler)
 
 
-def _whole_steps(steps, signals):
-    """The `steps` of train_epoch; where a signal ended the processes that decode images, too, they end early."""
-    try:
-        yield from steps
-    except RuntimeError as error:
-        if not signals or "DataLoader worker" not in str(error):
-            raise
-        yield
-
-
 def _end_if_asked(run, signals, options, record):
     """Save and end, all processes after the same step, once one of them was sent a signal."""
     if parallel.anyone(bool(signals)):
@@ -359,7 +355,7 @@ def _end_if_asked(run, signals, options, record):
 
 def _begin(run, steps, options):
     """Tidy up --savedir, tell where the run stands, and open its Log."""
-    clear(options.savedir, everything=options.overwrite)
+    tidy(options.savedir, run.source, everything=options.overwrite)
     if run.history or run.step:
         note(f"note: going on after {len(run.history)} of {options.epochs} epochs and {run.step} steps")
     return Log(options.savedir, len(run.history), run.step, steps)

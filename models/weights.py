@@ -194,4 +194,4 @@ def _other_shape(name, found, expected):
 
 
 def _gist(error):
-    return str(error).strip().split("\n")[0][:160] or type(error).__name__
+    return re.split(r"\n|\. ", str(error).strip())[0][:160] or type(error).__name__

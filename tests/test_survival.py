@@ -40,6 +40,13 @@ def assert_same(one, two):
         assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())
 
 
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch, request):
+    """Drawing takes longer than training here."""
+    if request.function is not test_what_a_run_shows:
+        monkeypatch.setattr(training, "draw_curves", lambda *_: None)
+
+
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step(n, act) has act() called in the n-th step from now on."""
@@ -111,6 +118,41 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(tiny, tmp_path, at_step, 
     run(tiny, tmp_path / "torn", "--resume")
     assert f"going on from {PREVIOUS}, the one before" in capsys.readouterr().err
     assert_same(tmp_path / "whole", tmp_path / "torn")
+
+
+def test_a_torn_checkpoint_never_takes_the_place_of_a_whole_one(tiny, tmp_path, at_step, fails, monkeypatch):
+    at_step(5, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        run(tiny, tmp_path)
+    (tmp_path / LAST).write_bytes(b"torn")
+    arguments = [train_sketchy_ext.main, *TRAIN, "--data_root", tiny, "--savedir", tmp_path, "--resume"]
+
+    def refuse(*_):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("models.weights.torch.save", refuse)
+        assert "is the disk full?" in fails(*arguments)
+    assert read_checkpoint(tmp_path / LAST)["epoch"] == read_checkpoint(tmp_path / PREVIOUS)["epoch"] == 2
+    for name in (LAST, PREVIOUS):
+        (tmp_path / name).write_bytes(b"torn")
+    assert "it cannot be resumed, start anew with --overwrite" in fails(*arguments)
+
+
+@pytest.mark.parametrize("error", [EOFError(), RuntimeError("DataLoader worker (pid 7) exited unexpectedly")])
+def test_a_signal_that_ends_workers_first_saves_all_the_same(tiny, tmp_path, monkeypatch, capsys, error):
+    run(tiny, tmp_path / "whole")
+
+    def dies(*_):
+        signal.raise_signal(signal.SIGTERM)
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(training, "validate", dies)
+        run(tiny, tmp_path / "halves")
+    assert end.value.code == 143 and "saved after 0 epochs and 2 steps" in capsys.readouterr().err
+    run(tiny, tmp_path / "halves", "--resume")
+    assert_same(tmp_path / "whole", tmp_path / "halves")
 
 
 def test_the_last_checkpoint_is_there_at_any_moment_of_a_save(tmp_path):
@@ -218,8 +260,8 @@ def test_an_interval_that_is_none_is_named(tiny, tmp_path, fails, text):
 def test_the_log_of_a_resumed_run_has_no_line_twice(tmp_path):
     lines = [{"epoch": 0, "step": 1}, {"epoch": 0, "step": 2}, {"epoch": 0}, {"epoch": 1, "step": 1}]
     lines += [{"epoch": 1, "step": 2}, {"epoch": 1}, {"epoch": 2, "step": 1}]
-    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 2, "st'
-    (tmp_path / "log.jsonl").write_text(text)
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{}\n5\n{"epoch": 2, "st'
+    (tmp_path / "log.jsonl").write_bytes(text.encode() + b"\xff\n")
     Log(tmp_path, epochs_done=1, step_done=1, steps=2).write({"epoch": 1, "step": 2, "total": 3.0})
     kept = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert kept == [*lines[:4], {"epoch": 1, "step": 2, "total": 3.0}]

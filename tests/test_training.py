@@ -23,7 +23,7 @@ def run(root, savedir, *more, script=train_sketchy_ext):
 
 
 @pytest.mark.parametrize("way", ["plain", "in 2 parts", "in 5 parts", "checkpointing", "channels last", "compiled"])
-def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, way):
+def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, monkeypatch, way):
     z = golden("train_step")
     networks = {"student": Student(small_backbone(z), int(z["linear_num"])), "teacher": Teacher(small_backbone(z))}
 
@@ -39,6 +39,7 @@ def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, way):
         if way == "channels last":
             network.to(memory_format=torch.channels_last)
         if way == "compiled":
+            monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # starting more takes longer
             network.compile()
     if way == "checkpointing":
         networks["student"].backbone.set_grad_checkpointing()
