@@ -70,12 +70,28 @@ def anyone(flag):
 
 
 def joined(rows):
-    """Arrays `rows` (n, ...) of all processes, one after the other, in process 0; None elsewhere."""
+    """Arrays or tensors `rows` (n, ...) of all processes, one after the other, in process 0; None elsewhere."""
     if not distributed.is_initialized():
         return rows
     parts = [None] * processes() if rank() == 0 else None
     distributed.gather_object(rows, parts)
-    return np.concatenate(parts) if parts else None
+    if parts is None:
+        return None
+    return torch.cat(parts) if isinstance(rows, torch.Tensor) else np.concatenate(parts)
+
+
+def merged(values):
+    """The union of all processes' dicts, in each of them."""
+    if not distributed.is_initialized():
+        return values
+    parts = [None] * processes()
+    distributed.all_gather_object(parts, values)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def bar():
+    """tqdm's `disable`: bars are process 0's, where its output is a terminal."""
+    return None if rank() == 0 else True
 
 
 def synchronised(network):

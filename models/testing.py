@@ -50,7 +50,7 @@ class UnseenImages:
 def main(protocol_name, argv=None):
     """Command line of a test script. Returns the results as they are in results.json.
 
-    Of several processes each extracts its share of the features; the first does the rest, and others return None.
+    Several processes share the extraction, the mixtures and the sketches to match; but for the first they return None.
     """
     protocol = PROTOCOLS[protocol_name]
     options = resolve(test_parser(protocol).parse_args(argv), protocol, "resume_dir")
@@ -65,15 +65,20 @@ def main(protocol_name, argv=None):
         images, no_images = None, error
     source = _source(checkpoint, images, options) if checkpoint else None
     features = stored_features(folder, checkpoint, source, no_images, options)
+    parallel.connect(options.device)
     if features is None:
-        parallel.connect(options.device)
         features = compute_features(folder, checkpoint, source, images, options)
-        parallel.disconnect()
+    try:
+        features, names = name_classes(features, images)
+        check_features(features, names, options)
+    except InputError:
+        if parallel.rank() == 0:  # all processes have the same features
+            raise
+        raise SystemExit(2) from None
+    rows, shown = measure(features, options)
+    parallel.disconnect()
     if parallel.rank() != 0:
         return None
-    features, names = name_classes(features, images)
-    check_features(features, names, options)
-    rows, shown = measure(features, options)
     results = summarise(rows, features, names, protocol, options)
     path = folder / FEATURES  # which of them were measured, for whoever doubts a number
     results["features"] = {"file": str(path), "sha256": digest(path), "source": record(path).get("source")}
@@ -167,7 +172,7 @@ def compute_features(folder, checkpoint, source, images, options):
     parallel.anyone(False)  # parts are kept until the whole is written
     for part in unfinished:
         part.remove()
-    return Features(*parts)
+    return Features(*parts) if parallel.rank() == 0 else read_features(folder / FEATURES)[0]
 
 
 def _write_features(path, features, source):
@@ -226,6 +231,8 @@ def check_features(features, names, options):
         )
     if (features.gallery == features.gallery[0]).all():
         note("note: all photos have the same features, so every ranking is the gallery's order")
+    if len(features.query) < parallel.processes():
+        raise InputError(f"{len(features.query)} sketches cannot be shared by {parallel.processes()} processes")
     if options.mode == 1:
         return
     count, width = features.gallery.shape
@@ -241,7 +248,7 @@ def check_features(features, names, options):
 
 
 def measure(features, options):
-    """(rows, shown): all rows {key: {seed: ClassMeans, or why there are none}} and the one to draw, a Shown.
+    """(rows, shown), in process 0: rows {key: {seed: ClassMeans, or why there are none}}, and the one to draw, a Shown.
 
     The key of a row is None for one-to-one matching, else (M, K); one-to-one matching has the seed None.
     """
@@ -250,15 +257,17 @@ def measure(features, options):
     classes = len(np.unique(features.gallery_labels))
     key = next((key for key in grid if key[1] == classes), grid[-1] if grid else None)
     rows, shown = {None: {}} | {key: {} for key in grid}, None
+    share = parallel.share(len(features.query))
+    own = replace(features, query=features.query[share], query_labels=features.query_labels[share])
     for seed in options.mixture_seeds if grid else [None]:
         codebooks, failures = fit_codebooks(features.gallery, grid, seed, options)
         for failed, reason in failures.items():
             rows[failed][str(seed)] = reason
-        first = not rows[None]
+        first = shown is None
         if first and key not in codebooks:
             key = next(reversed(codebooks), None)
         measured = evaluate(
-            features,
+            own,
             codebooks,
             options.device,
             getattr(torch, options.distances),
@@ -268,10 +277,13 @@ def measure(features, options):
             say=note,
         )
         for row, values in measured.items():
-            rows[row][str(seed) if row else None] = {
-                name: class_means(values[name], torch.from_numpy(features.query_labels))[1].numpy()
-                for name in (*METRICS, "curve")
-            }
+            for name, of_own in values.items():
+                values[name] = parallel.joined(of_own)
+            if parallel.rank() == 0:
+                rows[row][str(seed) if row else None] = {
+                    name: class_means(values[name], torch.from_numpy(features.query_labels))[1].numpy()
+                    for name in (*METRICS, "curve")
+                }
         if first:
             shown = key, measured[key]
     return rows, shown
@@ -279,27 +291,31 @@ def measure(features, options):
 
 def fit_codebooks(gallery, grid, seed, options):
     """({(M, K): codebook (M, K, D/M)}, {(M, K): why it could not be fitted}) for the grid, one core a row."""
-    codebooks, failures = {}, {}
+    # Few sub-spaces take longest and come first.
+    own, fitted = sorted(grid)[parallel.rank() :: parallel.processes()], {}
     with (
         workers() as pool,
-        tqdm(total=len(grid), desc="mixtures", unit="row", leave=False, disable=None) as progress,
+        tqdm(total=len(own), desc="mixtures", unit="row", leave=False, disable=parallel.bar()) as progress,
     ):
-        # Few sub-spaces take longest and come first.
-        jobs = {
-            key: pool.submit(fit_codebook, gallery, *key, seed, options.mixture, options.device) for key in sorted(grid)
-        }
+        jobs = {key: pool.submit(fit_codebook, gallery, *key, seed, options.mixture, options.device) for key in own}
         for _ in as_completed(jobs.values()):
             progress.update()
-    for key in grid:
-        row = f"M {key[0]}, K {key[1]}"
+    for key, job in jobs.items():
         try:
-            codebooks[key], unconverged = jobs[key].result()
+            fitted[key] = job.result()
         except CollapsedComponent as error:
-            failures[key] = str(error)
-            note(f"note: {row}, seed {seed}: {error}; the row is left out, others are not affected")
+            fitted[key] = str(error)
+    fitted = parallel.merged(fitted)
+    codebooks, failures = {}, {}
+    for key in grid:
+        row = f"M {key[0]}, K {key[1]}, seed {seed}"
+        if isinstance(fitted[key], str):
+            failures[key] = fitted[key]
+            note(f"note: {row}: {fitted[key]}; the row is left out, others are not affected")
             continue
+        codebooks[key], unconverged = fitted[key]
         if unconverged:
-            note(f"note: {row}, seed {seed}: no convergence in 100 iterations in sub-space {unconverged}")
+            note(f"note: {row}: no convergence in 100 iterations in sub-space {unconverged}")
     return codebooks, failures
 
 

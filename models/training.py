@@ -196,7 +196,7 @@ def train_epoch(run, networks, data, bidirectional, options, log):
     unread, lag = deque(), int(torch.device(options.device).type != "cpu")
     title = f"epoch {epoch + 1}/{options.epochs}"
     with tqdm(total=sum(sizes), initial=sum(sizes[: run.step]), desc=title, unit="image", leave=False,
-              disable=None if log else True) as bar:  # fmt: skip
+              disable=parallel.bar()) as bar:  # fmt: skip
         begun, shown = time.perf_counter(), run.step
         for step, (images, *others) in enumerate(loader, run.step):
             if hasattr(signal, "SIGCHLD"):  # where torch would raise the death of a worker in the middle of a step
@@ -305,8 +305,7 @@ def validate(student, loader, count, device):
     """Top-1 accuracy (percent) of the seen-class logits on `count` held-back sketches, this process's in `loader`."""
     student.eval()
     right = torch.zeros((), dtype=torch.long)
-    hidden = None if parallel.rank() == 0 else True
-    for images, labels in tqdm(loader, "validation", unit="batch", leave=False, disable=hidden):
+    for images, labels in tqdm(loader, "validation", unit="batch", leave=False, disable=parallel.bar()):
         predicted = student(normalise(images.to(device))).seen_logits.argmax(dim=1)
         right += (predicted.cpu() == labels).sum()
     student.train()

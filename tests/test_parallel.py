@@ -63,13 +63,18 @@ def test_two_processes_train_and_test_as_one(miniature, tmp_path):
     for name in ("cls", "ka_student", "ma", "ka_teacher"):
         assert first[0][name] == pytest.approx(first[1][name], rel=1e-5)
 
-    test = [*MODEL, "--data_root", miniature, "--mode", 1, "--batch_size", 7, "--resume_dir", tmp_path / "one"]
+    test = [*MODEL, "--data_root", miniature, *"--subspaces 2 --clusters 3 4 5 --batch_size 7 --resume_dir".split()]
+    test.append(tmp_path / "one")
     path = tmp_path / "one/features_zero.pickle"
     test_sketchy_ext_zeroshot.main([str(part) for part in test])
-    alone = pickle.loads(path.read_bytes())
-    status, printed, complaints = together(2, "test_sketchy_ext_zeroshot.py", *test, "--recompute")
-    assert status == 0, complaints
-    assert printed.count("one-to-one") == 1 and not list((tmp_path / "one").glob(".*"))
+    alone, rows = pickle.loads(path.read_bytes()), []
+    for again in ([], ["--recompute"]):
+        rows.append(json.loads((tmp_path / "one/results.json").read_text())["rows"])
+        status, printed, complaints = together(2, "test_sketchy_ext_zeroshot.py", *test, *again)
+        assert status == 0, complaints
+        assert printed.count("one-to-one") == 1 and printed.count("one-to-many") == 3
+    assert rows[0] == rows[1]  # by one process and by two, from the same features
+    assert not list((tmp_path / "one").glob(".*"))
     for one, two in zip(alone[:4], pickle.loads(path.read_bytes())[:4], strict=True):
         np.testing.assert_allclose(one, two, atol=1e-5)
 

@@ -5,6 +5,7 @@ import threading
 import torch
 from tqdm import tqdm
 
+from models import parallel
 from models.eval.matching import (
     cluster_distances,
     code_members,
@@ -83,7 +84,7 @@ def evaluate(
     chunks = torch.from_numpy(features.query_labels.argsort(kind="stable")).split(max(1, size))
     with (
         workers(None if on_cpu else 1) as pool,
-        tqdm(total=len(query), desc="matching", unit="sketch", leave=False, disable=None) as progress,
+        tqdm(total=len(query), desc="matching", unit="sketch", leave=False, disable=parallel.bar()) as progress,
     ):
         for count in pool.map(_halving(measure, say), chunks):
             progress.update(count)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from datasets.errors import InputError
 from datasets.files import digest, read_pickle, write_json, write_whole
 from datasets.images import normalise
+from models import parallel
 from models.networks import arithmetic
 
 
@@ -81,7 +82,7 @@ def extract(student, loader, device, title="features", precision="fp32", done=0)
     """
     student.eval().to(memory_format=torch.channels_last)
     total = done + len(loader.dataset)
-    with tqdm(total=total, initial=done, desc=title, unit="image", leave=False, disable=None) as bar:
+    with tqdm(total=total, initial=done, desc=title, unit="image", leave=False, disable=parallel.bar()) as bar:
         for images, _ in loader:
             with torch.inference_mode(), arithmetic(precision, device):
                 images = normalise(images.to(device, non_blocking=True))
