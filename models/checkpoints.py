@@ -39,6 +39,10 @@ class Run:
     data: dict = field(default_factory=dict)  # SHA-256 of the lists and mask of a resumed run
     source: Path | None = None  # checkpoint that it was resumed from
 
+    def learnt(self):
+        """The parameters that training changes."""
+        return [value for optimizer in self.optimizers for group in optimizer.param_groups for value in group["params"]]
+
 
 class SaveSchedule:
     """When to save: `every` is "10m", "30s", "2h" (and at the end of each epoch), or "3e" for every third epoch."""
@@ -62,8 +66,7 @@ def save(run, savedir, record, names=(LAST,)):
 
     Raises InputError where the weights are not finite, and nothing is written then.
     """
-    learnt = [value for optimizer in run.optimizers for group in optimizer.param_groups for value in group["params"]]
-    if not torch.stack([value.isfinite().all() for value in learnt]).all():
+    if not torch.stack([value.isfinite().all() for value in run.learnt()]).all():
         raise InputError("weights are not finite; start anew with a lower --lr")
     content = {
         "epoch": len(run.history),
@@ -177,9 +180,9 @@ def check_savedir(options):
 
 def check_space(run, savedir):
     """Raise InputError if the disk cannot hold the checkpoints that a run keeps: the last two, the best, a new one."""
-    learnt = [value for optimizer in run.optimizers for group in optimizer.param_groups for value in group["params"]]
     networks = [*run.student.parameters(), *run.teacher.parameters()]
-    size = sum(value.nbytes for value in (*networks, *learnt, *learnt))  # Adam keeps two numbers a weight
+    # Adam keeps two numbers for each weight that it changes.
+    size = sum(value.nbytes for value in networks) + 2 * sum(value.nbytes for value in run.learnt())
     held = sum((savedir / name).stat().st_size for name in NAMES if os.path.isfile(savedir / name))
     free = shutil.disk_usage(savedir).free + held
     if free < 4 * size:

@@ -43,10 +43,11 @@ def fit_mixture(points, start, count):
     """
     likeliest = start.to(points.device).long()
     points = points.double()
-    rotation = _rotation(points, likeliest, count)
+    members = torch.nn.functional.one_hot(likeliest, count).double()
+    rotation = _rotation(points, members)
     points = points @ rotation
     components = _Components(points, count)
-    components.maximise(torch.nn.functional.one_hot(likeliest, count).T.double())
+    components.maximise(members.T)
     weights = components.totals / len(points)
     screen, bound = _Screen(points, count), -math.inf
     for iteration in range(1, ITERATIONS + 1):  # noqa: B007, it is returned
@@ -214,12 +215,11 @@ class _Screen:
         self.bounds -= components.shifts[:, last].float().gather(1, self.reached)
 
 
-def _rotation(points, labels, count):
-    """Orthogonal (d, d): first the directions in which the components of labels (N,) differ, then of most variance.
+def _rotation(points, members):
+    """Orthogonal (d, d): first the directions in which components (members (N, K)) differ, then of most variance.
 
     Turned points keep their distances, and the screen needs fewer of their coordinates. points: (N, d) float64.
     """
-    members = torch.nn.functional.one_hot(labels, count).double()
     sizes = members.sum(dim=0)
     offsets = members.T @ points / sizes.clamp(min=1)[:, None] - points.mean(dim=0) * (sizes > 0)[:, None]
     total = torch.atleast_2d(torch.cov(points.T, correction=0))
