@@ -104,7 +104,7 @@ def images_of(options, folder):
         for number, name in enumerate(files.paths):
             Image.open(files.root / name).convert("RGB").resize((227, 227)).save(folder / f"{kind}{number}.{ending}")
         names = [f"{kind}{number}.{ending}" for number in range(len(files))]
-        lists.append(FileList(files.source, folder, names, files.labels))
+        lists.append(FileList(files.source, folder, names, files.labels, files.lines))
     return lists
 
 

@@ -9,14 +9,23 @@ Reading never touches an image; `check_images` is the only function that looks f
 
 import os
 import pickle
+import unicodedata
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from datasets.errors import InputError
 from datasets.files import read_pickle, write_whole
 from datasets.protocols import PROTOCOLS, Protocol
+
+CLASS_NAMES = "cname_cid.txt", "cname_cid_zero.txt"  # of seen and of unseen classes
+MASK = "cid_mask.pickle"
+
+
+def refuse(message):
+    """What readers do with a line they cannot use, unless told otherwise: raise InputError."""
+    raise InputError(message)
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class FileList:
     root: Path
     paths: list[str]
     labels: np.ndarray
+    lines: list[int]  # where each stands in `source`
 
     def __len__(self):
         return len(self.paths)
@@ -42,23 +52,29 @@ class Benchmark:
     seen_names: list[str]
     unseen_names: list[str]
 
-    def read(self, kind, split):
-        """FileList of `kind` ("sketch" or "photo") and `split` ("train", "test" for validation, or "zero")."""
-        patterns = self.protocol.sketch_lists if kind == "sketch" else self.protocol.photo_lists
-        names = [pattern.format(split) for pattern in patterns]
-        path = next((self.lists / name for name in names if os.path.isfile(self.lists / name)), self.lists / names[0])
-        classes = len(self.unseen_names if split == "zero" else self.seen_names)
-        return read_list(path, self.root, classes)
+    def names(self, split):
+        """Class names of `split`, in the order of their labels."""
+        return self.unseen_names if split == "zero" else self.seen_names
+
+    def path(self, kind, split):
+        """The list of `kind` ("sketch" or "photo") and `split` ("train", "test" for validation, or "zero")."""
+        names = self.protocol.list_names(kind, split)
+        return next((self.lists / name for name in names if os.path.isfile(self.lists / name)), self.lists / names[0])
+
+    def read(self, kind, split, complain=refuse):
+        """FileList of `kind` and `split`, see `path` and `read_list`."""
+        return read_list(self.path(kind, split), self.root, len(self.names(split)), complain)
 
     def read_mask(self, imagenet_classes=1000):
         """Semantic mask (seen classes, imagenet_classes) float32."""
-        return read_mask(self.lists / "cid_mask.pickle", len(self.seen_names), imagenet_classes)
+        return read_mask(self.lists / MASK, len(self.seen_names), imagenet_classes)
 
 
-def open_benchmark(protocol_name, root=None, zero_version=None):
+def open_benchmark(protocol_name, root=None, zero_version=None, complain=refuse):
     """Open a benchmark folder laid out like `protocol_name`'s; `root` and `zero_version` default to the protocol's.
 
-    Raises InputError if the folder, or a file of class names in it, is missing or malformed.
+    complain: as in `read_list`, for class names. Raises InputError if the folder, or a file of class names in it, is
+    missing, and what `complain` raises.
     """
     protocol = PROTOCOLS[protocol_name]
     root = Path(root or protocol.data_root)
@@ -66,49 +82,78 @@ def open_benchmark(protocol_name, root=None, zero_version=None):
     if not os.path.isdir(root):
         raise InputError(f"{root}: no such data folder; unpack {protocol.title} there or name another with --data_root")
     if not os.path.isdir(lists):
-        raise InputError(f"{lists}: no such folder of lists; name the right one with --zero_version")
-    seen, unseen = (read_class_names(lists / name) for name in ("cname_cid.txt", "cname_cid_zero.txt"))
-    if both := sorted(set(seen) & set(unseen)):
         raise InputError(
-            f"{lists}: {both[0]!r} is in cname_cid.txt and in cname_cid_zero.txt; unseen classes must be new"
+            f"{lists}: no such folder of lists; name the right one with --zero_version, or make it with "
+            "python -m datasets.prepare lists"
         )
+    seen, unseen = (read_class_names(lists / name, complain) for name in CLASS_NAMES)
+    if both := sorted(set(seen) & set(unseen)):
+        complain(f"{lists}: {both[0]!r} is in cname_cid.txt and in cname_cid_zero.txt; unseen classes must be new")
     return Benchmark(protocol, root, lists, seen, unseen)
 
 
-def read_list(path, root, classes):
+def find_layout(root, zero_version=None):
+    """(protocol name, folder of lists) of the first known layout found in `root`, a folder of any benchmark.
+
+    zero_version: the folder of lists, where it is known. Raises InputError where there is none.
+    """
+    if not os.path.isdir(root):
+        raise InputError(f"{root}: no such data folder; name one that holds image folders and a folder of lists")
+    folders = [zero_version] if zero_version else sorted(path.name for path in Path(root).iterdir())
+    for name, protocol in PROTOCOLS.items():
+        for folder in sorted(folders, key=lambda each: each != protocol.zero_version):
+            kinds = (protocol.list_names(kind, "zero") for kind in ("sketch", "photo"))
+            if all(any(os.path.isfile(Path(root) / folder / each) for each in names) for names in kinds):
+                return name, folder
+    inside = Path(root) / zero_version if zero_version else f"{root}/zeroshot*"
+    raise InputError(
+        f"{inside}: no lists of unseen sketches and photos under any known names; make them with "
+        "python -m datasets.prepare lists, or name their folder with --zero_version"
+    )
+
+
+def read_list(path, root, classes, complain=refuse):
     """Read a list of images whose labels lie in 0..classes-1.
 
-    Raises InputError naming file and line if the list is missing or empty, a line has no label or one out of range,
-    or a path is absolute or climbs out of `root`.
+    complain: takes a message, naming file and line, for each line without a label or with one out of range, and for
+    each path that is absolute or climbs out of `root`; if it returns, the line is left out.
+    Raises InputError if the list is missing or empty, and what `complain` raises.
     """
-    paths, labels = [], []
+    paths, labels, numbers = [], [], []
     for number, line in _lines(path):
-        name, label = _split_label(path, number, line)
+        if (parts := _split_label(path, number, line, complain)) is None:
+            continue
+        name, label = parts
         if label >= classes:
-            raise InputError(
-                f"{path}:{number}: label {label} is outside 0..{classes - 1}, the classes of cname_cid*.txt"
-            )
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise InputError(f"{path}:{number}: {name!r} leaves the data folder; paths are relative to {root}")
-        paths.append(name)
-        labels.append(label)
-    return FileList(Path(path), Path(root), paths, np.array(labels, dtype=np.int64))
+            complain(f"{path}:{number}: label {label} is outside 0..{classes - 1}, the classes of cname_cid*.txt")
+        elif name.startswith("/") or ".." in name.split("/"):
+            complain(f"{path}:{number}: {name!r} leaves the data folder; paths are relative to {root}")
+        else:
+            paths.append(name)
+            labels.append(label)
+            numbers.append(number)
+    return FileList(Path(path), Path(root), paths, np.array(labels, dtype=np.int64), numbers)
 
 
-def read_class_names(path):
-    """Class names in the order of their labels. Raises InputError unless labels are 0..C-1 and no name comes twice."""
+def read_class_names(path, complain=refuse):
+    """Class names in the order of their labels, which must be 0..C-1; no name may come twice.
+
+    complain: as in `read_list`. Raises InputError if the file is missing or empty, and what `complain` raises.
+    """
     names = {}
     for number, line in _lines(path):
-        name, label = _split_label(path, number, line)
+        if (parts := _split_label(path, number, line, complain)) is None:
+            continue
+        name, label = parts
         if label in names:
-            raise InputError(f"{path}:{number}: label {label} is already that of {names[label]!r}")
-        if name in names.values():
-            raise InputError(f"{path}:{number}: the class {name!r} already has a label")
-        names[label] = name
-    if sorted(names) != list(range(len(names))):
-        missing = min(set(range(len(names))) - set(names))
-        raise InputError(f"{path}: labels must be 0..{len(names) - 1}, but {missing} is missing")
-    return [names[label] for label in range(len(names))]
+            complain(f"{path}:{number}: label {label} is already that of {names[label]!r}")
+        elif name in names.values():
+            complain(f"{path}:{number}: the class {name!r} already has a label")
+        else:
+            names[label] = name
+    if missing := sorted(set(range(len(names))) - set(names)):
+        complain(f"{path}: labels must be 0..{len(names) - 1}, but {missing[0]} is missing")
+    return [names[label] for label in sorted(names)]
 
 
 def read_mask(path, classes, imagenet_classes=1000):
@@ -135,22 +180,31 @@ def check_images(files):
     """Raise InputError naming list and line of the first image of FileList `files` that is not there."""
     for index, name in enumerate(files.paths):
         if not os.path.isfile(files.root / name):
-            number = _lines(files.source)[index][0]
-            raise InputError(
-                f"{files.source}:{number}: no image {files.root / name}; unpack the data, or set --data_root"
-            )
+            place = f"{files.source}:{files.lines[index]}"
+            raise InputError(f"{place}: no image {files.root / name}; unpack the data, or set --data_root")
 
 
 def write_list(path, rows):
     """Write (path or class name, label) rows as a list, or as a file of class names."""
     with write_whole(path) as file:
-        file.write("".join(f"{name} {label}\n" for name, label in rows).encode())
+        file.write(list_text(rows))
+
+
+def list_text(rows):
+    """Bytes of a list of (path or class name, label) rows."""
+    return "".join(f"{name} {label}\n" for name, label in rows).encode()
+
+
+def spelling(name):
+    """What all spellings of a class name share: its letters and digits, whatever their case."""
+    return "".join(sign for sign in unicodedata.normalize("NFKC", name).casefold() if sign.isalnum())
 
 
 def write_mask(path, mask):
-    """Write mask (C, 1000) as the authors do: a pickled {label: float64 vector}."""
+    """Write mask (C, 1000) as the authors do: a pickled {label: float64 vector}, for any Python and NumPy."""
+    content = pickle.dumps(dict(enumerate(np.asarray(mask, dtype=np.float64))), protocol=2)
     with write_whole(path) as file:
-        pickle.dump(dict(enumerate(np.asarray(mask, dtype=np.float64))), file, protocol=2)
+        file.write(content.replace(b"cnumpy._core.", b"cnumpy.core."))  # the name before NumPy 2, which knows it, too
 
 
 def _lines(path):
@@ -158,7 +212,9 @@ def _lines(path):
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: no such list; unpack the data, or see --data_root and --zero_version") from None
+        raise InputError(
+            f"{path}: no such list; python -m datasets.prepare lists makes it, or see --zero_version"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text ({error})") from error
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
@@ -167,8 +223,9 @@ def _lines(path):
     return lines
 
 
-def _split_label(path, number, line):
+def _split_label(path, number, line, complain):
     name, _, label = line.rpartition(" ")
     if not name.strip() or not label.isascii() or not label.isdigit() or len(label) > 9:
-        raise InputError(f"{path}:{number}: expected 'path label' with a whole number 0.. at the end, found {line!r}")
+        complain(f"{path}:{number}: expected 'path label' with a whole number 0.. at the end, found {line!r}")
+        return None
     return name.strip(), int(label)

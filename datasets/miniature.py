@@ -12,17 +12,15 @@ Sketch and photo of one number are drawn from different shapes. The classes and 
 import itertools
 import math
 import shutil
-import signal
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from tqdm import tqdm
 
 from datasets.drawings import CATEGORIES, box, line, oval
 from datasets.errors import InputError
-from datasets.filelists import write_list, write_mask
+from datasets.filelists import CLASS_NAMES, MASK, write_list, write_mask
+from datasets.processes import on_all_cores
 from datasets.protocols import PROTOCOLS
 
 UNSEEN = ["bell", "bicycle", "fish", "house", "mushroom", "rabbit", "sailboat", "umbrella"]
@@ -46,21 +44,14 @@ def write_miniature(root, seed=0, sketches=40, photos=60, held_back=5, workers=N
     shutil.rmtree(unfinished, ignore_errors=True)
     jobs, lists = _plan(unfinished, seed, sketches, photos, held_back)
     _make_folders({path.parent for path, *_ in jobs})
-    # The processes leave Ctrl-C to this one, which drops what they have not begun.
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        try:
-            done = pool.map(_draw_file, jobs, chunksize=32)
-            for _ in tqdm(done, "drawing", total=len(jobs), unit="image", leave=False, disable=None):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for _ in on_all_cores(_draw_file, jobs, "drawing", workers):
+        pass
     folder = unfinished / PROTOCOLS["sketchy"].zero_version
     for name, rows in lists.items():
         write_list(folder / name, rows)
-    write_list(folder / "cname_cid.txt", zip(SEEN, range(len(SEEN)), strict=True))
-    write_list(folder / "cname_cid_zero.txt", zip(UNSEEN, range(len(UNSEEN)), strict=True))
-    write_mask(folder / "cid_mask.pickle", semantic_mask())
+    for name, classes in zip(CLASS_NAMES, (SEEN, UNSEEN), strict=True):
+        write_list(folder / name, zip(classes, range(len(classes)), strict=True))
+    write_mask(folder / MASK, semantic_mask())
     for name in ("256x256", folder.name):  # the lists last: where they are, all is
         (unfinished / name).replace(root / name)
     unfinished.rmdir()
@@ -77,8 +68,8 @@ def _plan(root, seed, sketches, photos, held_back):
         ("photo", "train", SEEN, range(photos)),
         ("photo", "zero", UNSEEN, range(photos)),
     ):
-        patterns, suffix = (protocol.sketch_lists, "png") if kind == "sketch" else (protocol.photo_lists, "jpg")
-        rows = lists[patterns[0].format(split)] = []
+        suffix = "png" if kind == "sketch" else "jpg"
+        rows = lists[protocol.list_names(kind, split)[0]] = []
         for (label, name), number in itertools.product(enumerate(names), numbers):
             path = f"256x256/{kind}/tx_000000000000_ready/{name}/{number:04d}.{suffix}"
             jobs.append((root / path, name, kind, (seed, _LABELS[name], kind == "photo", number)))

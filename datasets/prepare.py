@@ -1,30 +1,174 @@
-"""Make a benchmark folder:
+"""From raw downloads to a checked benchmark:
 
-python -m datasets.prepare miniature <root>    draw the built-in miniature benchmark, in the layout of Sketchy Ext
+python -m datasets.prepare lists <root> --protocol sketchy      write the lists from the image folders
+python -m datasets.prepare mask <root> --protocol sketchy       compute the semantic mask from WordNet
+python -m datasets.prepare check <root> --protocol sketchy      is it ready? every fault with file and line
+python -m datasets.prepare summary <root>                       a page to look at: classes, counts, sample images
+python -m datasets.prepare miniature <root>                     draw the built-in miniature benchmark
 """
 
+import os
+import sys
 from pathlib import Path
 
 from datasets import errors
+from datasets.check import as_json, check_benchmark, print_checked
+from datasets.errors import InputError
+from datasets.filelists import MASK, find_layout, list_text, open_benchmark, write_list, write_mask
+from datasets.files import write_json
+from datasets.layouts import lists_from_images, lists_from_lists
 from datasets.miniature import SEEN, UNSEEN, write_miniature
+from datasets.protocols import PROTOCOLS
 
 
 @errors.ends_in_one_line
 def main(argv=None):
-    parser = errors.OneLineParser(prog="python -m datasets.prepare", description="Make a benchmark folder.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    miniature = commands.add_parser("miniature", help="draw the built-in miniature benchmark")
-    miniature.add_argument("root", type=Path, help="a new or empty folder")
-    miniature.add_argument("--seed", type=errors.seed, default=0, help="another seed draws other images")
-    miniature.set_defaults(run=make_miniature)
-    options = parser.parse_args(argv)
+    """Command line."""
+    options = create_parser().parse_args(argv)
     options.run(options)
+
+
+def create_parser():
+    """The commands and their options."""
+    parser = errors.OneLineParser(
+        prog="python -m datasets.prepare", description="From raw downloads to a checked benchmark."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name, run, text):
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        return added.add_argument
+
+    add = command("lists", make_lists, "write the lists of a benchmark from its image folders")
+    _add_folder(add)
+    add("--held_back", type=errors.number(int, 0, 10**6, "a whole number, 0 or more"), metavar="N",
+        help="sketches a seen class in the validation list, 0 for none (default: 50 for Sketchy, 10 for TU-Berlin Ext, "
+        "0 for QuickDraw Ext)")  # fmt: skip
+    add("--seed", type=errors.seed, default=0, help="chooses the sketches that are held back")
+    add("--convert", metavar="NAME", help="take over the lists in this folder of another release, such as zeroshot0, "
+        "whatever they are called, instead of making new ones")  # fmt: skip
+    add("--force", action="store_true", help="replace lists that are there")
+
+    add = command("mask", make_mask, "compute the semantic mask of the seen classes from WordNet 3.0")
+    _add_folder(add)
+    add("--wordnet", type=Path, metavar="DIR", help="WordNet 3.0's database files, or NLTK's folder of them "
+        "(default: where Debian's wordnet-base and NLTK put them)")  # fmt: skip
+    add("--force", action="store_true", help="replace a mask that is there")
+
+    add = command("check", check, "tell whether a benchmark folder is ready, with every fault by file and line")
+    _add_folder(add, custom=True)
+    add("--images", action="store_true", help="decode every image, too, on all cores")
+    add("--json", type=Path, metavar="FILE", help="write all findings there")
+
+    add = command("summary", summarise, "write a page to look at: classes, counts, sample images, what is odd")
+    add("root", type=Path, help="the data set")
+    add("--zero_version", metavar="NAME", help="its folder of lists (default: the first that is known)")
+    add("--out", type=Path, metavar="DIR", help="where summary.html and summary.png go (default: that folder)")
+
+    add = command("miniature", make_miniature, "draw the built-in miniature benchmark")
+    add("root", type=Path, help="a new or empty folder")
+    add("--seed", type=errors.seed, default=0, help="another seed draws other images")
+    return parser
+
+
+def _add_folder(add, custom=False):
+    add("root", type=Path, help="the data set")
+    # argparse cannot say "one of two, one of them with a value" for a subparser's `add`, so `_protocol` does.
+    names = "|".join(PROTOCOLS)
+    add("--protocol", choices=PROTOCOLS, metavar=names, required=not custom, help="the benchmark")
+    add("--zero_version", metavar="NAME", help="its folder of lists (default: the protocol's)")
+    if custom:
+        add("--custom", action="store_true", help="instead of --protocol: a benchmark of its own, in any known layout")
+
+
+def make_lists(options):
+    """Write the lists of a protocol, from images or from the lists of another release; all or none."""
+    protocol = PROTOCOLS[options.protocol]
+    _check_is_folder(options.root)
+    if options.convert:
+        lists, notes = lists_from_lists(protocol, options.root, options.convert)
+    else:
+        held_back = protocol.held_back if options.held_back is None else options.held_back
+        lists, notes = lists_from_images(protocol, options.root, held_back, options.seed)
+    folder = options.root / (options.zero_version or protocol.zero_version)
+    new = {name: rows for name, rows in lists.items() if _content(folder / name) != list_text(rows)}
+    if there := [name for name in new if (folder / name).exists() and not options.force]:
+        raise InputError(f"{folder / there[0]}: is there and says something else; replace it with --force")
+    for line in notes:
+        print(line, file=sys.stderr)
+    for name, rows in lists.items():
+        if name in new:
+            write_list(folder / name, rows)
+        published = _published(protocol, name)
+        beside = f" (published: {published:,})" if published else ""
+        print(f"{folder / name}: {len(rows):,}{beside}{'' if name in new else ', as it was'}")
+
+
+def _content(path):
+    return path.read_bytes() if path.is_file() else None
+
+
+def _published(protocol, name):
+    """Rows that the published list called `name` has, or None."""
+    return next((count for key, count in protocol.published.items() if protocol.list_names(*key)[0] == name), None)
+
+
+def check(options):
+    """Print a table of the lists and what was found; raise InputError unless the scripts will run."""
+    if options.custom == bool(options.protocol):
+        raise InputError("check: give either --protocol NAME, or --custom for a benchmark of its own")
+    _, checked = check_benchmark(options.root, options.protocol, options.zero_version, options.images)
+    print_checked(checked)
+    if options.json:
+        write_json(options.json, as_json(checked))
+        print(f"findings: {options.json}")
+    if count := sum(map(len, checked.findings.faults.values())):
+        faults = "a fault" if count == 1 else f"{count:,} faults"
+        raise InputError(f"{options.root}: not ready, {faults} (see above); mend, and check again")
+    print("ready" if options.images else "ready, as far as names tell; --images decodes every image, too")
+
+
+def make_mask(options):
+    """Write cid_mask.pickle of the seen classes; their WordNet ids come from the training photos, where those tell."""
+    from datasets.semantics import photo_ids, semantic_mask  # which brings timm and with it torch
+
+    _check_is_folder(options.root)
+    benchmark = open_benchmark(options.protocol, options.root, options.zero_version)
+    path = benchmark.lists / MASK
+    if path.exists() and not options.force:
+        raise InputError(f"{path}: is there already; replace it with --force")
+    ids = [set() for _ in benchmark.seen_names]
+    if os.path.isfile(benchmark.path("photo", "train")):
+        ids = photo_ids(benchmark.read("photo", "train"), len(benchmark.seen_names))
+    mask, notes = semantic_mask(benchmark.seen_names, ids, options.wordnet)
+    for line in notes:
+        print(line, file=sys.stderr)
+    write_mask(path, mask)
+    print(f"{path}: {len(mask)} classes, {(mask == 1).sum():,} relations of 1, {(mask > 0).sum():,} in all")
+
+
+def summarise(options):
+    """Write summary.html and summary.png."""
+    from datasets.summary import write_summary
+
+    _check_is_folder(options.root)
+    protocol_name, zero_version = find_layout(options.root, options.zero_version)
+    _, checked = check_benchmark(options.root, None, zero_version)
+    benchmark = open_benchmark(protocol_name, options.root, zero_version)
+    for path in write_summary(benchmark, options.out or benchmark.lists, list(checked.findings.lines())):
+        print(f"page: {path}")
 
 
 def make_miniature(options):
     """Draw the miniature benchmark into a folder that is new or empty."""
     write_miniature(options.root, options.seed)
     print(f"{options.root}: {len(SEEN)} seen and {len(UNSEEN)} unseen classes")
+
+
+def _check_is_folder(root):
+    if not root.is_dir():
+        raise InputError(f"{root}: {'is a file' if root.exists() else 'no such folder'}; name the data set's folder")
 
 
 if __name__ == "__main__":

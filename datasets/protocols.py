@@ -5,6 +5,8 @@ All else is shared; a benchmark differs from another only here.
 
 from dataclasses import dataclass
 
+from datasets import classes
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -16,10 +18,14 @@ class Protocol:
     checkpoint: str  # where its checkpoints go
     sketch_lists: tuple[str, ...]  # file names with {} for train, test or zero; the first that exists is read
     photo_lists: tuple[str, ...]
+    sketch_folders: tuple[tuple[str, ...], ...]  # of class folders: all of them, each by the first name that exists
+    photo_folders: tuple[tuple[str, ...], ...]
     has_mask: bool  # cid_mask.pickle, the semantic mask
     has_validation: bool  # a list of held-back sketches; without one the last epoch is kept
-    seen_classes: int
-    unseen_classes: int
+    held_back: int  # sketches a seen class in that list
+    seen_names: tuple[str, ...]  # in the order of their labels
+    unseen_names: tuple[str, ...]
+    published: dict[tuple[str, str], int]  # images in the lists of (kind, split), where a release tells
     sketch_share: int  # of a batch: sketches to photos, as sketch_share to photo_share
     photo_share: int
     batch_size: int
@@ -29,6 +35,21 @@ class Protocol:
     subspaces: tuple[int, ...]  # M
     map_at: int | None  # None ranks the whole gallery
     prec_at: int
+
+    @property
+    def seen_classes(self):
+        """How many seen classes it has."""
+        return len(self.seen_names)
+
+    @property
+    def unseen_classes(self):
+        """How many unseen classes it has."""
+        return len(self.unseen_names)
+
+    def list_names(self, kind, split):
+        """Names that the list of `kind` ("sketch" or "photo") and `split` may have, its own first."""
+        patterns = self.sketch_lists if kind == "sketch" else self.photo_lists
+        return [pattern.format(split) for pattern in patterns]
 
     def split_batch(self, batch_size):
         """(sketches, photos) in a batch of `batch_size`: B//3 + 2·(B//3), or B//10 + 9·(B//10)."""
@@ -50,8 +71,26 @@ _SKETCHY = dict(
     data_root="datasets/Sketchy",
     sketch_lists=("sketch_tx_000000000000_ready_filelist_{}.txt",),
     photo_lists=("all_photo_filelist_{}.txt",),
+    sketch_folders=(
+        (
+            "256x256/sketch/tx_000000000000_ready",
+            "256x256/sketch/tx_000000000000",
+            "rendered_256x256/256x256/sketch/tx_000000000000",
+            "sketch/tx_000000000000",
+        ),
+    ),
+    photo_folders=(
+        (
+            "256x256/photo/tx_000000000000_ready",
+            "256x256/photo/tx_000000000000",
+            "rendered_256x256/256x256/photo/tx_000000000000",
+            "photo/tx_000000000000",
+        ),
+        ("EXTEND_image_sketchy_ready", "EXTEND_image_sketchy"),
+    ),
     has_mask=True,
     has_validation=True,
+    held_back=50,
     sketch_share=1,
     photo_share=2,
     batch_size=210,
@@ -65,8 +104,15 @@ PROTOCOLS = {
         title="Sketchy Ext",
         zero_version="zeroshot1",
         checkpoint="checkpoint/sketchy/zeroshot1",
-        seen_classes=100,
-        unseen_classes=25,
+        seen_names=classes.SKETCHY_SEEN,
+        unseen_names=classes.SKETCHY_UNSEEN,
+        published={
+            ("sketch", "train"): 55_252,
+            ("sketch", "test"): 5_000,
+            ("sketch", "zero"): 15_229,
+            ("photo", "train"): 68_401,
+            ("photo", "zero"): 17_101,
+        },
         clusters=tuple(range(22, 29)),
         map_at=None,
         prec_at=100,
@@ -76,8 +122,14 @@ PROTOCOLS = {
         title="Sketchy Ext Split",
         zero_version="zeroshot2",
         checkpoint="checkpoint/sketchy/zeroshot2",
-        seen_classes=104,
-        unseen_classes=21,
+        seen_names=classes.SKETCHY_SPLIT_SEEN,
+        unseen_names=classes.SKETCHY_SPLIT_UNSEEN,
+        published={
+            ("sketch", "train"): 57_587,
+            ("sketch", "zero"): 12_694,
+            ("photo", "train"): 72_949,
+            ("photo", "zero"): 12_553,
+        },
         clusters=tuple(range(18, 25)),
         map_at=200,
         prec_at=200,
@@ -90,10 +142,19 @@ PROTOCOLS = {
         checkpoint="checkpoint/tuberlin",
         sketch_lists=("png_ready_filelist_{}.txt",),
         photo_lists=("ImageResized_ready_filelist_{}.txt",),
+        sketch_folders=(("png_ready", "png"),),
+        photo_folders=(("ImageResized_ready", "ImageResized"),),
         has_mask=True,
         has_validation=True,
-        seen_classes=220,
-        unseen_classes=30,
+        held_back=10,
+        seen_names=classes.TUBERLIN_SEEN,
+        unseen_names=classes.TUBERLIN_UNSEEN,
+        published={
+            ("sketch", "train"): 15_400,
+            ("sketch", "test"): 2_200,
+            ("sketch", "zero"): 2_400,
+            ("photo", "zero"): 27_989,
+        },
         sketch_share=1,
         photo_share=9,
         batch_size=210,
@@ -111,10 +172,14 @@ PROTOCOLS = {
         checkpoint="checkpoint/quickdraw",
         sketch_lists=("sketch_filelist_{}.txt", "sketch_{}.txt"),
         photo_lists=("all_photo_filelist_{}.txt", "all_photo_{}.txt"),
+        sketch_folders=(("sketches",),),
+        photo_folders=(("images",),),
         has_mask=False,
         has_validation=False,
-        seen_classes=80,
-        unseen_classes=30,
+        held_back=0,
+        seen_names=classes.QUICKDRAW_SEEN,
+        unseen_names=classes.QUICKDRAW_UNSEEN,
+        published={("sketch", "zero"): 92_291, ("photo", "zero"): 54_151},
         sketch_share=1,
         photo_share=9,
         batch_size=110,

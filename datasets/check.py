@@ -1,0 +1,337 @@
+"""Is a benchmark folder ready? Lists, class names, images and masks, every fault at once with file and line."""
+
+import collections
+import os
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from datasets.errors import InputError
+from datasets.filelists import CLASS_NAMES, MASK, find_layout, open_benchmark, spelling
+from datasets.processes import on_all_cores
+from datasets.protocols import PROTOCOLS
+
+SHOWN = 3  # messages of one kind that are printed; all are in the JSON
+
+
+@dataclass
+class Findings:
+    """What a check found, by kind: {kind: [messages]}."""
+
+    faults: dict = field(default_factory=dict)  # the scripts will not run, or will measure something else
+    notes: dict = field(default_factory=dict)  # good to know
+
+    def fault(self, kind, message):
+        """Add a fault; messages of one kind are shown together."""
+        self.faults.setdefault(kind, []).append(message)
+
+    def note(self, kind, message):
+        """Add a note."""
+        self.notes.setdefault(kind, []).append(message)
+
+    def lines(self):
+        """Lines to print, a few of each kind."""
+        for severity, kinds in (("fault", self.faults), ("note", self.notes)):
+            for kind, messages in kinds.items():
+                yield from (f"{severity}: {message}" for message in messages[:SHOWN])
+                if len(messages) > SHOWN:
+                    yield f"       and {len(messages) - SHOWN:,} more: {kind}"
+
+
+@dataclass
+class Checked:
+    """A checked benchmark: what is in its lists, and what is wrong with it."""
+
+    title: str
+    lists: Path
+    rows: list  # a dict a list: list, images, published, classes, missing, unreadable
+    findings: Findings
+    decoded: tuple | None = None  # images, seconds
+
+
+def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
+    """Check a benchmark folder; protocol_name None: a benchmark of its own in any of the known layouts.
+
+    decode: decode every image, on all cores; else they are only looked for.
+    Returns (Benchmark or None where there is none to speak of, Checked).
+    """
+    findings = Findings()
+    custom = protocol_name is None
+    try:
+        _check_root(root)
+        if custom:
+            protocol_name, zero_version = find_layout(root, zero_version)
+        benchmark = open_benchmark(
+            protocol_name, root, zero_version, lambda message: findings.fault("class names", message)
+        )
+    except InputError as error:
+        findings.fault("folders", str(error))
+        title = PROTOCOLS[protocol_name].title if protocol_name else "benchmark"
+        return None, Checked(title, Path(root), [], findings)
+    if custom:
+        title = f"{benchmark.root.resolve().name}, in the layout of {benchmark.protocol.title}"
+        benchmark = replace(benchmark, protocol=replace(benchmark.protocol, title=title, published={}))
+    checked = Checked(benchmark.protocol.title, benchmark.lists, [], findings)
+    _check_class_names(benchmark, custom, findings)
+    lists = _read_lists(benchmark, custom, findings)
+    for (_, split), files in lists.items():
+        _check_labels(files, benchmark.names(split), split, findings)
+    _check_repeats(lists, findings)
+    missing = {key: _missing(files, findings) for key, files in lists.items()}
+    if any(missing.values()):
+        for path in sorted(benchmark.root.iterdir()):
+            if path.suffix in (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"):
+                findings.note("archives", f"{path}: an archive; images are missing, so unpack it again")
+    unreadable = dict.fromkeys(lists, 0)
+    if decode:
+        unreadable, checked.decoded = _decode(lists, missing, findings)
+    _check_mask(benchmark, custom, findings)
+    for key, files in lists.items():
+        published = benchmark.protocol.published.get(key)
+        if published not in (None, len(files)):
+            findings.note("counts", f"{files.source}: {len(files):,} images, published are {published:,}")
+        checked.rows.append(
+            {
+                "list": files.source.name,
+                "images": len(files),
+                "published": published,
+                "classes": len(np.unique(files.labels)),
+                "missing": len(missing[key]),
+                "unreadable": unreadable[key] if decode else None,
+            }
+        )
+    return benchmark, checked
+
+
+def _check_root(root):
+    if os.path.isfile(root):
+        raise InputError(f"{root}: is a file; name the folder of the data set, unpacked")
+    if not os.path.isdir(root):
+        raise InputError(f"{root}: no such folder; name the folder of the data set")
+
+
+def _check_class_names(benchmark, custom, findings):
+    protocol, names = benchmark.protocol, (benchmark.seen_names, benchmark.unseen_names)
+    spellings = [{spelling(name): name for name in part} for part in names]
+    for same in sorted(spellings[0].keys() & spellings[1].keys()):
+        seen, unseen = (part[same] for part in spellings)
+        if seen != unseen:  # else it has been told
+            findings.fault("class names", f"{benchmark.lists}: {seen!r} is seen and {unseen!r} unseen: one class")
+    if custom:
+        return
+    for own, given, name in zip((protocol.seen_names, protocol.unseen_names), names, CLASS_NAMES, strict=True):
+        differing = set(map(spelling, own)) ^ set(map(spelling, given))
+        if differing:
+            findings.fault(
+                "class names",
+                f"{benchmark.lists / name}: not the {len(own)} classes of {protocol.title} "
+                f"({min(differing)!r} is in one of them only); see --protocol, --zero_version and --custom",
+            )
+        elif given != list(own):
+            findings.note(
+                "class names",
+                f"{benchmark.lists / name}: another order or spelling of the classes than published; "
+                "checkpoints and masks of others do not fit",
+            )
+
+
+def _read_lists(benchmark, custom, findings):
+    """{(kind, split): FileList} of those that can be read."""
+    lists = {}
+    for key in (("sketch", "train"), ("sketch", "test"), ("sketch", "zero"), ("photo", "train"), ("photo", "zero")):
+        path, optional = benchmark.path(*key), key == ("sketch", "test")
+        if optional and not os.path.isfile(path):
+            if benchmark.protocol.has_validation:
+                report = findings.note if custom else findings.fault
+                report("lists", f"{path}: no validation list; train with --no_validation, or see prepare lists")
+            continue
+        try:
+            files = benchmark.read(*key, complain=lambda message: findings.fault("lines", message))
+        except InputError as error:
+            findings.fault("lists", f"{error}{_other_lists(benchmark)}")
+            continue
+        with open(path, "rb") as file:
+            start = file.read(1 << 16)
+        if start.startswith(b"\xef\xbb\xbf") or b"\r\n" in start:
+            what = "Windows line ends" if b"\r\n" in start else "a byte-order mark"
+            findings.note("format", f"{path}: has {what}; read all the same, but other code may not")
+        if len(files):
+            lists[key] = files
+    return lists
+
+
+def _other_lists(benchmark):
+    """A hint where the folder has lists of another protocol."""
+    for protocol in PROTOCOLS.values():
+        for name in protocol.list_names("photo", "zero"):
+            own = benchmark.protocol.list_names("photo", "zero")
+            if name not in own and os.path.isfile(benchmark.lists / name):
+                return f" ({name} is there, a list of {protocol.title})"
+    return ""
+
+
+def _check_labels(files, names, split, findings):
+    """Labels agree with the class folders in the paths, and no class is without images."""
+    spellings = [spelling(name) for name in names]
+    known, agree = set(spellings), {}
+    for index, path in enumerate(files.paths):
+        folder, label = path.rsplit("/", 2)[-2:-1] or [""], files.labels[index]
+        key = folder[0], label
+        if key not in agree:
+            same = spelling(folder[0])
+            agree[key] = same == spellings[label] or same not in known  # other folders tell nothing
+        if not agree[key]:
+            findings.fault(
+                "labels",
+                f"{files.source}:{files.lines[index]}: {path!r} has the label {label}, which is {names[label]!r}; "
+                "mend the label, or see whether the list is of another split",
+            )
+    empty = np.flatnonzero(np.bincount(files.labels, minlength=len(names)) == 0)
+    report = findings.note if split == "test" else findings.fault
+    for label in empty:
+        report("empty classes", f"{files.source}: no image of {names[label]!r}; unpack the data again, or add some")
+
+
+def _check_repeats(lists, findings):
+    """No image stands twice, in one list or in two."""
+    seen = {}
+    for files in lists.values():
+        for index, path in enumerate(files.paths):
+            place = files.source, files.lines[index]
+            first = seen.setdefault(path, place)
+            if first != place:
+                twice = f"{files.source}:{files.lines[index]}: {path!r} is in {first[0].name}:{first[1]} already"
+                findings.fault("repeats", f"{twice}; take one out")
+
+
+def _missing(files, findings):
+    """Indices of images of FileList `files` that are not there."""
+    folders, missing = {}, []
+    root = os.path.join(os.path.realpath(files.root), "")
+    for index, path in enumerate(files.paths):
+        folder, _, name = path.rpartition("/")
+        if folder not in folders:
+            folders[folder] = _names(files.root / folder)
+            _note_links(files.root / folder, folders[folder], root, findings)
+        names = folders[folder]
+        if name in names.links:
+            continue
+        missing.append(index)
+        message = f"{files.source}:{files.lines[index]}: no image {files.root / path}"
+        if not names.links:
+            way_out = "nor any other in that folder; unpack the data there"
+        elif alike := names.stems.get(_stem(name)):
+            way_out = f"but {alike!r}; rename it"
+        else:
+            way_out = "others of its folder are there; unpack it, or take the line out"
+        findings.fault("missing images", f"{message}, {way_out}")
+    return missing
+
+
+@dataclass
+class _Names:
+    """Files in a folder."""
+
+    links: dict  # {name: whether it is a link}
+    stems: dict  # {name without ending and case: name}
+
+
+def _names(folder):
+    try:
+        with os.scandir(folder) as entries:
+            links = {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
+    except OSError:  # there is no such folder
+        links = {}
+    return _Names(links, {_stem(name): name for name in links})
+
+
+def _stem(name):
+    return name.rpartition(".")[0].casefold()
+
+
+def _note_links(folder, names, root, findings):
+    """Note where `folder`, or the first file in it that does, leads out of `root`."""
+    for path in (folder, *(folder / name for name in [name for name, is_link in names.links.items() if is_link][:1])):
+        target = os.path.realpath(path)
+        if not os.path.join(target, "").startswith(root):
+            findings.note("links", f"{path}: leads out of the data folder, to {target}; images must stay there")
+            return
+
+
+def _decode(lists, missing, findings):
+    """Decode what is there: ({key: images that cannot be read}, (images, seconds))."""
+    jobs, places = [], []
+    for key, files in lists.items():
+        absent = set(missing[key])
+        for index, path in enumerate(files.paths):
+            if index not in absent:
+                jobs.append(files.root / path)
+                places.append((key, index))
+    began, unreadable, sizes = time.monotonic(), collections.Counter(), collections.Counter()
+    for (key, index), result in zip(places, on_all_cores(_size, jobs, "decoding"), strict=True):
+        files = lists[key]
+        if isinstance(result, str):
+            unreadable[key] += 1
+            findings.fault("unreadable images", f"{files.source}:{files.lines[index]}: {result}")
+        else:
+            sizes[result] += 1
+            if min(result) < 32:
+                small = f"{files.root / files.paths[index]}: only {result[0]} x {result[1]} pixels"
+                findings.note("small images", f"{files.source}:{files.lines[index]}: {small}")
+    return {key: unreadable[key] for key in lists}, (len(jobs), time.monotonic() - began)
+
+
+def _size(path):
+    """(width, height) of a decoded image, or why it cannot be decoded."""
+    from datasets.images import read_rgb  # which brings torch, and that takes seconds
+
+    try:
+        return read_rgb(path).size
+    except InputError as error:
+        return str(error)
+
+
+def _check_mask(benchmark, custom, findings):
+    path = benchmark.lists / MASK
+    way_out = "python -m datasets.prepare mask makes one, or train with --no_mask"
+    if not os.path.isfile(path):
+        if benchmark.protocol.has_mask:
+            report = findings.note if custom else findings.fault
+            report("mask", f"{path}: no semantic mask; {way_out}")
+        return
+    try:
+        mask = benchmark.read_mask()
+    except InputError as error:
+        report = findings.fault if benchmark.protocol.has_mask else findings.note
+        return report("mask", f"{error}; {way_out}")
+    odd = np.unique(mask[~np.isin(mask, np.float32([0, 1 / 4, 1 / 3, 1]))])
+    if len(odd):
+        findings.note("mask", f"{path}: holds values such as {odd[0]:g} beside 0, 1/4, 1/3 and 1")
+    empty = [name for name, row in zip(benchmark.seen_names, mask, strict=True) if not row.any()]
+    if empty:
+        findings.note("mask", f"{path}: {len(empty)} classes are like no ImageNet class, first {empty[0]!r}")
+
+
+def print_checked(checked):
+    """Print the table of lists and what was found."""
+    print(f"{checked.title}: {checked.lists}")
+    if checked.rows:
+        width = max(len(row["list"]) for row in checked.rows)
+        titles = ("images", "published", "classes", "missing", "unreadable")
+        print("list".ljust(width) + "".join(f"{title:>12}" for title in titles))
+        for row in checked.rows:
+            cells = ("-" if row[title] is None else f"{row[title]:,}" for title in titles)
+            print(row["list"].ljust(width) + "".join(f"{cell:>12}" for cell in cells))
+    if checked.decoded:
+        images, seconds = checked.decoded
+        print(f"{images:,} images decoded in {seconds:.1f} s, {images / max(seconds, 1e-9):,.0f} a second")
+    for line in checked.findings.lines():
+        print(line)
+
+
+def as_json(checked):
+    """All that was checked and found, ready for JSON."""
+    findings = {"faults": checked.findings.faults, "notes": checked.findings.notes}
+    return {"title": checked.title, "lists": str(checked.lists), "rows": checked.rows, **findings}

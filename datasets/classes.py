@@ -1,0 +1,84 @@
+"""The classes of the four benchmarks, each in the order of its labels, as published with their lists.
+
+`zeroshot2` is the authors' name for the 104/21 split of Sketchy, which other releases call `zeroshot0`.
+"""
+
+
+def _names(text):
+    return tuple(name.strip() for name in text.replace("\n", " ").split(","))
+
+
+SKETCHY_SEEN = _names("""
+    pig, banana, chair, hotdog, helicopter, bat, piano, car_(sedan), axe, hot-air_balloon, scorpion, pistol, sheep,
+    hamburger, pear, trumpet, songbird, window, raccoon, rabbit, fan, motorcycle, penguin, shoe, seagull, frog, cannon,
+    crocodilian, hat, pickup_truck, cat, jack-o-lantern, armor, castle, hammer, bicycle, bear, pizza, sailboat,
+    saxophone, ant, mouse, ape, apple, sea_turtle, cow, sword, elephant, alarm_clock, couch, table, geyser, bee,
+    skyscraper, pretzel, door, guitar, saw, racket, flower, crab, zebra, owl, beetle, cabin, giraffe, kangaroo,
+    starfish, shark, knife, hedgehog, wading_bird, eyeglasses, spider, bench, lizard, bread, teapot, rocket, snake,
+    hermit_crab, hourglass, dog, fish, seal, dolphin, mushroom, rhinoceros, blimp, violin, jellyfish, spoon, tiger,
+    candle, duck, strawberry, lion, lobster, church, turtle
+""")
+
+SKETCHY_UNSEEN = _names("""
+    cup, swan, harp, squirrel, snail, ray, pineapple, volcano, rifle, scissors, parrot, windmill, teddy_bear, tree,
+    wine_bottle, deer, chicken, airplane, wheelchair, tank, umbrella, butterfly, camel, horse, bell
+""")
+
+SKETCHY_SPLIT_SEEN = _names("""
+    table, teapot, harp, wading_bird, rocket, chicken, armor, ray, turtle, bee, swan, lizard, parrot, tiger, bicycle,
+    cannon, shoe, eyeglasses, penguin, butterfly, sheep, pickup_truck, crab, rifle, mushroom, ant, alarm_clock, hammer,
+    spoon, umbrella, pizza, fish, frog, hamburger, spider, starfish, hermit_crab, candle, cat, axe, couch, lion,
+    pretzel, cup, elephant, hedgehog, teddy_bear, rabbit, horse, hot-air_balloon, shark, strawberry, pistol, zebra,
+    jellyfish, dog, pineapple, ape, saxophone, volcano, bell, bear, chair, jack-o-lantern, owl, trumpet, car_(sedan),
+    banana, geyser, church, violin, deer, scorpion, seal, racket, camel, fan, pig, tank, flower, sailboat, castle, duck,
+    snake, kangaroo, guitar, piano, bench, squirrel, crocodilian, apple, hourglass, motorcycle, hat, knife, bread,
+    wine_bottle, blimp, hotdog, airplane, snail, beetle, lobster, sea_turtle
+""")
+
+SKETCHY_SPLIT_UNSEEN = _names("""
+    bat, cabin, cow, dolphin, door, giraffe, helicopter, mouse, pear, raccoon, rhinoceros, saw, scissors, seagull,
+    skyscraper, songbird, sword, tree, wheelchair, windmill, window
+""")
+
+TUBERLIN_SEEN = _names("""
+    wrist-watch, pig, alarm clock, chair, tablelamp, nose, trousers, boomerang, van, sponge bob, mouse (animal), book,
+    angel, donut, tire, helicopter, tomato, skateboard, cup, dragon, feather, piano, present, flying saucer, swan,
+    microphone, bed, calculator, harp, tent, truck, radio, squirrel, teddy-bear, axe, scorpion, snail, house, cloud,
+    chandelier, cactus, sheep, tv, fork, revolver, hamburger, pear, trumpet, pineapple, bear (animal), sun, comb, purse,
+    rabbit, submarine, floor lamp, computer-mouse, ship, seagull, frog, cigarette, panda, eye, cannon, standing bird,
+    camera, rifle, potted plant, sea turtle, hat, cat, keyboard, mug, syringe, castle, hammer, palm tree, bicycle, bush,
+    helmet, human-skeleton, sailboat, key, saxophone, pen, scissors, monkey, hot-dog, parking meter, parrot,
+    door handle, grenade, snowman, ear, vase, suv, apple, bathtub, megaphone, flying bird, leaf, backpack, wheel, cow,
+    mosquito, ipod, santa claus, shovel, person walking, sword, walkie talkie, elephant, socks, couch, screwdriver,
+    race car, person sitting, bee, skyscraper, traffic light, pretzel, pickup truck, beer-mug, door, guitar,
+    baseball bat, paper clip, pumpkin, mouth, hand, tennis-racket, car (sedan), cell phone, crab, zebra, motorbike,
+    pipe (for smoking), owl, armchair, tree, loudspeaker, octopus, bulldozer, giraffe, kangaroo, mailbox, cake,
+    satellite, head-phones, head, wine-bottle, crane (machine), shark, grapes, rainbow, mermaid, bookshelf, knife,
+    hedgehog, fire hydrant, barn, face, bowl, eyeglasses, carrot, moon, spider, binoculars, crocodile, airplane, ladder,
+    toothbrush, toilet, bench, power outlet, tooth, teapot, arm, lightbulb, umbrella, snake, speed-boat, hourglass, dog,
+    fish, flashlight, ice-cream-cone, butterfly, wheelbarrow, skull, dolphin, mushroom, blimp, basket, violin,
+    microscope, train, stapler, flower with stem, envelope, camel, diamond, wineglass, cabinet, foot, spoon, tiger,
+    bell, candle, duck, satellite dish, crown, strawberry, rooster, lion, computer monitor, lobster, pigeon, church,
+    ashtray
+""")
+
+TUBERLIN_UNSEEN = _names("""
+    banana, bus, tractor, suitcase, streetlight, telephone, bottle opener, canoe, fan, teacup, penguin, laptop, shoe,
+    lighter, hot air balloon, pizza, brain, ant, t-shirt, trombone, windmill, snowboard, table, rollerblades, parachute,
+    space shuttle, bridge, frying-pan, bread, horse
+""")
+
+QUICKDRAW_SEEN = _names("""
+    teapot, bee, swan, bandage, sink, parrot, map, monkey, bicycle, shoe, eyeglasses, penguin, butterfly, sheep,
+    pickup_truck, car, crab, rifle, mushroom, ant, alarm_clock, hammer, spoon, mountain, umbrella, pizza, fish, spider,
+    candle, cat, axe, couch, lion, cup, elephant, hedgehog, teddy_bear, rabbit, horse, hot-air_balloon, dog, pineapple,
+    cruise ship, lighthouse, saxophone, bear, chair, owl, hurricane, church, violin, wine bottle, scorpion, camel,
+    eiffel tower, pig, flower, sailboat, moon, castle, skateboard, soccer ball, duck, snake, kangaroo, train, guitar,
+    bench, squirrel, crocodilian, apple, bus, chandelier, motorcycle, hat, knife, airplane, snail, lobster, sea_turtle
+""")
+
+QUICKDRAW_UNSEEN = _names("""
+    bat, cow, dolphin, door, giraffe, helicopter, mouse, raccoon, rhinoceros, saw, scissors, skyscraper, tree, windmill,
+    feather, campfire, palm tree, fire_hydrant, bread, beach, megaphone, cactus, zebra, tiger, shark, frog, banana,
+    cake, hamburger, fan
+""")

@@ -1,0 +1,245 @@
+"""Lists made from image folders, and lists taken over from other releases."""
+
+import itertools
+import shutil
+
+import pytest
+
+from datasets import prepare
+from datasets.errors import InputError
+from datasets.filelists import read_class_names, spelling
+from datasets.layouts import lists_from_images
+from datasets.protocols import PROTOCOLS
+
+SIZES = {"sketchy": (100, 25), "sketchy_split": (104, 21), "tuberlin": (220, 30), "quickdraw": (80, 30)}
+
+
+def lay_out(root, protocol, count=3, layout=0):
+    """Touch `count` files of every class in each source of `protocol`, in a layout of its; what lies where."""
+    files = {"sketch": {}, "photo": {}}
+    for kind, sources in (("sketch", protocol.sketch_folders), ("photo", protocol.photo_folders)):
+        for alternatives in sources:
+            source = alternatives[min(layout, len(alternatives) - 1)]
+            for name in protocol.seen_names + protocol.unseen_names:
+                folder = root / source / name
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    (folder / f"n0{number} é.png").touch()
+                    files[kind].setdefault(name, set()).add(f"{source}/{name}/n0{number} é.png")
+    return files
+
+
+def rows(path):
+    """{path: label} of a list."""
+    pairs = [line.rsplit(" ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(dict(pairs)) == len(pairs)
+    return {name: int(label) for name, label in pairs}
+
+
+def make(root, *options):
+    prepare.main(["lists", str(root), *map(str, options)])
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_class_tables(name):
+    protocol = PROTOCOLS[name]
+    classes = protocol.seen_names + protocol.unseen_names
+    assert (protocol.seen_classes, protocol.unseen_classes) == SIZES[name]
+    assert len(set(map(spelling, classes))) == len(classes)  # so that another spelling still names one class
+    assert all(each and "," not in each and "\n" not in each for each in classes)
+
+
+def test_both_splits_of_sketchy_are_of_the_same_classes():
+    one, other = (PROTOCOLS[name].seen_names + PROTOCOLS[name].unseen_names for name in ("sketchy", "sketchy_split"))
+    assert sorted(one) == sorted(other)
+
+
+@pytest.mark.parametrize(("name", "layout"), [*itertools.product(PROTOCOLS, [0]), ("sketchy", 2), ("tuberlin", 1)])
+def test_every_image_is_in_one_list_with_the_label_of_its_class(tmp_path, name, layout):
+    protocol = PROTOCOLS[name]
+    files = lay_out(tmp_path, protocol, layout=layout)
+    make(tmp_path, "--protocol", name, "--held_back", 1)
+    folder = tmp_path / protocol.zero_version
+    assert read_class_names(folder / "cname_cid.txt") == list(protocol.seen_names)
+    assert read_class_names(folder / "cname_cid_zero.txt") == list(protocol.unseen_names)
+
+    def expected(kind, classes):
+        return {path: label for label, each in enumerate(classes) for path in files[kind][each]}
+
+    def written(kind, split):
+        return rows(folder / protocol.list_names(kind, split)[0])
+
+    for kind in files:
+        assert written(kind, "zero") == expected(kind, protocol.unseen_names)
+    assert written("photo", "train") == expected("photo", protocol.seen_names)
+    train, test = written("sketch", "train"), written("sketch", "test")
+    assert sorted(test.values()) == list(range(protocol.seen_classes)) and not train.keys() & test.keys()
+    assert train | test == expected("sketch", protocol.seen_names)
+
+
+def test_the_seed_chooses_what_is_held_back(tmp_path):
+    protocol = PROTOCOLS["tuberlin"]
+    lay_out(tmp_path, protocol, count=6)
+    name = protocol.list_names("sketch", "test")[0]
+    chosen = [lists_from_images(protocol, tmp_path, 2, seed)[0][name] for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    places = {path.rsplit("/", 1)[1] for path, _ in chosen[0]}
+    assert len(places) == 6  # not the same ones in each class
+    lists, notes = lists_from_images(protocol, tmp_path, 0)
+    assert name not in lists and not notes
+
+
+@pytest.fixture
+def quickdraw(tmp_path):
+    """Image folders in QuickDraw's layout, one file a class and kind."""
+    lay_out(tmp_path, PROTOCOLS["quickdraw"], count=1)
+    return tmp_path
+
+
+def test_other_spellings_are_taken_and_told(quickdraw, capsys):
+    (quickdraw / "images/hot-air_balloon").rename(quickdraw / "images/Hot Air Balloon")
+    make(quickdraw, "--protocol", "quickdraw")
+    assert "images/Hot Air Balloon: taken for the class 'hot-air_balloon'" in capsys.readouterr().err
+    label = PROTOCOLS["quickdraw"].seen_names.index("hot-air_balloon")
+    photos = rows(quickdraw / "zeroshot/all_photo_filelist_train.txt")
+    assert photos["images/Hot Air Balloon/n00 é.png"] == label
+
+
+def test_what_is_no_image_is_left_out_and_told(quickdraw, capsys):
+    (quickdraw / "images/._bat").mkdir()
+    (quickdraw / "images/bat/._1.jpg").touch()
+    (quickdraw / "images/bat/Thumbs.db").touch()
+    (quickdraw / "images/bat/folder.png").mkdir()
+    (quickdraw / "images/bat/upper.JPG").touch()
+    (quickdraw / "images/zeppelin").mkdir()
+    make(quickdraw, "--protocol", "quickdraw")
+    told = capsys.readouterr().err
+    assert "images/bat: 2 files are no images, first 'Thumbs.db': left out" in told
+    assert "images: 1 folders are no class of this protocol, first 'zeppelin': left out" in told
+    bats = [path for path in rows(quickdraw / "zeroshot/all_photo_filelist_zero.txt") if "/bat/" in path]
+    assert bats == ["images/bat/n00 é.png", "images/bat/upper.JPG"]
+
+
+def test_links_are_told(quickdraw, tmp_path_factory, capsys):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.move(quickdraw / "images/bat", elsewhere / "bat")
+    (quickdraw / "images/bat").symlink_to(elsewhere / "bat")
+    (quickdraw / "images/cow/2.jpg").symlink_to(elsewhere / "bat/n00 é.png")
+    make(quickdraw, "--protocol", "quickdraw")
+    told = capsys.readouterr().err
+    assert f"images/bat: a link to {elsewhere / 'bat'}" in told and "images/cow/2.jpg: a link to" in told
+
+
+def _missing(root):
+    shutil.move(root / "images/bat", root / "images/batt")
+
+
+def _two(root):
+    (root / "images/Fire Hydrant").mkdir()
+
+
+def _empty(root):
+    (root / "images/bat/n00 é.png").unlink()
+
+
+def _name(root):
+    (root / "images/bat/one\rtwo.png").touch()
+
+
+def _half(root):
+    shutil.rmtree(root / "images")
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (_missing, r"images: 1 of 110 classes are missing, first 'bat'; rename 'batt' if that is it"),
+        (_two, r"'Fire Hydrant' and 'fire_hydrant' are both the class 'fire_hydrant'; merge them"),
+        (_empty, r"images/bat: holds no image; unpack the data again"),
+        (_name, r"images/bat: no list can hold the file name 'one\\rtwo\.png'; rename it"),
+        (_half, r"no folder images; unpack the data there"),
+    ],
+)
+def test_bad_folders_are_named_and_nothing_is_written(quickdraw, plant, words):
+    plant(quickdraw)
+    with pytest.raises(InputError, match=words):
+        lists_from_images(PROTOCOLS["quickdraw"], quickdraw, 0)
+    with pytest.raises(SystemExit):
+        make(quickdraw, "--protocol", "quickdraw")
+    assert not (quickdraw / "zeroshot").exists()
+
+
+def test_too_few_sketches_to_hold_back(quickdraw, fails):
+    assert "'teapot' has 1 sketches, too few to hold back 1" in fails(
+        prepare.main, "lists", quickdraw, "--protocol", "quickdraw", "--held_back", 1
+    )
+
+
+def test_lists_are_replaced_only_by_force(quickdraw, fails):
+    command = prepare.main, "lists", quickdraw, "--protocol", "quickdraw"
+    make(*command[2:])
+    photos = quickdraw / "zeroshot/all_photo_filelist_zero.txt"
+    before = photos.read_bytes()
+    make(*command[2:])  # the same again is no change
+    photos.write_text("mine/1.png 0\n")
+    others = {path: path.read_bytes() for path in photos.parent.iterdir()}
+    assert f"{photos}: is there and says something else; replace it with --force" in fails(*command)
+    assert others == {path: path.read_bytes() for path in photos.parent.iterdir()}
+    make(*command[2:], "--force")
+    assert photos.read_bytes() == before
+
+
+def test_root_is_a_file(tmp_path, fails):
+    (tmp_path / "data.zip").touch()
+    assert "data.zip: is a file" in fails(prepare.main, "lists", tmp_path / "data.zip", "--protocol", "tuberlin")
+
+
+def test_a_split_of_another_release_is_converted_and_its_held_back_sketches_are_found(tmp_path, capsys, fails):
+    protocol = PROTOCOLS["sketchy_split"]
+    lay_out(tmp_path, protocol)
+    make(tmp_path, "--protocol", "sketchy_split", "--held_back", 1)
+    (tmp_path / "zeroshot2").rename(tmp_path / "zeroshot0")
+    held_back = tmp_path / "zeroshot0" / protocol.list_names("sketch", "test")[0]
+    expected = rows(held_back)
+    held_back.unlink()
+    capsys.readouterr()
+    make(tmp_path, "--protocol", "sketchy_split", "--convert", "zeroshot0")
+    assert "the validation list is the 104 sketches of seen classes" in capsys.readouterr().err
+    converted = tmp_path / "zeroshot2"
+    assert rows(converted / held_back.name) == expected
+    for path in (tmp_path / "zeroshot0").iterdir():
+        assert path.read_bytes() == (converted / path.name).read_bytes()
+    wrong = "lists", tmp_path, "--protocol", "sketchy", "--convert", "zeroshot0"
+    assert "cname_cid.txt: not the classes of Sketchy Ext; choose another" in fails(prepare.main, *wrong)
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (lambda root: None, "note: there is no validation list"),
+        (lambda root: shutil.rmtree(root / "256x256/sketch"), "no folder 256x256/sketch/tx_000000000000_ready"),
+        (
+            lambda root: (
+                (folder := next(root.glob("256x256/sketch/*/pig"))).joinpath("n00 é.png").rename(folder / "2.png")
+            ),
+            "1 images of sketch_tx_000000000000_ready_filelist_train.txt are not there",
+        ),
+    ],
+)
+def test_no_validation_list_is_made_up(tmp_path, capsys, plant, words):
+    lay_out(tmp_path, PROTOCOLS["sketchy_split"], count=1)
+    make(tmp_path, "--protocol", "sketchy_split", "--held_back", 0, "--zero_version", "zeroshot0")
+    plant(tmp_path)
+    make(tmp_path, "--protocol", "sketchy_split", "--convert", "zeroshot0")
+    assert words in (told := capsys.readouterr().err) and "--no_validation" in told
+    assert len(list((tmp_path / "zeroshot2").iterdir())) == 6
+
+
+def test_other_names_of_lists_are_converted_in_place(quickdraw):
+    make(quickdraw, "--protocol", "quickdraw")
+    folder = quickdraw / "zeroshot"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in before:
+        (folder / name).rename(folder / name.replace("_filelist", ""))
+    make(quickdraw, "--protocol", "quickdraw", "--convert", "zeroshot")
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
