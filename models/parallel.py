@@ -3,6 +3,7 @@
 Nothing here waits for a GPU: what processes tell each other about the run itself goes from CPU to CPU.
 """
 
+import gc
 import os
 
 import numpy as np
@@ -35,6 +36,10 @@ def connect(device):
     """
     if processes() > 1 and not distributed.is_initialized():
         errors.silent = False  # from here on an error can be one process's alone
+        # Imported later, by timm for one, it would make the group a default of its functions, whose threads would then
+        # outlive `disconnect` and end the process with an abort now and then.
+        import torch.distributed.nn.functional  # noqa: F401
+
         on_gpu = torch.device(device).type == "cuda"
         try:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
@@ -49,6 +54,7 @@ def disconnect():
     """Leave the others, at the end."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+        gc.collect()  # DistributedDataParallel refers to the group in circles, and its threads live as long as it does
 
 
 def share(count):

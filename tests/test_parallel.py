@@ -79,6 +79,31 @@ def test_two_processes_train_and_test_as_one(miniature, tmp_path):
         np.testing.assert_allclose(one, two, atol=1e-5)
 
 
+LEAVES = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from models import parallel
+parallel.connect("cpu")
+import timm
+import torch
+network = parallel.synchronised(torch.nn.Linear(2, 2))
+network(torch.ones(1, 2)).sum().backward()
+network.__dict__["itself"] = network  # only garbage collection frees it
+del network
+parallel.disconnect()
+print(*(path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are named in Linux's /proc")
+def test_no_thread_outlives_the_connection(tmp_path):
+    """Threads that do can abort the process as it ends."""
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    status, printed, complaints = together(2, tmp_path / "leaves.py", ROOT)
+    assert status == 0 and printed.count("python") >= 2, complaints
+    assert "gloo" not in printed
+
+
 def test_bad_input_is_told_once(tmp_path):
     status, _, complaints = together(2, "train_sketchy_ext.py", *TRAIN, "--data_root", tmp_path / "nowhere")
     assert status != 0 and complaints.count("error: ") == 1 and "no such data folder" in complaints
