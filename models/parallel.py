@@ -38,7 +38,7 @@ def connect(device):
         errors.silent = False  # from here on an error can be one process's alone
         # Imported later, by timm for one, it would make the group a default of its functions, whose threads would then
         # outlive `disconnect` and end the process with an abort now and then.
-        import torch.distributed.nn.functional  # noqa: F401
+        import torch.distributed.nn.functional
 
         on_gpu = torch.device(device).type == "cuda"
         try:
