@@ -294,18 +294,16 @@ def _size(path):
 
 
 def _check_mask(benchmark, custom, findings):
-    path = benchmark.lists / MASK
-    way_out = "python -m datasets.prepare mask makes one, or train with --no_mask"
-    if not os.path.isfile(path):
-        if benchmark.protocol.has_mask:
-            report = findings.note if custom else findings.fault
-            report("mask", f"{path}: no semantic mask; {way_out}")
+    path, wanted = benchmark.lists / MASK, benchmark.protocol.has_mask
+    there = os.path.isfile(path)
+    if not (there or wanted):
         return
     try:
         mask = benchmark.read_mask()
     except InputError as error:
-        report = findings.fault if benchmark.protocol.has_mask else findings.note
-        return report("mask", f"{error}; {way_out}")
+        report = findings.fault if wanted and not (custom and not there) else findings.note
+        report("mask", str(error))
+        return
     odd = np.unique(mask[~np.isin(mask, np.float32([0, 1 / 4, 1 / 3, 1]))])
     if len(odd):
         findings.note("mask", f"{path}: holds values such as {odd[0]:g} beside 0, 1/4, 1/3 and 1")

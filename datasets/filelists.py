@@ -21,6 +21,7 @@ from datasets.protocols import PROTOCOLS, Protocol
 
 CLASS_NAMES = "cname_cid.txt", "cname_cid_zero.txt"  # of seen and of unseen classes
 MASK = "cid_mask.pickle"
+_NEW_MASK = "make one with python -m datasets.prepare mask, or train without: --no_mask"
 
 
 def refuse(message):
@@ -162,10 +163,10 @@ def read_mask(path, classes, imagenet_classes=1000):
     Raises InputError if the file is missing, refused or torn, lacks a class, or holds vectors of another length.
     """
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no semantic mask; fetch the one of this split, or train without it: --no_mask")
+        raise InputError(f"{path}: no semantic mask; {_NEW_MASK}")
     mask = read_pickle(path)
     if not isinstance(mask, dict) or set(mask) != set(range(classes)):
-        raise InputError(f"{path}: not a mask of the {classes} classes in cname_cid.txt; fetch the one of this split")
+        raise InputError(f"{path}: not a mask of the {classes} classes in cname_cid.txt; {_NEW_MASK}")
     try:
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
             rows = np.stack([np.asarray(mask[label], dtype=np.float64) for label in range(classes)]).astype(np.float32)

@@ -40,8 +40,11 @@ def train_parser(protocol):
     add("--lr", type=_rate, default=1e-4, help="learning rate of the student")
     add("--teacher_lr", type=_rate, default=protocol.teacher_lr, help="learning rate of the teacher's head")
     add("--weight_decay", type=_rate, default=5e-4, help="L2 weight decay inside Adam")
-    add("--no_mask", action="store_true", default=not protocol.has_mask,
-        help="leave the semantic mask out of the alignment, as QuickDraw Ext always does")  # fmt: skip
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--no_mask", action="store_true", default=not protocol.has_mask,
+        help="leave the semantic mask out of the alignment, as QuickDraw Ext does")  # fmt: skip
+    group.add_argument("--mask", dest="no_mask", action="store_false", default=argparse.SUPPRESS,
+        help="use a semantic mask for QuickDraw Ext, too; python -m datasets.prepare mask makes one")  # fmt: skip
     add("--no_validation", action="store_true", default=not protocol.has_validation,
         help="read no validation list and keep the last epoch, as QuickDraw Ext always does")  # fmt: skip
     add("--precision", choices=PRECISIONS, default="tf32",

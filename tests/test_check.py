@@ -134,7 +134,7 @@ FAULTS = {
     ),
     "torn mask": (
         lambda root: (root / "zeroshot1/cid_mask.pickle").write_bytes(b"\x80\x02}"),
-        r"cid_mask\.pickle: not a readable pickle .*prepare mask makes one",
+        r"cid_mask\.pickle: not a readable pickle .*fetch it again",
     ),
     "mask of other classes": (
         lambda root: write_mask(root / "zeroshot1/cid_mask.pickle", np.zeros((3, 1000))),

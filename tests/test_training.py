@@ -1,12 +1,13 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import train_quickdraw_ext
 import train_sketchy_ext
-from datasets.filelists import write_list
+from datasets.filelists import write_list, write_mask
 from models import training
 from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST
 from models.networks import Student, Teacher
@@ -172,6 +173,33 @@ def test_bad_data_ends_in_one_line(tiny, tmp_path, fails):
     assert f"{held_back}: no such list" in (message := error("--no_mask")) and "--no_validation" in message
     write_list(lists / "all_photo_filelist_train.txt", [("photo of train/9.png", 0)])
     assert "all_photo_filelist_train.txt:1: no image" in error("--no_mask", "--no_validation")
+
+
+def test_quickdraw_takes_a_mask_where_it_is_told_to(tiny, tmp_path, fails):
+    (tiny / "zeroshot1").rename(lists := tiny / "zeroshot")
+    for path in list(lists.glob("sketch_*_train.txt")):
+        path.rename(lists / "sketch_train.txt")
+    mask = lists / "cid_mask.pickle"
+    command = [
+        *SHORT,
+        "--data_root",
+        str(tiny),
+        "--savedir",
+        str(tmp_path / "run"),
+        "--batch_size",
+        "10",
+        "--epochs",
+        "1",
+    ]
+    command += ["--overwrite"]
+    losses = []
+    for option in ([], ["--mask"]):
+        write_mask(mask, np.ones((2, 1000)) * np.arange(1000))
+        train_quickdraw_ext.main([*command, *option])
+        losses.append(read_checkpoint(tmp_path / "run" / LAST)["history"][0]["ka_student"])
+    assert losses[0] != losses[1]
+    mask.unlink()
+    assert f"{mask}: no semantic mask; make one with" in fails(train_quickdraw_ext.main, *command, "--mask")
 
 
 def test_earlier_checkpoints_are_not_lost_by_accident(tiny, tmp_path, fails):
