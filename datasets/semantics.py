@@ -106,7 +106,8 @@ class _Nouns:
     def __init__(self, reader):
         self.reader = reader
         self.imagenet = [self.by_id(id_) for id_ in imagenet_ids()]
-        if None in self.imagenet:  # an id is a place in data.noun, which another version has elsewhere
+        # An id is a place in data.noun, so those of another version do not fit.
+        if any(synset is None for synset in self.imagenet):
             raise InputError("not a whole WordNet 3.0, whose ids ImageNet uses")
         self.above = [_steps_up(synset) for synset in self.imagenet]
 
@@ -191,8 +192,8 @@ def _open_wordnet(place):
         return _Nouns(reader(files))
     except InputError as error:
         raise InputError(f"{place}: {error}; {FETCH}") from None
-    except Exception as error:  # NLTK fails on a torn file in any way
-        raise InputError(f"{place}: WordNet is torn ({type(error).__name__}: {error}); {FETCH}") from error
+    except Exception as error:  # NLTK can fail on a torn file in any way
+        raise InputError(f"{place}: WordNet is torn ({type(error).__name__}); {FETCH}") from error
 
 
 def _nltk():
