@@ -119,7 +119,7 @@ class _Nouns:
 
     def by_name(self, name):
         """The synset that a class name means, or None: SYNSETS, else its first sense that is a thing, or its first."""
-        key = re.sub(r"[-_\s]+", " ", name).strip().lower()
+        key = re.sub(r"[-_ ]+", " ", name).strip().lower()
         if key in SYNSETS:
             return self.reader.synset(SYNSETS[key])
         word = re.sub(r"\(.*?\)", "", key).strip().replace(" ", "_")

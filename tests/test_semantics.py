@@ -38,7 +38,7 @@ SYNSETS = {
     "mouse": ("05", ["mouse"], ["animal"]),
     "sedan": ("06", ["sedan"], ["artifact"]),
 }
-IMAGENET = ["tabby", "siamese", "dog", "corgi", "table", "lamp", "felix"]
+IMAGENET = ["tabby", "siamese", "dog", "corgi", "table", "lamp", "felix", "mouse"]
 
 
 def write_wordnet(folder, header="  1 A small WordNet in the format of wndb(5WN).  \n"):
@@ -80,16 +80,16 @@ def wordnet(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, row",
     [
-        #           tabby siamese dog corgi table lamp felix
-        ("tabby", [1, 1 / 3, 1 / 4, 0, 0, 0, 1 / 3]),  # itself; by way of cat; of animal; four steps away: 1/5
-        ("cat", [1, 1, 1 / 3, 1 / 4, 0, 0, 1]),  # above three of them, one of which is an individual
-        ("animal", [1, 1, 1, 1, 1 / 4, 1 / 4, 1]),
-        ("corgi", [0, 0, 1, 1, 0, 0, 0]),  # below dog
-        ("puppy", [0, 0, 1, 1, 0, 0, 0]),  # below dog, two steps; of its two ways up to animal the shorter is 2
-        ("young", [1 / 4, 1 / 4, 1 / 3, 1 / 4, 0, 0, 1 / 4]),
-        ("lamp", [0, 0, 0, 0, 1 / 3, 1, 0]),
-        ("fame", [0, 0, 1 / 4, 0, 1 / 4, 1 / 4, 0]),
-        ("entity", [1] * 7),
+        #           tabby siamese dog corgi table lamp felix mouse
+        ("tabby", [1, 1 / 3, 1 / 4, 0, 0, 0, 1 / 3, 1 / 4]),  # itself; by way of cat; of animal; four steps away: 1/5
+        ("cat", [1, 1, 1 / 3, 1 / 4, 0, 0, 1, 1 / 3]),  # above three of them, one of which is an individual
+        ("animal", [1, 1, 1, 1, 1 / 4, 1 / 4, 1, 1]),
+        ("corgi", [0, 0, 1, 1, 0, 0, 0, 1 / 4]),  # below dog
+        ("puppy", [0, 0, 1, 1, 0, 0, 0, 1 / 4]),  # two steps below dog; the shorter of its two ways to animal counts
+        ("young", [1 / 4, 1 / 4, 1 / 3, 1 / 4, 0, 0, 1 / 4, 1 / 3]),
+        ("lamp", [0, 0, 0, 0, 1 / 3, 1, 0, 0]),
+        ("fame", [0, 0, 1 / 4, 0, 1 / 4, 1 / 4, 0, 1 / 4]),
+        ("entity", [1] * 8),
     ],
 )
 def test_relation(wordnet, name, row):
@@ -119,8 +119,8 @@ def _above(synset):
 def test_of_several_ids_the_later_writes_over_the_earlier(wordnet):
     folder, ids = wordnet
     mask, _ = semantic_mask(["ab", "ba"], [[ids["cat"], ids["lamp"]], [ids["tabby"], ids["siamese"]]], folder)
-    np.testing.assert_array_equal(mask[0], [1, 1, 1 / 3, 1 / 4, 1 / 3, 1, 1])
-    np.testing.assert_array_equal(mask[1], [1 / 3, 1, 1 / 4, 0, 0, 0, 1 / 3])  # tabby's own 1 is gone
+    np.testing.assert_array_equal(mask[0], [1, 1, 1 / 3, 1 / 4, 1 / 3, 1, 1, 1 / 3])
+    np.testing.assert_array_equal(mask[1], [1 / 3, 1, 1 / 4, 0, 0, 0, 1 / 3, 1 / 4])  # tabby's own 1 is gone
 
 
 def test_ids_outrank_names_and_stay_without_a_note(wordnet):
@@ -148,6 +148,7 @@ def test_ids_outrank_names_and_stay_without_a_note(wordnet):
         ("hot-air_balloon", "hot-air_balloon.n.01"),
         ("car (sedan)", "sedan.n.01"),  # by the table of the module
         ("car_(sedan)", "sedan.n.01"),
+        ("Car  (Sedan)", "sedan.n.01"),
     ],
 )
 def test_by_name(wordnet, name, synset):
@@ -192,7 +193,7 @@ def test_layouts_by_name_and_found_by_themselves(wordnet, tmp_path, monkeypatch,
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nowhere"), str(tmp_path / "elsewhere")])
     for given in (place, str(place), tmp_path / "elsewhere", None):
         mask, _ = semantic_mask(["cat"], [[]], given)
-        np.testing.assert_array_equal(mask, [[1, 1, 1 / 3, 1 / 4, 0, 0, 1]])
+        np.testing.assert_array_equal(mask, [[1, 1, 1 / 3, 1 / 4, 0, 0, 1, 1 / 3]])
 
 
 def test_debians_is_found_by_itself(wordnet, monkeypatch):
