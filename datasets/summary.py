@@ -1,7 +1,7 @@
 """A page, HTML and PNG, on which to look at a benchmark folder before trusting it.
 
-Counts, image sizes, samples of every class and what is odd, as `datasets.survey` finds them. The HTML is one file without
-scripts; the same folder gives the same bytes.
+Counts, image sizes, samples of every class and what is odd, as `datasets.survey` finds them. The HTML is one file and
+has no scripts; the same folder gives the same bytes.
 """
 
 import base64
@@ -74,10 +74,13 @@ def _read_samples(found, kind):
 
 
 def _ranks(found):
-    """For each list: (what it holds with range and median, its counts of classes from most to fewest)."""
+    """For each list: (what it holds, range and median of its classes' counts, the counts from most to fewest)."""
     for key, files in found.lists.items():
-        counts = sorted((row.counts[key] for row in found.classes if key in row.counts), reverse=True)
-        spread = f"{counts[-1]:,} to {counts[0]:,} a class, median {np.median(counts):,.0f}"
+        rows = sorted((row for row in found.classes if key in row.counts), key=lambda row: -row.counts[key])
+        counts = [row.counts[key] for row in rows]
+        spread = f"{counts[-1]:,} ({rows[-1].name}) to {counts[0]:,} a class, median {np.median(counts):,.0f}"
+        if counts[0] == counts[-1]:
+            spread = f"{counts[0]:,} a class"
         yield f"{len(files):,} {LISTS[key]}", spread, counts
 
 
@@ -127,7 +130,7 @@ def _totals(found):
 
 def _chart(what, spread, counts):
     """Counts as bars, an inline SVG that is stretched to its box."""
-    top = max(counts)
+    top, spread = max(counts), escape(spread)
     bars = "".join(f"M{n} 50v-{50 * count / top:.3g}h.8V50z" for n, count in enumerate(counts) if count)
     return (
         f'<figure><svg viewBox="0 0 {len(counts)} 50" preserveAspectRatio="none" role="img" aria-label="'
@@ -139,7 +142,7 @@ def _sizes(found, kind):
     samples = _read_samples(found, kind)
     sizes = "<br>".join(_shares([f"{sample.size[0]} × {sample.size[1]}" for sample in samples]))
     forms = "<br>".join(escape(line) for line in _shares([sample.form for sample in samples]))
-    heading = f"{KINDS[kind].capitalize()}, {len(samples):,} looked at"
+    heading = f"{KINDS[kind].capitalize()}, {len(samples):,} read"
     return f"<figure><b>{heading}</b><div class=pair><p>{sizes}</p><p>{forms}</p></div></figure>"
 
 
@@ -148,7 +151,7 @@ def _cards(rows, tiles):
 
 
 def _card(row):
-    parts = [f'<section id="{row.anchor}"><h3>{escape(row.name)} <small>{row.label}</small></h3>']
+    parts = [f'<section id="{row.anchor}"><h3>{escape(row.name)} <small>label {row.label}</small></h3>']
     for kind, plural in KINDS.items():
         tiles = "".join(_tile(sample, f"{plural} of {row.name}") for sample in row.samples[kind])
         parts.append(f"<p>{row.count(kind):,} {plural}</p><div class=tiles>{tiles}</div>")
@@ -196,19 +199,24 @@ small { font-weight: normal } a { color: var(--bar) } code { color: var(--text) 
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin: .75rem 0 }
 .odd { margin: 0; padding: .75rem 1rem .75rem 2rem; background: var(--odd); border-left: 4px solid var(--edge) }
 .odd li + li { margin-top: .4rem }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: 1rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 10.5rem), 1fr)); gap: 1rem }
 figure { margin: .75rem 0 0 } figure svg { width: 100%; height: 6rem; border-bottom: 1px solid var(--line) }
 path { fill: var(--bar) } b { color: var(--text) } .pair { display: flex; flex-wrap: wrap; gap: 0 2.5rem }
 .cards { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, calc(var(--tiles) * 5.05rem + 1.8rem)), 1fr)) }
-section { padding: .75rem 1rem 1rem; background: var(--card); border-radius: .5rem } section:target { outline: 2px solid var(--bar) }
-.tiles { display: flex; flex-wrap: wrap; gap: .25rem; margin-bottom: .25rem }
-.tiles > * { width: 4.8rem; height: 4.8rem; border: 1px solid var(--line); object-fit: contain; background: var(--ground) }
-.gone { display: grid; place-items: center; border: 2px dashed var(--edge) !important; font-size: .75rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal }
-th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-th:first-child, .classes th:nth-child(2), .classes td:nth-child(3) { text-align: left } tr:first-child th { font-weight: 600 }
-.totals { margin-top: 1rem; font-size: 1.1rem } .classes { width: 100% } .classes th { font-weight: normal }
+section { padding: .75rem 1rem 1rem; background: var(--card); border-radius: .5rem }
+section:target { outline: 2px solid var(--bar) }
+.tiles { display: grid; grid-template-columns: repeat(var(--tiles), minmax(0, 6rem)); gap: .25rem }
+.tiles + p { margin-top: .35rem }
+.tiles > * { width: 100%; aspect-ratio: 1; border: 1px solid var(--line); object-fit: contain;
+  background: var(--ground) }
+.gone { display: grid; place-items: center; border: 2px dashed var(--edge) !important; font-size: .7rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th:first-child, .classes th:nth-child(2), .classes td:nth-child(3) { text-align: left }
+tr:first-child th { font-weight: 600 }
+.totals { margin-top: 1rem } .classes { width: 100% } .classes th { font-weight: normal }
 td[style] { background: linear-gradient(to left, var(--part) var(--share), transparent 0) }
 """
 
@@ -224,17 +232,19 @@ def _draw(path, found, odd, unseen=30, seen=10, each=4, lines=6):
     from matplotlib.figure import Figure
 
     told = _wrapped(odd, lines)
+    each = min(each, max(len(samples) for row in found.classes for samples in row.samples.values()))
     shown = []
     for name, is_seen, most in (("Unseen", False, unseen), ("Seen", True, seen)):
         rows = [row for row in found.classes if row.seen == is_seen]
         some = "" if len(rows) <= most else f", {most} of {len(rows)}: summary.html shows all"
         shown.append((f"{name} classes{some}", evenly(rows, most)))
-    heights = [0.85 + 0.19 * len(told), 2.2, *(0.35 + 1.08 * -(-len(rows) // 2) for _, rows in shown)]
+    heights = [1 + 0.21 * len(told), 1.9, *(0.4 + 1.02 * -(-len(rows) // 2) for _, rows in shown)]
     figure = Figure(figsize=(14, sum(heights)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.03, hspace=0, wspace=0)
     head, charts, *parts = figure.subfigures(len(heights), 1, height_ratios=heights)
-    head.text(0.01, 0.97, _title(found), fontsize=15, weight="bold", va="top", parse_math=False)
+    head.text(0.01, 1 - 0.15 / heights[0], _title(found), fontsize=15, weight="bold", va="top", parse_math=False)
     text = "\n".join([_classes_line(found), "What is odd:" if told else "Nothing odd that the checks look for.", *told])
-    head.text(0.01, 0.97 - 0.36 / heights[0], text, fontsize=9.5, va="top", linespacing=1.4, parse_math=False)
+    head.text(0.01, 1 - 0.5 / heights[0], text, fontsize=9.5, va="top", linespacing=1.4, parse_math=False)
     _draw_counts(charts, list(_ranks(found)))
     for part, (heading, rows) in zip(parts, shown, strict=True):
         _draw_classes(part, heading, rows, each)
@@ -252,7 +262,7 @@ def _wrapped(odd, lines):
 def _draw_counts(part, ranks):
     for axis, (what, spread, counts) in zip(part.subplots(1, len(ranks), squeeze=False)[0], ranks, strict=True):
         axis.bar(range(len(counts)), counts, color="tab:blue")
-        axis.set_title(f"{what}\n{spread}", fontsize=8.5)
+        axis.set_title(f"{what}\n{textwrap.shorten(spread, 50, placeholder=' …')}", fontsize=8.5, parse_math=False)
         axis.set_xticks([])
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -268,21 +278,19 @@ def _draw_classes(part, heading, rows, each):
         axis.imshow(_strip(row, each))
         counts = "\n".join(f"{row.count(kind):,} {plural}" for kind, plural in KINDS.items())
         name = textwrap.fill(textwrap.shorten(row.name, 30, placeholder="…"), 16)
-        axis.text(-12, 46, f"{name}\n", fontsize=10, weight="bold", ha="right", va="center", parse_math=False)
-        axis.text(-12, 54, counts, fontsize=8, ha="right", va="top")
+        axis.text(-12, 48, name, fontsize=10, weight="bold", ha="right", va="bottom", parse_math=False)
+        axis.text(-12, 52, counts, fontsize=8, ha="right", va="top")
 
 
 def _strip(row, each):
-    """Thumbnails of a class side by side, sketches, a gap, photos: PIL image; a grey tile is one that cannot be read."""
+    """Thumbnails of a class side by side, sketches, a gap, photos: PIL image. Grey are those that cannot be read."""
     step, gap = TILE + 6, 14
     strip = Image.new("RGB", (2 * each * step + gap, TILE), "white")
     for number, kind in enumerate(KINDS):
         for place, sample in enumerate(evenly(row.samples[kind], each)):
-            tile = (
-                Image.open(io.BytesIO(sample.thumbnail))
-                if sample.thumbnail
-                else Image.new("RGB", (TILE,) * 2, "silver")
-            )
+            tile = Image.new("RGB", (TILE, TILE), "silver")
+            if sample.thumbnail:
+                tile = Image.open(io.BytesIO(sample.thumbnail))
             left = (number * each + place) * step + number * gap
             strip.paste(tile, (left + (TILE - tile.width) // 2, (TILE - tile.height) // 2))
     return strip

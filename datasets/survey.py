@@ -7,7 +7,7 @@ import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from posixpath import basename, dirname
 
 import numpy as np
 from PIL import Image
@@ -59,7 +59,7 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a benchmark folder holds: {(kind, split): FileList}, its classes, unseen ones first, and lines on oddities."""
+    """What a benchmark folder holds: {(kind, split): FileList}, its classes (unseen ones first), lines on oddities."""
 
     benchmark: Benchmark
     lists: dict
@@ -115,7 +115,7 @@ def _read_lists(benchmark):
 def _look_at_samples(benchmark, lists):
     """A ClassRow for every class, unseen ones first, each with as many samples as the page has room for."""
     total = len(benchmark.unseen_names) + len(benchmark.seen_names)
-    each = min(8, max(3, 400 // total))
+    each = min(6, max(3, 400 // total))
     paths = {}  # (seen, label, kind): all its paths
     for (kind, split), files in lists.items():
         for path, label in zip(files.paths, files.labels.tolist(), strict=True):
@@ -166,20 +166,23 @@ def _look(job):
     return Sample(path, stored.getvalue(), size, form, frozenset(name for name, holds in oddities.items() if holds))
 
 
-# What is odd: one line each, and what to do about it.
+# What is odd: a line each, with what to do about it.
 
-_ADVICE = {
-    "missing": "missing; unpack the data again, or take them out of their lists",
-    "unreadable": "not readable as images; fetch them again, or take them out of their lists",
-    "blank": "all of one shade; look at the originals, white lines on a transparent ground end like this",
-    "inverted": "mostly black; dark lines on white paper are expected, so invert them",
-    "like a photo": "not lines on light paper; see whether photos are listed as sketches",
-    "like a sketch": "grey on white like sketches; see whether sketches are listed as photos",
-    "tiny": "under 32 pixels high or wide, a blur to the networks; look for larger originals",
-    "elongated": "over 4 times as long as wide; they are squeezed into a square, so crop or pad them",
+_ADVICE = {  # of a sample: (what it is, what to do)
+    "missing": ("Missing", "Unpack the data again, or take them out of their lists."),
+    "unreadable": ("Not readable as images", "Fetch them again, or take them out of their lists."),
+    "blank": ("All of one shade", "Look at the originals; white lines on a transparent ground end like this."),
+    "inverted": ("Mostly black", "Dark lines on white paper are expected: invert them."),
+    "like a photo": ("Not lines on light paper", "See whether photos are listed as sketches."),
+    "like a sketch": ("Grey on white, like sketches", "See whether sketches are listed as photos."),
+    "tiny": ("Under 32 pixels high or wide", "The networks see a blur; look for larger originals."),
+    "elongated": ("Over 4 times as long as wide", "They are squeezed into a square: crop or pad them."),
 }
-
-_USE = {"train": "training needs it", "test": "add it or train with --no_validation", "zero": "the test needs it"}
+_USE = {
+    "train": "Training needs it.",
+    "test": "Add it, or train with --no_validation.",
+    "zero": "The zero-shot test needs it.",
+}
 
 
 def _some(names, count=3):
@@ -198,21 +201,21 @@ def _odd_lists(benchmark, lists):
             places.setdefault(path, key)
     for kind, split in LISTS:
         if (kind, split) not in lists and (split != "test" or benchmark.protocol.has_validation):
-            yield f"No list of {LISTS[kind, split]}, {_file_names(benchmark, kind, split)[0]}: {_USE[split]}"
+            yield f"No list of {LISTS[kind, split]} ({_file_names(benchmark, kind, split)[0]}). {_USE[split]}"
     for (first, second), paths in twice.items():
-        where = "twice" if first == second else f"in the {LISTS[first]}, too"
-        yield f"{len(paths):,} of the {LISTS[second]} are {where}; take them out of one place: {_some(paths)}"
+        where = "Twice in a list" if first == second else f"In two lists, {LISTS[first]}, too"
+        yield f"{where}: {len(paths):,} {LISTS[second]} ({_some(paths)}). Take out one line of each."
     known = {_plain(name) for name in (*benchmark.seen_names, *benchmark.unseen_names)}
     for (kind, split), files in lists.items():
         own = [_plain(name) for name in _names(benchmark, split)]
         wrong = []
         for path, label in zip(files.paths, files.labels.tolist(), strict=True):
-            if (folder := _plain(PurePosixPath(path).parent.name)) in known and folder != own[label]:
+            if (folder := _plain(basename(dirname(path)))) in known and folder != own[label]:
                 wrong.append(f"{path} as {_names(benchmark, split)[label]}")
         if wrong:
             yield (
-                f"{len(wrong):,} of the {LISTS[kind, split]} lie in the folder of another class than their label says; "
-                f"see whether {files.source.name} and the class names belong together: {_some(wrong)}"
+                f"In another class's folder than their label says: {len(wrong):,} {LISTS[kind, split]} "
+                f"({_some(wrong)}). See whether {files.source.name} and the class names belong together."
             )
 
 
@@ -228,8 +231,8 @@ def _odd_counts(classes):
         few = sorted((row.counts[key], row.name) for row in rows if row.counts[key] < median / 4)
         if few:
             yield (
-                f"Far fewer {LISTS[key]} than the median of {median:,.0f}; see whether all were unpacked and listed, "
-                f"for each class counts alike in a mean: {_some([f'{name} {number:,}' for number, name in few], 8)}"
+                f"Far fewer {LISTS[key]} than the median of {median:,.0f}: "
+                f"{_some([f'{name} {number:,}' for number, name in few], 8)}. See whether all were unpacked and listed."
             )
 
 
@@ -237,6 +240,6 @@ def _odd_images(classes):
     """Lines about the samples, a line for each kind and oddity."""
     for kind, plural in KINDS.items():
         samples = [sample for row in classes for sample in row.samples[kind]]
-        for oddity, advice in _ADVICE.items():
+        for oddity, (what, advice) in _ADVICE.items():
             if hits := [sample.path for sample in samples if oddity in sample.oddities]:
-                yield f"{len(hits):,} of the {len(samples):,} {plural} looked at are {advice}: {_some(hits)}"
+                yield f"{what}: {len(hits):,} of the {len(samples):,} {plural} looked at ({_some(hits)}). {advice}"
