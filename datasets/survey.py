@@ -141,6 +141,7 @@ def _look_at_samples(benchmark, lists):
 
 
 def _look(job):
+    """The Sample of one (key, root, path). Traits are those of the thumbnail; lines too thin for it do not count."""
     (_, _, kind), root, path = job
     try:
         image = read_rgb(root / path)
@@ -152,14 +153,14 @@ def _look(job):
     image.thumbnail((TILE, TILE))
     pixels = np.asarray(image).astype(np.int16)
     grey, colour = pixels.mean(axis=2), np.ptp(pixels, axis=2).mean()
-    light, dark = (grey >= 192).mean(), (grey < 64).mean()
+    light, dark, blank = (grey >= 192).mean(), (grey < 64).mean(), high - low < 16
     oddities = {
-        "blank": high - low < 16,
+        "blank": blank,
+        "inverted": kind == "sketch" and not blank and dark > 0.5,
+        "like a photo": kind == "sketch" and not blank and dark <= 0.5 and light < 0.5,
+        "like a sketch": kind == "photo" and not blank and colour < 2 and light > 0.6,
         "tiny": min(size) < 32,
         "elongated": max(size) > 4 * min(size),
-        "inverted": kind == "sketch" and dark > 0.5 and high - low >= 16,
-        "like a photo": kind == "sketch" and light < 0.5 and dark <= 0.5 and high - low >= 16,
-        "like a sketch": kind == "photo" and light > 0.6 and colour < 2 and high - low >= 16,
     }
     stored = io.BytesIO()
     image.save(stored, "JPEG", quality=80, optimize=True)
@@ -203,8 +204,8 @@ def _odd_lists(benchmark, lists):
         if (kind, split) not in lists and (split != "test" or benchmark.protocol.has_validation):
             yield f"No list of {LISTS[kind, split]} ({_file_names(benchmark, kind, split)[0]}). {_USE[split]}"
     for (first, second), paths in twice.items():
-        where = "Twice in a list" if first == second else f"In two lists, {LISTS[first]}, too"
-        yield f"{where}: {len(paths):,} {LISTS[second]} ({_some(paths)}). Take out one line of each."
+        where = "twice in their list" if first == second else f"in the list of {LISTS[first]}, too"
+        yield f"Listed twice: {len(paths):,} {LISTS[second]} are {where} ({_some(paths)}). Take out one line of each."
     known = {_plain(name) for name in (*benchmark.seen_names, *benchmark.unseen_names)}
     for (kind, split), files in lists.items():
         own = [_plain(name) for name in _names(benchmark, split)]
@@ -214,7 +215,7 @@ def _odd_lists(benchmark, lists):
                 wrong.append(f"{path} as {_names(benchmark, split)[label]}")
         if wrong:
             yield (
-                f"In another class's folder than their label says: {len(wrong):,} {LISTS[kind, split]} "
+                f"Labelled otherwise than their folder is called: {len(wrong):,} {LISTS[kind, split]} "
                 f"({_some(wrong)}). See whether {files.source.name} and the class names belong together."
             )
 
