@@ -148,7 +148,7 @@ def _look(job):
         with Image.open(root / path) as file:
             form = f"{file.format}, {file.mode}"
     except (InputError, OSError):
-        return Sample(path, None, None, "", frozenset(["unreadable" if os.path.isfile(root / path) else "missing"]))
+        return Sample(path, None, None, "", frozenset(["broken" if os.path.isfile(root / path) else "missing"]))
     size, (low, high) = image.size, image.convert("L").getextrema()
     image.thumbnail((TILE, TILE))
     pixels = np.asarray(image).astype(np.int16)
@@ -171,7 +171,7 @@ def _look(job):
 
 _ADVICE = {  # of a sample: (what it is, what to do)
     "missing": ("Missing", "Unpack the data again, or take them out of their lists."),
-    "unreadable": ("Not readable as images", "Fetch them again, or take them out of their lists."),
+    "broken": ("Not readable as images", "Fetch them again, or take them out of their lists."),
     "blank": ("All of one shade", "Look at the originals; white lines on a transparent ground end like this."),
     "inverted": ("Mostly black", "Dark lines on white paper are expected: invert them."),
     "like a photo": ("Not lines on light paper", "See whether photos are listed as sketches."),

@@ -88,7 +88,7 @@ def test_samples_are_spread_evenly_and_never_come_twice():
     for length in range(1, 40):
         picked = evenly(range(length), 6)
         assert len(set(picked)) == min(6, length)
-        assert picked == [length - 1 - number for number in reversed(picked)] or length % 6  # symmetric where it can be
+        assert max(np.diff(picked), default=0) - min(np.diff(picked), default=0) <= 1
 
 
 def test_counts_are_those_of_the_lists(drawn, tmp_path, no_matplotlib):
@@ -104,9 +104,7 @@ def test_counts_are_those_of_the_lists(drawn, tmp_path, no_matplotlib):
     photos = {split: count(PHOTOS.format(split)) for split in ("train", "zero")}
     totals, classes = page.rows[:3], page.rows[3:]
     all_sketches = [sum(of.values()) for of in sketches.values()]
-    assert (
-        totals[1] == ["sketches", *map(str, all_sketches), str(sum(all_sketches))] == ["sketches", "5", "4", "4", "13"]
-    )
+    assert totals[1] == ["sketches", *map(str, all_sketches), "13"]
     assert totals[2] == ["photos", "4", "–", "7", "11"]
     expected = [["label", "class", "", "training sketches", "validation sketches"]]
     expected[0] += ["unseen sketches", "training photos", "unseen photos"]
@@ -157,9 +155,9 @@ def test_images_that_cannot_be_read_are_named_and_end_nothing(drawn, tmp_path):
     whole = (drawn / "photo of train/2.png").read_bytes()
     (drawn / "photo of train/2.png").write_bytes(whole[: len(whole) // 2])
     page = page_of(drawn, tmp_path / "out")
-    missing, unreadable = page.items
+    missing, broken = page.items
     assert missing.startswith("Missing: 1 of the 12 sketches looked at (sketch of zero/0.png).")
-    assert "2 of the 8 photos looked at (photo of zero/1.png, photo of train/2.png)." in unreadable
+    assert "2 of the 8 photos looked at (photo of zero/1.png, photo of train/2.png)." in broken
     gone = [image for image in page.images if "src" not in image]
     assert [image["title"] for image in gone] == ["sketch of zero/0.png", "photo of zero/1.png", "photo of train/2.png"]
     assert gone[0]["aria-label"] == "sketches of bell, missing: sketch of zero/0.png"
@@ -184,7 +182,7 @@ def test_names_are_shown_and_never_obeyed(drawn, tmp_path):
     sketch(0).save(drawn / "<i>" / '"><img src=x>.png')
     add_lines(drawn, SKETCHES.format("zero"), ('<i>/"><img src=x>.png', 0), ('<i>/"><img src=x>.png', 0))
     page = page_of(drawn, tmp_path / "out", odd=["<script>&"])
-    assert not {"b", "script", "i"} & set(page.tags) - {"b"}
+    assert not {"script", "i"} & set(page.tags)
     assert page.headings[:2] == [name + " " for name in names]
     assert [row[1] for row in page.rows[4:6]] == names
     assert page.items[0] == "<script>&" and '(<i>/"><img src=x>.png)' in page.items[1]
@@ -287,7 +285,7 @@ def test_a_folder_without_lists_or_with_a_malformed_one_is_refused(drawn, tmp_pa
         page_of(drawn, tmp_path / "out")
     for path in (drawn / "zeroshot1").glob("*filelist*"):
         path.unlink()
-    with pytest.raises(InputError, match="no list of images, such as sketch_tx_.*--zero_version"):
+    with pytest.raises(InputError, match=r"no list of images, such as sketch_tx_.*--zero_version"):
         page_of(drawn, tmp_path / "out")
     assert not any((tmp_path / "out").glob("*"))
 
@@ -303,7 +301,7 @@ def test_without_matplotlib_only_the_html_is_left(drawn, tmp_path, no_matplotlib
 def test_a_folder_that_cannot_be_written_is_said_before_the_work(drawn, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr("datasets.summary.survey", lambda benchmark: pytest.fail("looked at images first"))
-    with pytest.raises(InputError, match="file.*cannot be written.*choose another folder"):
+    with pytest.raises(InputError, match=r"file.*cannot be written.*choose another folder"):
         page_of(drawn, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -325,25 +323,21 @@ def test_a_full_disk_leaves_the_earlier_page_and_no_half_of_a_new_one(drawn, tmp
 
 def test_the_picture_says_which_classes_it_leaves_out(drawn, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     said = []
     plain = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **options: (said.extend(texts(self)), plain(self, *args, **options))
-    )
+
+    def listening(figure, *args, **options):
+        said.extend(text.get_text() for text in figure.findobj(Text))
+        plain(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", listening)
     lists = drawn / "zeroshot1"
     write_list(lists / "cname_cid_zero.txt", [(f"class {number}", number) for number in range(33)])
-    with monkeypatch.context() as patch:
-        patch.setattr("datasets.summary.TILE", 96)
-        page_of(drawn, tmp_path / "out")
+    page_of(drawn, tmp_path / "out")
     assert "Unseen classes, 30 of 33: summary.html shows all" in said and "Seen classes" in said
     assert sum(text.startswith("class ") for text in said) == 30
-
-
-def texts(figure):
-    from matplotlib.text import Text
-
-    return [text.get_text() for text in figure.findobj(Text)]
 
 
 def test_images_of_any_mode_are_shown(drawn, tmp_path, no_matplotlib):
