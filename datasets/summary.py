@@ -216,7 +216,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th:first-child, .classes th:nth-child(2), .classes td:nth-child(3) { text-align: left }
 tr:first-child th { font-weight: 600 }
-.totals { margin-top: 1rem } .classes { width: 100% } .classes th { font-weight: normal }
+.totals { margin-top: 1rem } .classes { width: 100% }
+.classes th { font-weight: normal; white-space: normal; min-width: 5rem }
 td[style] { background: linear-gradient(to left, var(--part) var(--share), transparent 0) }
 """
 

@@ -176,16 +176,16 @@ def test_a_folder_without_any_image_has_a_page(drawn, tmp_path):
 
 
 def test_names_are_shown_and_never_obeyed(drawn, tmp_path):
-    names = ["<b>bold</b>", '"><script>$x_1$ &amp;']
+    names = ["<b>bold</b>", '"><script>$\\x$ &amp;']
     write_list(drawn / "zeroshot1" / "cname_cid_zero.txt", zip(names, [0, 1], strict=True))
     (drawn / "<i>").mkdir()
     sketch(0).save(drawn / "<i>" / '"><img src=x>.png')
     add_lines(drawn, SKETCHES.format("zero"), ('<i>/"><img src=x>.png', 0), ('<i>/"><img src=x>.png', 0))
-    page = page_of(drawn, tmp_path / "out", odd=["<script>&"])
+    page = page_of(drawn, tmp_path / "out", odd=["<script>&$\\x$"])
     assert not {"script", "i"} & set(page.tags)
     assert page.headings[:2] == [name + " " for name in names]
     assert [row[1] for row in page.rows[4:6]] == names
-    assert page.items[0] == "<script>&" and '(<i>/"><img src=x>.png)' in page.items[1]
+    assert page.items[0] == "<script>&$\\x$" and '(<i>/"><img src=x>.png)' in page.items[1]
     assert '<i>/"><img src=x>.png' in {image["title"] for image in page.images}
     assert "<b>bold" not in (tmp_path / "out" / "summary.html").read_text()
 
@@ -216,10 +216,12 @@ def test_labels_that_contradict_a_folder_are_named(drawn):
         (drawn / folder).mkdir()
         sketch(1).save(drawn / folder / "9.png")
     add_lines(drawn, SKETCHES.format("train"), ("Alarm_Clock/9.png", 0), ("cat/9.png", 0))
-    (line,) = odd_of(drawn)
-    assert line.startswith(
-        "Labelled otherwise than their folder is called: 1 training sketches (cat/9.png as alarm clock)"
-    )
+    add_lines(drawn, SKETCHES.format("test"), ("Alarm_Clock//9.png", 1))
+    start = "Labelled otherwise than their folder is called: 1"
+    assert [line.split(". See")[0] for line in odd_of(drawn)] == [
+        f"{start} training sketches (cat/9.png as alarm clock)",
+        f"{start} validation sketches (Alarm_Clock//9.png as cat)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -240,8 +242,11 @@ def test_odd_images_are_named(drawn, name, image, line):
     assert found.startswith(f"{line} looked at ({name}/2.png). ")
 
 
-def test_a_photo_without_colour_is_not_odd(drawn):
+def test_a_photo_without_colour_or_one_on_white_is_not_odd(drawn):
     photo(0).convert("L").save(drawn / "photo of zero/2.png")
+    on_white = Image.new("RGB", (64, 64), "white")
+    on_white.paste(photo(1).crop((0, 0, 32, 32)), (16, 16))
+    on_white.save(drawn / "photo of zero/3.png")
     assert odd_of(drawn) == []
 
 
@@ -350,3 +355,10 @@ def test_images_of_any_mode_are_shown(drawn, tmp_path, no_matplotlib):
     page = page_of(drawn, tmp_path / "out")
     assert page.items == []
     assert "JPEG, CMYK: 12 %" in (tmp_path / "out" / "summary.html").read_text()
+
+
+def test_a_folder_may_have_any_name(drawn, tmp_path):
+    root = drawn.rename(tmp_path / os.fsdecode(b"no utf-8: \xff $\\x$"))
+    page_of(root, tmp_path / "out")
+    assert "no utf-8: ? $\\x$" in (tmp_path / "out" / "summary.html").read_text()
+    assert (tmp_path / "out" / "summary.png").exists()
