@@ -30,9 +30,9 @@ def write_summary(benchmark, folder, odd=()):
     page, picture = Path(folder) / "summary.html", Path(folder) / "summary.png"
     check_writable(folder)
     found = survey(benchmark)
-    odd = list(dict.fromkeys([*odd, *found.odd]))
+    odd = list(dict.fromkeys(_printable(line) for line in [*odd, *found.odd]))
     with write_whole(page) as file:
-        file.write(_html(found, odd).encode(errors="replace"))
+        file.write(_html(found, odd).encode())
     try:
         _draw(picture, found, odd)
     except ImportError:
@@ -42,7 +42,12 @@ def write_summary(benchmark, folder, odd=()):
 
 
 def _title(found):
-    return f"{found.benchmark.protocol.title}: {found.benchmark.root}"
+    return f"{found.benchmark.protocol.title}: {_printable(found.benchmark.root)}"
+
+
+def _printable(text):
+    """Text in which "?" stands for what is not UTF-8 in the name of a folder."""
+    return str(text).encode(errors="replace").decode()
 
 
 def _classes_line(found):
@@ -93,13 +98,13 @@ def _html(found, odd):
     tiles = max(len(samples) for row in found.classes for samples in row.samples.values())
     lines = "".join(f"<li>{escape(line)}</li>" for line in odd)
     body = [
-        f"<header><h1>{escape(protocol.title)}</h1><p><code>{escape(str(benchmark.root))}</code>, lists in ",
-        f"<code>{escape(benchmark.lists.name)}</code><br>{escape(_classes_line(found))}</p>",
+        f"<header><h1>{escape(protocol.title)}</h1><p><code>{escape(_printable(benchmark.root))}</code>, lists in ",
+        f"<code>{escape(_printable(benchmark.lists.name))}</code><br>{escape(_classes_line(found))}</p>",
         '<nav><a href="#odd">What is odd</a> <a href="#counts">Counts</a> <a href="#images">Images</a> ',
         '<a href="#unseen">Unseen classes</a> <a href="#seen">Seen classes</a> <a href="#table">Table</a>',
         "</nav></header>",
         f"<main>{_totals(found)}<h2 id=odd>What is odd</h2>",
-        f"<ul class=odd>{lines}</ul>" if odd else "<p class=fine>Nothing that these checks look for.</p>",
+        f"<ul class=odd>{lines}</ul>" if odd else "<p>Nothing that these checks look for.</p>",
         "<h2 id=counts>Counts</h2><p>Images in each class, from the class with most to the one with fewest.</p>",
         f"<div class=charts>{''.join(_chart(*rank) for rank in _ranks(found))}</div>",
         f"<h2 id=images>Images</h2><div class=charts>{''.join(_sizes(found, kind) for kind in KINDS)}</div>",

@@ -359,6 +359,6 @@ def test_images_of_any_mode_are_shown(drawn, tmp_path, no_matplotlib):
 
 def test_a_folder_may_have_any_name(drawn, tmp_path):
     root = drawn.rename(tmp_path / os.fsdecode(b"no utf-8: \xff $\\x$"))
-    page_of(root, tmp_path / "out")
+    page_of(root, tmp_path / "out", odd=[f"{root}: a line of another check"])
     assert "no utf-8: ? $\\x$" in (tmp_path / "out" / "summary.html").read_text()
     assert (tmp_path / "out" / "summary.png").exists()
