@@ -136,7 +136,8 @@ def _totals(found):
 def _chart(what, spread, counts):
     """Counts as bars, an inline SVG that is stretched to its box."""
     top, spread = max(counts), escape(spread)
-    bars = "".join(f"M{n} 50v-{50 * count / top:.3g}h.8V50z" for n, count in enumerate(counts) if count)
+    width = 0.8 if len(counts) <= 100 else 1  # more bars are too thin for gaps
+    bars = "".join(f"M{n} 50v-{50 * count / top:.3g}h{width}V50z" for n, count in enumerate(counts) if count)
     return (
         f'<figure><svg viewBox="0 0 {len(counts)} 50" preserveAspectRatio="none" role="img" aria-label="'
         f'{what}, {spread}"><path d="{bars}"/></svg><figcaption><b>{what}</b><br>{spread}</figcaption></figure>'

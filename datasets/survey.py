@@ -175,7 +175,10 @@ _ADVICE = {  # of a sample: (what it is, what to do)
     "blank": ("All of one shade", "Look at the originals; white lines on a transparent ground end like this."),
     "inverted": ("Mostly black", "Dark lines on white paper are expected: invert them."),
     "like a photo": ("Not lines on light paper", "See whether photos are listed as sketches."),
-    "like a sketch": ("Grey on white, like sketches", "See whether sketches are listed as photos."),
+    "like a sketch": (
+        "Grey on white, like sketches",
+        "A few may be drawings or things on white; many are sketches in a list of photos.",
+    ),
     "tiny": ("Under 32 pixels high or wide", "The networks see a blur; look for larger originals."),
     "elongated": ("Over 4 times as long as wide", "They are squeezed into a square: crop or pad them."),
 }
