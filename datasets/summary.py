@@ -245,7 +245,7 @@ def _draw(path, found, odd, unseen=30, seen=10, each=4, lines=6):
         rows = [row for row in found.classes if row.seen == is_seen]
         some = "" if len(rows) <= most else f", {most} of {len(rows)}: summary.html shows all"
         shown.append((f"{name} classes{some}", evenly(rows, most)))
-    heights = [1 + 0.21 * len(told), 1.9, *(0.4 + 1.02 * -(-len(rows) // 2) for _, rows in shown)]
+    heights = [1 + 0.21 * len(told), 2.1, *(0.4 + 1.02 * -(-len(rows) // 2) for _, rows in shown)]
     figure = Figure(figsize=(14, sum(heights)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.03, hspace=0, wspace=0)
     head, charts, *parts = figure.subfigures(len(heights), 1, height_ratios=heights)
@@ -268,8 +268,9 @@ def _wrapped(odd, lines):
 
 def _draw_counts(part, ranks):
     for axis, (what, spread, counts) in zip(part.subplots(1, len(ranks), squeeze=False)[0], ranks, strict=True):
-        axis.bar(range(len(counts)), counts, color="tab:blue")
-        axis.set_title(f"{what}\n{textwrap.shorten(spread, 50, placeholder=' …')}", fontsize=8.5, parse_math=False)
+        axis.bar(range(len(counts)), counts, color="tab:blue", width=0.8 if len(counts) <= 100 else 1)
+        spread = textwrap.fill(spread, 36, max_lines=2, placeholder=" …")
+        axis.set_title(f"{what}\n{spread}", fontsize=8.5, parse_math=False)
         axis.set_xticks([])
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
