@@ -1,0 +1,304 @@
+"""A page, HTML and PNG, on which to look at a benchmark folder before trusting it.
+
+Counts, image sizes, samples of every class and what is odd, as `datasets.survey` finds them. The HTML is one file and
+has no scripts; the same folder gives the same bytes.
+"""
+
+import base64
+import io
+import textwrap
+from collections import Counter
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datasets.files import check_writable, write_whole
+from datasets.survey import KINDS, LISTS, TILE, evenly, survey
+
+SPLITS = {"train": "training", "test": "validation", "zero": "unseen"}
+
+
+def write_summary(benchmark, folder, odd=()):
+    """Write summary.html, one file with everything in it, and summary.png into `folder`; returns the paths written.
+
+    odd: lines of other checks, shown first under "What is odd". Lists that are not there are left out, images that
+    cannot be read are named. Without matplotlib there is no summary.png, and that of an earlier time is taken away.
+    Raises InputError if a list is malformed, no list is there at all, or the folder cannot be written.
+    """
+    page, picture = Path(folder) / "summary.html", Path(folder) / "summary.png"
+    check_writable(folder)
+    found = survey(benchmark)
+    odd = list(dict.fromkeys(_printable(line) for line in [*odd, *found.odd]))
+    with write_whole(page) as file:
+        file.write(_html(found, odd).encode())
+    try:
+        _draw(picture, found, odd)
+    except ImportError:
+        picture.unlink(missing_ok=True)
+        return [page]
+    return [page, picture]
+
+
+def _title(found):
+    return f"{found.benchmark.protocol.title}: {_printable(found.benchmark.root)}"
+
+
+def _printable(text):
+    """Text in which "?" stands for what is not UTF-8 in the name of a folder."""
+    return str(text).encode(errors="replace").decode()
+
+
+def _classes_line(found):
+    """ "100 seen and 25 unseen classes", and what the benchmark has where that is something else."""
+    protocol, benchmark = found.benchmark.protocol, found.benchmark
+    line = f"{len(benchmark.seen_names)} seen and {len(benchmark.unseen_names)} unseen classes"
+    if (len(benchmark.seen_names), len(benchmark.unseen_names)) != (protocol.seen_classes, protocol.unseen_classes):
+        line += f" ({protocol.title} as published: {protocol.seen_classes} and {protocol.unseen_classes})"
+    return line
+
+
+def _shares(values, count=5):
+    """How often each value comes, most frequent first: "227 × 227: 84 %"."""
+    found = sorted(Counter(values).items(), key=lambda item: (-item[1], item[0]))
+    total = sum(number for _, number in found)
+    lines = [f"{value}: {_percent(number / total)}" for value, number in found[:count]]
+    if rest := found[count:]:
+        lines.append(f"{len(rest)} others: {_percent(sum(number for _, number in rest) / total)}")
+    return lines
+
+
+def _percent(share):
+    return "under 1 %" if 0 < share < 0.01 else f"{100 * share:.0f} %"
+
+
+def _read_samples(found, kind):
+    """The samples of a kind that could be read."""
+    return [sample for row in found.classes for sample in row.samples[kind] if sample.thumbnail]
+
+
+def _ranks(found):
+    """For each list: (what it holds, range and median of its classes' counts, the counts from most to fewest)."""
+    for key, files in found.lists.items():
+        rows = sorted((row for row in found.classes if key in row.counts), key=lambda row: -row.counts[key])
+        counts = [row.counts[key] for row in rows]
+        spread = f"{counts[-1]:,} ({rows[-1].name}) to {counts[0]:,} a class, median {np.median(counts):,.0f}"
+        if counts[0] == counts[-1]:
+            spread = f"{counts[0]:,} a class"
+        yield f"{len(files):,} {LISTS[key]}", spread, counts
+
+
+# The HTML: one file, without scripts, and nothing in it is fetched from elsewhere.
+
+
+def _html(found, odd):
+    protocol, benchmark = found.benchmark.protocol, found.benchmark
+    rows = {seen: [row for row in found.classes if row.seen == seen] for seen in (False, True)}
+    tiles = max(len(samples) for row in found.classes for samples in row.samples.values())
+    lines = "".join(f"<li>{escape(line)}</li>" for line in odd)
+    body = [
+        f"<header><h1>{escape(protocol.title)}</h1><p><code>{escape(_printable(benchmark.root))}</code>, lists in ",
+        f"<code>{escape(_printable(benchmark.lists.name))}</code><br>{escape(_classes_line(found))}</p>",
+        '<nav><a href="#odd">What is odd</a> <a href="#counts">Counts</a> <a href="#images">Images</a> ',
+        '<a href="#unseen">Unseen classes</a> <a href="#seen">Seen classes</a> <a href="#table">Table</a>',
+        "</nav></header>",
+        f"<main>{_totals(found)}<h2 id=odd>What is odd</h2>",
+        f"<ul class=odd>{lines}</ul>" if odd else "<p>Nothing that these checks look for.</p>",
+        "<h2 id=counts>Counts</h2><p>Images in each class, from the class with most to the one with fewest.</p>",
+        f"<div class=charts>{''.join(_chart(*rank) for rank in _ranks(found))}</div>",
+        f"<h2 id=images>Images</h2><div class=charts>{''.join(_sizes(found, kind) for kind in KINDS)}</div>",
+        f"<h2 id=unseen>Unseen classes</h2>{_cards(rows[False], tiles)}",
+        f"<h2 id=seen>Seen classes</h2>{_cards(rows[True], tiles)}",
+        f"<h2 id=table>Table</h2>{_table(found)}</main>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>'
+        f'{escape(_title(found))}</title><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def _number(value):
+    return "–" if value is None else f"{value:,}"
+
+
+def _totals(found):
+    sizes = {key: len(files) for key, files in found.lists.items()}
+    lines = [f"<tr><th><th>{'<th>'.join(SPLITS.values())}<th>all</tr>"]
+    for kind, plural in KINDS.items():
+        cells = [_number(sizes.get((kind, split))) for split in SPLITS]
+        cells.append(f"{sum(size for (of, _), size in sizes.items() if of == kind):,}")
+        lines.append(f"<tr><th>{plural}<td>{'<td>'.join(cells)}</tr>")
+    return f"<div class=wide><table class=totals>{''.join(lines)}</table></div>"
+
+
+def _chart(what, spread, counts):
+    """Counts as bars, an inline SVG that is stretched to its box."""
+    top, spread = max(counts), escape(spread)
+    width = 0.8 if len(counts) <= 100 else 1  # more bars are too thin for gaps
+    bars = "".join(f"M{n} 50v-{50 * count / top:.3g}h{width}V50z" for n, count in enumerate(counts) if count)
+    return (
+        f'<figure><svg viewBox="0 0 {len(counts)} 50" preserveAspectRatio="none" role="img" aria-label="'
+        f'{what}, {spread}"><path d="{bars}"/></svg><figcaption><b>{what}</b><br>{spread}</figcaption></figure>'
+    )
+
+
+def _sizes(found, kind):
+    samples = _read_samples(found, kind)
+    sizes = "<br>".join(_shares([f"{sample.size[0]} × {sample.size[1]}" for sample in samples]))
+    forms = "<br>".join(escape(line) for line in _shares([sample.form for sample in samples]))
+    heading = f"{KINDS[kind].capitalize()}, {len(samples):,} read"
+    return f"<figure><b>{heading}</b><div class=pair><p>{sizes}</p><p>{forms}</p></div></figure>"
+
+
+def _cards(rows, tiles):
+    return f'<div class=cards style="--tiles:{tiles}">' + "\n".join(_card(row) for row in rows) + "</div>"
+
+
+def _card(row):
+    parts = [f'<section id="{row.anchor}"><h3>{escape(row.name)} <small>label {row.label}</small></h3>']
+    for kind, plural in KINDS.items():
+        tiles = "".join(_tile(sample, f"{plural} of {row.name}") for sample in row.samples[kind])
+        parts.append(f"<p>{row.count(kind):,} {plural}</p><div class=tiles>{tiles}</div>")
+    return "".join([*parts, "</section>"])
+
+
+def _tile(sample, what):
+    path, what = escape(sample.path), escape(what)
+    if sample.thumbnail is None:
+        (why,) = sample.oddities
+        return f'<span class=gone role=img title="{path}" aria-label="{what}, {why}: {path}">{why}</span>'
+    data = base64.b64encode(sample.thumbnail).decode()
+    return f'<img src="data:image/jpeg;base64,{data}" alt="{what}" title="{path}">'
+
+
+def _table(found):
+    top = {key: max([1, *(row.counts.get(key, 0) for row in found.classes)]) for key in LISTS}
+    heads = "".join(f"<th>{name}" for name in LISTS.values())
+    lines = [f"<tr><th>label<th>class<th>{heads}</tr>"]
+    for row in found.classes:
+        cells = [f"<td>{row.label}", f'<th><a href="#{row.anchor}">{escape(row.name)}</a>', f"<td>{_seen(row)}"]
+        for key in LISTS:
+            share = 100 * row.counts.get(key, 0) / top[key]
+            cells.append(f'<td style="--share:{share:.3g}%">{_number(row.counts.get(key))}')
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    table = "\n".join(lines)
+    return f"<div class=wide><table class=classes>{table}</table></div>"
+
+
+def _seen(row):
+    return "seen" if row.seen else "unseen"
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ground: #fff; --card: #f4f5f7; --text: #1c2024; --quiet: #5d636b; --line: #dcdfe4;
+  --bar: #2f6fc4; --part: #2f6fc42e; --odd: #fff5da; --edge: #d99a00 }
+@media (prefers-color-scheme: dark) { :root { --ground: #15171a; --card: #1f2226; --text: #e8eaed; --quiet: #a0a7b0;
+  --line: #363b42; --bar: #79aef5; --part: #79aef53d; --odd: #322a12 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 88rem; padding: 1.5rem clamp(.75rem, 3vw, 2.5rem) 4rem; background: var(--ground);
+  color: var(--text); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1, h3, p { margin: 0 } h1 { font-size: 2rem; line-height: 1.3 } h3 { font-size: 1rem }
+h2 { margin: 2.5rem 0 .75rem; font-size: 1.35rem } p, small, figcaption, .pair { color: var(--quiet); font-size: .9rem }
+small { font-weight: normal } a { color: var(--bar) } code { color: var(--text) }
+nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin: .75rem 0 }
+.odd { margin: 0; padding: .75rem 1rem .75rem 2rem; background: var(--odd); border-left: 4px solid var(--edge) }
+.odd li + li { margin-top: .4rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 10.5rem), 1fr)); gap: 1rem }
+figure { margin: .75rem 0 0 } figure svg { width: 100%; height: 6rem; border-bottom: 1px solid var(--line) }
+path { fill: var(--bar) } b { color: var(--text) } .pair { display: flex; flex-wrap: wrap; gap: 0 2.5rem }
+.cards { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, calc(var(--tiles) * 5.05rem + 1.8rem)), 1fr)) }
+section { padding: .75rem 1rem 1rem; background: var(--card); border-radius: .5rem }
+section:target { outline: 2px solid var(--bar) }
+.tiles { display: grid; grid-template-columns: repeat(var(--tiles), minmax(0, 6rem)); gap: .25rem }
+.tiles + p { margin-top: .35rem }
+.tiles > * { width: 100%; aspect-ratio: 1; border: 1px solid var(--line); object-fit: contain;
+  background: var(--ground) }
+.gone { display: grid; place-items: center; border: 2px dashed var(--edge) !important; font-size: .7rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th:first-child, .classes th:nth-child(2), .classes td:nth-child(3) { text-align: left }
+tr:first-child th { font-weight: 600 }
+.totals { margin-top: 1rem } .classes { width: 100% }
+.classes th { font-weight: normal; white-space: normal; min-width: 5rem }
+td[style] { background: linear-gradient(to left, var(--part) var(--share), transparent 0) }
+"""
+
+
+# The PNG: what is legible on one picture.
+
+
+def _draw(path, found, odd, unseen=30, seen=10, each=4, lines=6):
+    """Draw what fits on one picture: at most `unseen` and `seen` classes, `each` sketches and photos of a class.
+
+    Raises ImportError without matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    told = _wrapped(odd, lines)
+    each = min(each, max(len(samples) for row in found.classes for samples in row.samples.values()))
+    shown = []
+    for name, is_seen, most in (("Unseen", False, unseen), ("Seen", True, seen)):
+        rows = [row for row in found.classes if row.seen == is_seen]
+        some = "" if len(rows) <= most else f", {most} of {len(rows)}: summary.html shows all"
+        shown.append((f"{name} classes{some}", evenly(rows, most)))
+    heights = [1 + 0.21 * len(told), 2.1, *(0.4 + 1.02 * -(-len(rows) // 2) for _, rows in shown)]
+    figure = Figure(figsize=(14, sum(heights)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.03, hspace=0, wspace=0)
+    head, charts, *parts = figure.subfigures(len(heights), 1, height_ratios=heights)
+    head.text(0.01, 1 - 0.15 / heights[0], _title(found), fontsize=15, weight="bold", va="top", parse_math=False)
+    text = "\n".join([_classes_line(found), "What is odd:" if told else "Nothing odd that the checks look for.", *told])
+    head.text(0.01, 1 - 0.5 / heights[0], text, fontsize=9.5, va="top", linespacing=1.4, parse_math=False)
+    _draw_counts(charts, list(_ranks(found)))
+    for part, (heading, rows) in zip(parts, shown, strict=True):
+        _draw_classes(part, heading, rows, each)
+    with write_whole(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def _wrapped(odd, lines):
+    """The first `lines` of odd in lines that fit the picture, and how many more there are."""
+    told = [textwrap.shorten(line, 280, placeholder=" …") for line in odd[:lines]]
+    told += [f"{len(odd) - lines} more in summary.html"] if len(odd) > lines else []
+    return [part for line in told for part in textwrap.wrap(line, 170, initial_indent="•  ", subsequent_indent="    ")]
+
+
+def _draw_counts(part, ranks):
+    for axis, (what, spread, counts) in zip(part.subplots(1, len(ranks), squeeze=False)[0], ranks, strict=True):
+        axis.bar(range(len(counts)), counts, color="tab:blue", width=0.8 if len(counts) <= 100 else 1)
+        spread = textwrap.fill(spread, 36, max_lines=2, placeholder=" …")
+        axis.set_title(f"{what}\n{spread}", fontsize=8.5, parse_math=False)
+        axis.set_xticks([])
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_classes(part, heading, rows, each):
+    """Two classes a line: name, counts, then a strip of sketches and photos."""
+    part.suptitle(heading, fontsize=12, weight="bold", x=0.01, ha="left")
+    axes = part.subplots(-(-len(rows) // 2), 2, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, row in zip(axes, rows, strict=False):
+        axis.imshow(_strip(row, each))
+        counts = "\n".join(f"{row.count(kind):,} {plural}" for kind, plural in KINDS.items())
+        name = textwrap.fill(textwrap.shorten(row.name, 30, placeholder="…"), 16)
+        axis.text(-12, 48, name, fontsize=10, weight="bold", ha="right", va="bottom", parse_math=False)
+        axis.text(-12, 52, counts, fontsize=8, ha="right", va="top")
+
+
+def _strip(row, each):
+    """Thumbnails of a class side by side, sketches, a gap, photos: PIL image. Grey are those that cannot be read."""
+    step, gap = TILE + 6, 14
+    strip = Image.new("RGB", (2 * each * step + gap, TILE), "white")
+    for number, kind in enumerate(KINDS):
+        for place, sample in enumerate(evenly(row.samples[kind], each)):
+            tile = Image.new("RGB", (TILE, TILE), "silver")
+            if sample.thumbnail:
+                tile = Image.open(io.BytesIO(sample.thumbnail))
+            left = (number * each + place) * step + number * gap
+            strip.paste(tile, (left + (TILE - tile.width) // 2, (TILE - tile.height) // 2))
+    return strip

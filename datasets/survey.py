@@ -1,0 +1,249 @@
+"""What a benchmark folder holds, and what is odd about it.
+
+Lists are read whole; of the images only samples are looked at, the same ones every time, so that it takes seconds.
+"""
+
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from posixpath import basename, dirname
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from datasets.errors import InputError
+from datasets.filelists import Benchmark
+from datasets.images import read_rgb
+
+TILE = 96  # pixels of a thumbnail's longer side
+LISTS = {  # (kind, split): what it is called
+    ("sketch", "train"): "training sketches",
+    ("sketch", "test"): "validation sketches",
+    ("sketch", "zero"): "unseen sketches",
+    ("photo", "train"): "training photos",
+    ("photo", "zero"): "unseen photos",
+}
+KINDS = {"sketch": "sketches", "photo": "photos"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image that was looked at: its size and format ("JPEG, RGB"), and which of `_ADVICE` it is a case of."""
+
+    path: str
+    thumbnail: bytes | None  # JPEG; None where the image is missing or unreadable
+    size: tuple[int, int] | None
+    form: str
+    oddities: frozenset
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """A class with the number of its images in each list, {(kind, split): n}, and {kind: its samples}."""
+
+    label: int
+    name: str
+    seen: bool
+    counts: dict
+    samples: dict
+
+    @property
+    def anchor(self):
+        return f"{'seen' if self.seen else 'unseen'}-{self.label}"
+
+    def count(self, kind):
+        return sum(number for (of, _), number in self.counts.items() if of == kind)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a benchmark folder holds: {(kind, split): FileList}, its classes (unseen ones first), lines on oddities."""
+
+    benchmark: Benchmark
+    lists: dict
+    classes: list[ClassRow]
+    odd: list[str]
+
+
+def survey(benchmark):
+    """Count the lists that are there and look at samples of every class; returns a Survey.
+
+    Raises InputError if a list is malformed, or no list is there at all. An image that cannot be read is an oddity.
+    """
+    lists = _read_lists(benchmark)
+    classes = _look_at_samples(benchmark, lists)
+    odd = [*_odd_lists(benchmark, lists), *_odd_counts(classes), *_odd_images(classes)]
+    return Survey(benchmark, lists, classes, odd)
+
+
+def evenly(items, count):
+    """At most `count` of items, evenly spread: of each of `count` equal parts the one in the middle.
+
+    >>> evenly(range(10), 2)
+    [2, 7]
+    """
+    count = min(count, len(items))
+    return [items[len(items) * (2 * number + 1) // (2 * count)] for number in range(count)]
+
+
+# Reading: lists whole, images by samples.
+
+
+def _names(benchmark, split):
+    return benchmark.unseen_names if split == "zero" else benchmark.seen_names
+
+
+def _file_names(benchmark, kind, split):
+    patterns = benchmark.protocol.sketch_lists if kind == "sketch" else benchmark.protocol.photo_lists
+    return [pattern.format(split) for pattern in patterns]
+
+
+def _read_lists(benchmark):
+    """{(kind, split): FileList} of the lists that are there."""
+    lists = {}
+    for kind, split in LISTS:
+        if any(os.path.lexists(benchmark.lists / name) for name in _file_names(benchmark, kind, split)):
+            lists[kind, split] = benchmark.read(kind, split)
+    if not lists:
+        names = " and ".join(_file_names(benchmark, kind, "zero")[0] for kind in KINDS)
+        raise InputError(f"{benchmark.lists}: no list of images, such as {names}; see --zero_version")
+    return lists
+
+
+def _look_at_samples(benchmark, lists):
+    """A ClassRow for every class, unseen ones first, each with as many samples as the page has room for."""
+    total = len(benchmark.unseen_names) + len(benchmark.seen_names)
+    each = min(6, max(3, 400 // total))
+    paths = {}  # (seen, label, kind): all its paths
+    for (kind, split), files in lists.items():
+        for path, label in zip(files.paths, files.labels.tolist(), strict=True):
+            paths.setdefault((split != "zero", label, kind), []).append(path)
+    jobs = [(key, benchmark.root, path) for key in sorted(paths) for path in evenly(paths[key], each)]
+    samples = {}
+    with ThreadPoolExecutor() as pool:  # decoding leaves Python to other threads
+        try:
+            done = tqdm(pool.map(_look, jobs), "looking", len(jobs), unit="image", leave=False, disable=None)
+            for (key, *_), sample in zip(jobs, done, strict=True):
+                samples.setdefault(key, []).append(sample)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    numbers = {key: np.bincount(files.labels, minlength=total).tolist() for key, files in lists.items()}
+    rows = []
+    for seen, names in ((False, benchmark.unseen_names), (True, benchmark.seen_names)):
+        for label, name in enumerate(names):
+            counts = {key: of[label] for key, of in numbers.items() if (key[1] != "zero") == seen}
+            of_class = {kind: samples.get((seen, label, kind), []) for kind in KINDS}
+            rows.append(ClassRow(label, name, seen, counts, of_class))
+    return rows
+
+
+def _look(job):
+    """The Sample of one (key, root, path). Traits are those of the thumbnail; lines too thin for it do not count."""
+    (_, _, kind), root, path = job
+    try:
+        image = read_rgb(root / path)
+        with Image.open(root / path) as file:
+            form = f"{file.format}, {file.mode}"
+    except (InputError, OSError):
+        return Sample(path, None, None, "", frozenset(["broken" if os.path.isfile(root / path) else "missing"]))
+    size, (low, high) = image.size, image.convert("L").getextrema()
+    image.thumbnail((TILE, TILE))
+    pixels = np.asarray(image).astype(np.int16)
+    grey, colour = pixels.mean(axis=2), np.ptp(pixels, axis=2).mean()
+    light, dark, blank = (grey >= 192).mean(), (grey < 64).mean(), high - low < 16
+    oddities = {
+        "blank": blank,
+        "inverted": kind == "sketch" and not blank and dark > 0.5,
+        "like a photo": kind == "sketch" and not blank and dark <= 0.5 and light < 0.5,
+        "like a sketch": kind == "photo" and not blank and colour < 2 and light > 0.6,
+        "tiny": min(size) < 32,
+        "elongated": max(size) > 4 * min(size),
+    }
+    stored = io.BytesIO()
+    image.save(stored, "JPEG", quality=80, optimize=True)
+    return Sample(path, stored.getvalue(), size, form, frozenset(name for name, holds in oddities.items() if holds))
+
+
+# What is odd: a line each, with what to do about it.
+
+_ADVICE = {  # of a sample: (what it is, what to do)
+    "missing": ("Missing", "Unpack the data again, or take them out of their lists."),
+    "broken": ("Not readable as images", "Fetch them again, or take them out of their lists."),
+    "blank": ("All of one shade", "Look at the originals; white lines on a transparent ground end like this."),
+    "inverted": ("Mostly black", "Dark lines on white paper are expected: invert them."),
+    "like a photo": ("Not lines on light paper", "See whether photos are listed as sketches."),
+    "like a sketch": (
+        "Grey on white, like sketches",
+        "A few may be drawings or things on white; many are sketches in a list of photos.",
+    ),
+    "tiny": ("Under 32 pixels high or wide", "The networks see a blur; look for larger originals."),
+    "elongated": ("Over 4 times as long as wide", "They are squeezed into a square: crop or pad them."),
+}
+_USE = {
+    "train": "Training needs it.",
+    "test": "Add it, or train with --no_validation.",
+    "zero": "The zero-shot test needs it.",
+}
+
+
+def _some(names, count=3):
+    """The first of many names: "a, b, c and 4 more"."""
+    more = f" and {len(names) - count:,} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _odd_lists(benchmark, lists):
+    """Lines about lists that are missing, paths that come twice, and folders that bear another class's name."""
+    places, twice = {}, {}
+    for key, files in lists.items():
+        for path in files.paths:
+            if path in places:
+                twice.setdefault((places[path], key), []).append(path)
+            places.setdefault(path, key)
+    for kind, split in LISTS:
+        if (kind, split) not in lists and (split != "test" or benchmark.protocol.has_validation):
+            yield f"No list of {LISTS[kind, split]} ({_file_names(benchmark, kind, split)[0]}). {_USE[split]}"
+    for (first, second), paths in twice.items():
+        where = "twice in their list" if first == second else f"in the list of {LISTS[first]}, too"
+        yield f"Listed twice: {len(paths):,} {LISTS[second]} are {where} ({_some(paths)}). Take out one line of each."
+    known = {_plain(name) for name in (*benchmark.seen_names, *benchmark.unseen_names)}
+    for (kind, split), files in lists.items():
+        own = [_plain(name) for name in _names(benchmark, split)]
+        wrong = []
+        for path, label in zip(files.paths, files.labels.tolist(), strict=True):
+            if (folder := _plain(basename(dirname(path)))) in known and folder != own[label]:
+                wrong.append(f"{path} as {_names(benchmark, split)[label]}")
+        if wrong:
+            yield (
+                f"Labelled otherwise than their folder is called: {len(wrong):,} {LISTS[kind, split]} "
+                f"({_some(wrong)}). See whether {files.source.name} and the class names belong together."
+            )
+
+
+def _plain(name):
+    return name.casefold().replace("_", " ").replace("-", " ")
+
+
+def _odd_counts(classes):
+    """Lines about classes with fewer than a quarter of the median number of images in a list."""
+    for key in LISTS:
+        rows = [row for row in classes if key in row.counts]
+        median = np.median([row.counts[key] for row in rows]) if rows else 0
+        few = sorted((row.counts[key], row.name) for row in rows if row.counts[key] < median / 4)
+        if few:
+            yield (
+                f"Far fewer {LISTS[key]} than the median of {median:,.0f}: "
+                f"{_some([f'{name} {number:,}' for number, name in few], 8)}. See whether all were unpacked and listed."
+            )
+
+
+def _odd_images(classes):
+    """Lines about the samples, a line for each kind and oddity."""
+    for kind, plural in KINDS.items():
+        samples = [sample for row in classes for sample in row.samples[kind]]
+        for oddity, (what, advice) in _ADVICE.items():
+            if hits := [sample.path for sample in samples if oddity in sample.oddities]:
+                yield f"{what}: {len(hits):,} of the {len(samples):,} {plural} looked at ({_some(hits)}). {advice}"
