@@ -4,12 +4,11 @@ import collections
 import os
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
 from datasets.errors import InputError
-from datasets.filelists import CLASS_NAMES, MASK, find_layout, open_benchmark, spelling
+from datasets.filelists import CLASS_NAMES, LISTS, MASK, Benchmark, find_layout, open_benchmark, spelling
 from datasets.processes import on_all_cores
 from datasets.protocols import PROTOCOLS
 
@@ -44,18 +43,17 @@ class Findings:
 class Checked:
     """A checked benchmark: what is in its lists, and what is wrong with it."""
 
-    title: str
-    lists: Path
-    rows: list  # a dict a list: list, images, published, classes, missing, unreadable
+    benchmark: Benchmark | None  # None where there is none to speak of
     findings: Findings
-    decoded: tuple | None = None  # images, seconds
+    lists: dict = field(default_factory=dict)  # {(kind, split): FileList}, of what can be used
+    rows: list = field(default_factory=list)  # a dict a list: list, images, published, classes, missing, unreadable
+    opened: tuple | None = None  # images, seconds
 
 
 def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
     """Check a benchmark folder; protocol_name None: a benchmark of its own in any of the known layouts.
 
-    decode: decode every image, on all cores; else they are only looked for.
-    Returns (Benchmark or None where there is none to speak of, Checked).
+    decode: decode every image, on all cores; else they are only looked for. Returns a Checked.
     """
     findings = Findings()
     custom = protocol_name is None
@@ -68,14 +66,13 @@ def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
         )
     except InputError as error:
         findings.fault("folders", str(error))
-        title = PROTOCOLS[protocol_name].title if protocol_name else "benchmark"
-        return None, Checked(title, Path(root), [], findings)
+        return Checked(None, findings)
     if custom:
         title = f"{benchmark.root.resolve().name}, in the layout of {benchmark.protocol.title}"
         benchmark = replace(benchmark, protocol=replace(benchmark.protocol, title=title, published={}))
-    checked = Checked(benchmark.protocol.title, benchmark.lists, [], findings)
     _check_class_names(benchmark, custom, findings)
     lists = _read_lists(benchmark, custom, findings)
+    checked = Checked(benchmark, findings, lists)
     for (_, split), files in lists.items():
         _check_labels(files, benchmark.names(split), split, findings)
     _check_repeats(lists, findings)
@@ -86,7 +83,7 @@ def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
                 findings.note("archives", f"{path}: an archive; images are missing, so unpack it again")
     unreadable = dict.fromkeys(lists, 0)
     if decode:
-        unreadable, checked.decoded = _decode(lists, missing, findings)
+        unreadable, checked.opened = _decode(lists, missing, findings)
     _check_mask(benchmark, custom, findings)
     for key, files in lists.items():
         published = benchmark.protocol.published.get(key)
@@ -102,7 +99,7 @@ def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
                 "unreadable": unreadable[key] if decode else None,
             }
         )
-    return benchmark, checked
+    return checked
 
 
 def _check_root(root):
@@ -140,7 +137,7 @@ def _check_class_names(benchmark, custom, findings):
 def _read_lists(benchmark, custom, findings):
     """{(kind, split): FileList} of those that can be read."""
     lists = {}
-    for key in (("sketch", "train"), ("sketch", "test"), ("sketch", "zero"), ("photo", "train"), ("photo", "zero")):
+    for key in LISTS:
         path, optional = benchmark.path(*key), key == ("sketch", "test")
         if optional and not os.path.isfile(path):
             if benchmark.protocol.has_validation:
@@ -314,7 +311,8 @@ def _check_mask(benchmark, custom, findings):
 
 def print_checked(checked):
     """Print the table of lists and what was found."""
-    print(f"{checked.title}: {checked.lists}")
+    if checked.benchmark:
+        print(f"{checked.benchmark.protocol.title}: {checked.benchmark.lists}")
     if checked.rows:
         width = max(len(row["list"]) for row in checked.rows)
         titles = ("images", "published", "classes", "missing", "unreadable")
@@ -322,9 +320,9 @@ def print_checked(checked):
         for row in checked.rows:
             cells = ("-" if row[title] is None else f"{row[title]:,}" for title in titles)
             print(row["list"].ljust(width) + "".join(f"{cell:>12}" for cell in cells))
-    if checked.decoded:
-        images, seconds = checked.decoded
-        print(f"{images:,} images decoded in {seconds:.1f} s, {images / max(seconds, 1e-9):,.0f} a second")
+    if checked.opened:
+        images, seconds = checked.opened
+        print(f"{images:,} images opened in {seconds:.1f} s, {images / max(seconds, 1e-9):,.0f} a second")
     for line in checked.findings.lines():
         print(line)
 
@@ -332,4 +330,6 @@ def print_checked(checked):
 def as_json(checked):
     """All that was checked and found, ready for JSON."""
     findings = {"faults": checked.findings.faults, "notes": checked.findings.notes}
-    return {"title": checked.title, "lists": str(checked.lists), "rows": checked.rows, **findings}
+    benchmark = checked.benchmark
+    where = {"title": benchmark.protocol.title, "lists": str(benchmark.lists)} if benchmark else {}
+    return {**where, "rows": checked.rows, **findings}

@@ -52,6 +52,14 @@ def number(kind, low, high, wanted):
 seed = number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
 
 
+def folder_name(text):
+    """An argparse type: the name of a folder inside the data set, not a path."""
+    name = text.rstrip("/")
+    if not name or name in (".", "..") or "/" in name or "\\" in name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder inside the data set")
+    return name
+
+
 def ends_in_one_line(command):
     """Let a command line end what a user can mend in one line (status 2) and Ctrl-C in one word (status 130)."""
 

@@ -19,6 +19,13 @@ from datasets.errors import InputError
 from datasets.files import read_pickle, write_whole
 from datasets.protocols import PROTOCOLS, Protocol
 
+LISTS = {  # (kind, split) of every list: what it holds
+    ("sketch", "train"): "training sketches",
+    ("sketch", "test"): "validation sketches",
+    ("sketch", "zero"): "unseen sketches",
+    ("photo", "train"): "training photos",
+    ("photo", "zero"): "unseen photos",
+}
 CLASS_NAMES = "cname_cid.txt", "cname_cid_zero.txt"  # of seen and of unseen classes
 MASK = "cid_mask.pickle"
 _NEW_MASK = "make one with python -m datasets.prepare mask, or train without: --no_mask"

@@ -18,7 +18,7 @@ from datasets.filelists import MASK, find_layout, list_text, open_benchmark, wri
 from datasets.files import write_json
 from datasets.layouts import lists_from_images, lists_from_lists
 from datasets.miniature import SEEN, UNSEEN, write_miniature
-from datasets.protocols import PROTOCOLS
+from datasets.protocols import PROTOCOLS, protocol_of
 
 
 @errors.ends_in_one_line
@@ -46,8 +46,8 @@ def create_parser():
         help="sketches a seen class in the validation list, 0 for none (default: 50 for Sketchy, 10 for TU-Berlin Ext, "
         "0 for QuickDraw Ext)")  # fmt: skip
     add("--seed", type=errors.seed, default=0, help="chooses the sketches that are held back")
-    add("--convert", metavar="NAME", help="take over the lists in this folder of another release, such as zeroshot0, "
-        "whatever they are called, instead of making new ones")  # fmt: skip
+    add("--convert", type=errors.folder_name, metavar="NAME", help="take over the "
+        "lists in this folder of another release, such as zeroshot0, whatever they are called")  # fmt: skip
     add("--force", action="store_true", help="replace lists that are there")
 
     add = command("mask", make_mask, "compute the semantic mask of the seen classes from WordNet 3.0")
@@ -63,7 +63,12 @@ def create_parser():
 
     add = command("summary", summarise, "write a page to look at: classes, counts, sample images, what is odd")
     add("root", type=Path, help="the data set")
-    add("--zero_version", metavar="NAME", help="its folder of lists (default: the first that is known)")
+    add(
+        "--zero_version",
+        type=errors.folder_name,
+        metavar="NAME",
+        help="its folder of lists (default: the first that is known)",
+    )
     add("--out", type=Path, metavar="DIR", help="where summary.html and summary.png go (default: that folder)")
 
     add = command("miniature", make_miniature, "draw the built-in miniature benchmark")
@@ -77,7 +82,7 @@ def _add_folder(add, custom=False):
     # argparse cannot say "one of two, one of them with a value" for a subparser's `add`, so `_protocol` does.
     names = "|".join(PROTOCOLS)
     add("--protocol", choices=PROTOCOLS, metavar=names, required=not custom, help="the benchmark")
-    add("--zero_version", metavar="NAME", help="its folder of lists (default: the protocol's)")
+    add("--zero_version", type=errors.folder_name, metavar="NAME", help="its folder of lists (default: the protocol's)")
     if custom:
         add("--custom", action="store_true", help="instead of --protocol: a benchmark of its own, in any known layout")
 
@@ -118,7 +123,7 @@ def check(options):
     """Print a table of the lists and what was found; raise InputError unless the scripts will run."""
     if options.custom == bool(options.protocol):
         raise InputError("check: give either --protocol NAME, or --custom for a benchmark of its own")
-    _, checked = check_benchmark(options.root, options.protocol, options.zero_version, options.images)
+    checked = check_benchmark(options.root, options.protocol, options.zero_version, options.images)
     print_checked(checked)
     if options.json:
         write_json(options.json, as_json(checked))
@@ -138,7 +143,7 @@ def make_mask(options):
     path = benchmark.lists / MASK
     if path.exists() and not options.force:
         raise InputError(f"{path}: is there already; replace it with --force")
-    ids = [set() for _ in benchmark.seen_names]
+    ids = [[] for _ in benchmark.seen_names]
     if os.path.isfile(benchmark.path("photo", "train")):
         ids = photo_ids(benchmark.read("photo", "train"), len(benchmark.seen_names))
     mask, notes = semantic_mask(benchmark.seen_names, ids, options.wordnet)
@@ -149,14 +154,17 @@ def make_mask(options):
 
 
 def summarise(options):
-    """Write summary.html and summary.png."""
-    from datasets.summary import write_summary
+    """Write summary.html and summary.png of a benchmark in any known layout."""
+    from datasets.summary import write_summary  # which brings torch
 
-    _check_is_folder(options.root)
-    protocol_name, zero_version = find_layout(options.root, options.zero_version)
-    _, checked = check_benchmark(options.root, None, zero_version)
-    benchmark = open_benchmark(protocol_name, options.root, zero_version)
-    for path in write_summary(benchmark, options.out or benchmark.lists, list(checked.findings.lines())):
+    name, zero_version = find_layout(options.root, options.zero_version)
+    name = protocol_of(name, zero_version)
+    benchmark = open_benchmark(name, options.root, zero_version)
+    published = set(PROTOCOLS[name].unseen_names) == set(benchmark.unseen_names)
+    checked = check_benchmark(options.root, name if published else None, zero_version)
+    for path in write_summary(
+        checked.benchmark, checked.lists, options.out or benchmark.lists, list(checked.findings.lines())
+    ):
         print(f"page: {path}")
 
 

@@ -5,7 +5,7 @@
              0             where it is 0.2 or less
 
 A class is the synset whose id its photos carry in their names (`n02395406_3933.jpg`), or else the one its name means.
-From the published list of training photos this gives the published mask of Sketchy Ext, entry by entry.
+For the photos of Sketchy Ext this gives the published mask, entry by entry.
 """
 
 import functools
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.classes import SKETCHY_IDS
 from datasets.errors import InputError
 
 FETCH = "install Debian's wordnet-base, or run python -m nltk.downloader wordnet, or name its folder with --wordnet DIR"
@@ -78,7 +79,11 @@ def semantic_mask(class_names, ids, wordnet=None):
     """
     nouns = _open_wordnet(_find_wordnet(wordnet))
     mask, notes = np.zeros((len(class_names), len(nouns.imagenet))), []
+    orders = [[f"n{number}" for number in order.split()] for order in SKETCHY_IDS]
+    orders = {frozenset(order): order for order in orders}
     for row, name, class_ids in zip(mask, class_names, ids, strict=True):
+        # Images of Sketchy can stand in any order in a list, and every class is to have the row that is published.
+        class_ids = orders.get(frozenset(class_ids), class_ids)
         synsets = {id_: nouns.by_id(id_) for id_ in class_ids}
         notes += [f"{name}: WordNet knows no {id_}, left out" for id_, synset in synsets.items() if synset is None]
         if not any(synsets.values()):

@@ -14,22 +14,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from datasets.filelists import LISTS
 from datasets.files import check_writable, write_whole
-from datasets.survey import KINDS, LISTS, TILE, evenly, survey
+from datasets.survey import KINDS, TILE, evenly, survey
 
 SPLITS = {"train": "training", "test": "validation", "zero": "unseen"}
 
 
-def write_summary(benchmark, folder, odd=()):
+def write_summary(benchmark, lists, folder, odd=()):
     """Write summary.html, one file with everything in it, and summary.png into `folder`; returns the paths written.
 
-    odd: lines of other checks, shown first under "What is odd". Lists that are not there are left out, images that
-    cannot be read are named. Without matplotlib there is no summary.png, and that of an earlier time is taken away.
-    Raises InputError if a list is malformed, no list is there at all, or the folder cannot be written.
+    lists: {(kind, split): FileList}, as many as there are; odd: lines of other checks, shown first under "What is odd".
+    Images that cannot be read are named. Without matplotlib there is no summary.png, and that of an earlier time is
+    taken away. Raises InputError if the folder cannot be written.
     """
     page, picture = Path(folder) / "summary.html", Path(folder) / "summary.png"
     check_writable(folder)
-    found = survey(benchmark)
+    found = survey(benchmark, lists)
     odd = list(dict.fromkeys(_printable(line) for line in [*odd, *found.odd]))
     with write_whole(page) as file:
         file.write(_html(found, odd).encode())
@@ -51,12 +52,7 @@ def _printable(text):
 
 
 def _classes_line(found):
-    """ "100 seen and 25 unseen classes", and what the benchmark has where that is something else."""
-    protocol, benchmark = found.benchmark.protocol, found.benchmark
-    line = f"{len(benchmark.seen_names)} seen and {len(benchmark.unseen_names)} unseen classes"
-    if (len(benchmark.seen_names), len(benchmark.unseen_names)) != (protocol.seen_classes, protocol.unseen_classes):
-        line += f" ({protocol.title} as published: {protocol.seen_classes} and {protocol.unseen_classes})"
-    return line
+    return f"{len(found.benchmark.seen_names)} seen and {len(found.benchmark.unseen_names)} unseen classes"
 
 
 def _shares(values, count=5):

@@ -1,42 +1,34 @@
 """What a benchmark folder holds, and what is odd about it.
 
-Lists are read whole; of the images only samples are looked at, the same ones every time, so that it takes seconds.
+Of the images only samples are looked at, the same ones every time, so that it takes seconds.
 """
 
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from posixpath import basename, dirname
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from datasets.errors import InputError
-from datasets.filelists import Benchmark
+from datasets.filelists import LISTS, Benchmark
 from datasets.images import read_rgb
 
 TILE = 96  # pixels of a thumbnail's longer side
-LISTS = {  # (kind, split): what it is called
-    ("sketch", "train"): "training sketches",
-    ("sketch", "test"): "validation sketches",
-    ("sketch", "zero"): "unseen sketches",
-    ("photo", "train"): "training photos",
-    ("photo", "zero"): "unseen photos",
-}
 KINDS = {"sketch": "sketches", "photo": "photos"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image that was looked at: its size and format ("JPEG, RGB"), and which of `_ADVICE` it is a case of."""
+    """One image that was looked at."""
 
     path: str
     thumbnail: bytes | None  # JPEG; None where the image is missing or unreadable
     size: tuple[int, int] | None
-    form: str
-    oddities: frozenset
+    form: str  # "JPEG, RGB"
+    oddities: frozenset  # keys of _ADVICE, or "missing"
 
 
 @dataclass(frozen=True)
@@ -67,15 +59,13 @@ class Survey:
     odd: list[str]
 
 
-def survey(benchmark):
-    """Count the lists that are there and look at samples of every class; returns a Survey.
+def survey(benchmark, lists):
+    """Count `lists`, {(kind, split): FileList}, and look at samples of every class; returns a Survey.
 
-    Raises InputError if a list is malformed, or no list is there at all. An image that cannot be read is an oddity.
+    Oddities are those of counts and samples; what is missing, or listed wrongly, is for datasets.check to find.
     """
-    lists = _read_lists(benchmark)
     classes = _look_at_samples(benchmark, lists)
-    odd = [*_odd_lists(benchmark, lists), *_odd_counts(classes), *_odd_images(classes)]
-    return Survey(benchmark, lists, classes, odd)
+    return Survey(benchmark, lists, classes, [*_odd_counts(classes), *_odd_images(classes)])
 
 
 def evenly(items, count):
@@ -86,30 +76,6 @@ def evenly(items, count):
     """
     count = min(count, len(items))
     return [items[len(items) * (2 * number + 1) // (2 * count)] for number in range(count)]
-
-
-# Reading: lists whole, images by samples.
-
-
-def _names(benchmark, split):
-    return benchmark.unseen_names if split == "zero" else benchmark.seen_names
-
-
-def _file_names(benchmark, kind, split):
-    patterns = benchmark.protocol.sketch_lists if kind == "sketch" else benchmark.protocol.photo_lists
-    return [pattern.format(split) for pattern in patterns]
-
-
-def _read_lists(benchmark):
-    """{(kind, split): FileList} of the lists that are there."""
-    lists = {}
-    for kind, split in LISTS:
-        if any(os.path.lexists(benchmark.lists / name) for name in _file_names(benchmark, kind, split)):
-            lists[kind, split] = benchmark.read(kind, split)
-    if not lists:
-        names = " and ".join(_file_names(benchmark, kind, "zero")[0] for kind in KINDS)
-        raise InputError(f"{benchmark.lists}: no list of images, such as {names}; see --zero_version")
-    return lists
 
 
 def _look_at_samples(benchmark, lists):
@@ -170,7 +136,6 @@ def _look(job):
 # What is odd: a line each, with what to do about it.
 
 _ADVICE = {  # of a sample: (what it is, what to do)
-    "missing": ("Missing", "Unpack the data again, or take them out of their lists."),
     "broken": ("Not readable as images", "Fetch them again, or take them out of their lists."),
     "blank": ("All of one shade", "Look at the originals; white lines on a transparent ground end like this."),
     "inverted": ("Mostly black", "Dark lines on white paper are expected: invert them."),
@@ -182,49 +147,12 @@ _ADVICE = {  # of a sample: (what it is, what to do)
     "tiny": ("Under 32 pixels high or wide", "The networks see a blur; look for larger originals."),
     "elongated": ("Over 4 times as long as wide", "They are squeezed into a square: crop or pad them."),
 }
-_USE = {
-    "train": "Training needs it.",
-    "test": "Add it, or train with --no_validation.",
-    "zero": "The zero-shot test needs it.",
-}
 
 
 def _some(names, count=3):
     """The first of many names: "a, b, c and 4 more"."""
     more = f" and {len(names) - count:,} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
-
-
-def _odd_lists(benchmark, lists):
-    """Lines about lists that are missing, paths that come twice, and folders that bear another class's name."""
-    places, twice = {}, {}
-    for key, files in lists.items():
-        for path in files.paths:
-            if path in places:
-                twice.setdefault((places[path], key), []).append(path)
-            places.setdefault(path, key)
-    for kind, split in LISTS:
-        if (kind, split) not in lists and (split != "test" or benchmark.protocol.has_validation):
-            yield f"No list of {LISTS[kind, split]} ({_file_names(benchmark, kind, split)[0]}). {_USE[split]}"
-    for (first, second), paths in twice.items():
-        where = "twice in their list" if first == second else f"in the list of {LISTS[first]}, too"
-        yield f"Listed twice: {len(paths):,} {LISTS[second]} are {where} ({_some(paths)}). Take out one line of each."
-    known = {_plain(name) for name in (*benchmark.seen_names, *benchmark.unseen_names)}
-    for (kind, split), files in lists.items():
-        own = [_plain(name) for name in _names(benchmark, split)]
-        wrong = []
-        for path, label in zip(files.paths, files.labels.tolist(), strict=True):
-            if (folder := _plain(basename(dirname(path)))) in known and folder != own[label]:
-                wrong.append(f"{path} as {_names(benchmark, split)[label]}")
-        if wrong:
-            yield (
-                f"Labelled otherwise than their folder is called: {len(wrong):,} {LISTS[kind, split]} "
-                f"({_some(wrong)}). See whether {files.source.name} and the class names belong together."
-            )
-
-
-def _plain(name):
-    return name.casefold().replace("_", " ").replace("-", " ")
 
 
 def _odd_counts(classes):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.errors import InputError, OneLineParser, number, seed
+from datasets.errors import InputError, OneLineParser, folder_name, number, seed
 from models import parallel
 from models.eval.workers import available_cores
 from models.networks import PRECISIONS
@@ -157,7 +157,7 @@ def _checkpoint_folder(protocol, zero_version=None):
 def _add_data(parser, protocol):
     parser.add_argument("--data_root", type=Path, default=Path(protocol.data_root), metavar="DIR", help="the data set")
     parser.add_argument(
-        "--zero_version", type=_folder_name, default=protocol.zero_version, metavar="NAME", help="its folder of lists"
+        "--zero_version", type=folder_name, default=protocol.zero_version, metavar="NAME", help="its folder of lists"
     )
 
 
@@ -185,10 +185,3 @@ def _interval(text):
     if not re.fullmatch(r"0*[1-9]\d{0,5}[smhe]", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not an interval like 10m, 30s, 2h, or 1e for epochs")
     return text
-
-
-def _folder_name(text):
-    name = text.rstrip("/")
-    if not name or name in (".", "..") or "/" in name or "\\" in name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder inside --data_root")
-    return name

@@ -43,7 +43,7 @@ def benchmark(tmp_path):
 
 def findings(root, decode=True, **kwargs):
     """(faults, notes) as lists of lines."""
-    _, checked = check_benchmark(root, decode=decode, **kwargs)
+    checked = check_benchmark(root, decode=decode, **kwargs)
     kinds = checked.findings.faults, checked.findings.notes
     return ([line for lines in each.values() for line in lines] for each in kinds)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from datasets import semantics
+from datasets.classes import SKETCHY_IDS
 from datasets.errors import InputError
 from datasets.filelists import FileList
 from datasets.semantics import imagenet_ids, photo_ids, semantic_mask
@@ -123,6 +124,17 @@ def test_of_several_ids_the_later_writes_over_the_earlier(wordnet):
     np.testing.assert_array_equal(mask[1], [1 / 3, 1, 1 / 4, 0, 0, 0, 1 / 3, 1 / 4])  # tabby's own 1 is gone
 
 
+def test_a_class_of_sketchy_has_its_published_row_whatever_the_order_of_a_list(wordnet, monkeypatch):
+    folder, ids = wordnet
+    published = [ids["tabby"], ids["siamese"]]
+    expected, _ = semantic_mask(["cat"], [published], folder)
+    assert (semantic_mask(["cat"], [published[::-1]], folder)[0] != expected).any()
+    monkeypatch.setattr(semantics, "SKETCHY_IDS", [" ".join(id_[1:] for id_ in published), "00000001 00000002"])
+    np.testing.assert_array_equal(semantic_mask(["cat"], [published[::-1]], folder)[0], expected)
+    assert len({frozenset(order.split()) for order in SKETCHY_IDS}) == 48
+    assert all(len(number) == 8 and number.isdigit() for order in SKETCHY_IDS for number in order.split())
+
+
 def test_ids_outrank_names_and_stay_without_a_note(wordnet):
     folder, ids = wordnet
     mask, notes = semantic_mask(["tabby", "tabby"], [[ids["lamp"]], []], folder)
@@ -175,7 +187,7 @@ def test_unknown_ids_are_left_out_and_told(wordnet):
 def test_photo_ids():
     paths = ["256x256/pig/n02395406_3.jpg", "pig/n02395406_7.jpg", "ext/n01234567_1/ext_4.jpg", "n00000002_1.JPEG"]
     paths += ["n00000001_9.jpg", "n123456789_1.jpg", "n01234567.jpg"]
-    files = FileList(None, None, paths, np.array([0, 0, 1, 2, 2, 1, 1]))
+    files = FileList(None, None, paths, np.array([0, 0, 1, 2, 2, 1, 1]), list(range(1, 8)))
     assert photo_ids(files, 4) == [["n02395406"], [], ["n00000002", "n00000001"], []]
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from datasets.errors import InputError
-from datasets.filelists import open_benchmark, write_list
+from datasets.filelists import LISTS, open_benchmark, write_list
 from datasets.summary import write_summary
 from datasets.survey import evenly, survey
 
@@ -67,14 +67,20 @@ class Page(HTMLParser):
             self.inside[0][-1] += data.strip("\n")
 
 
-def page_of(root, folder, protocol="sketchy", zero_version="zeroshot1", odd=()):
-    paths = write_summary(open_benchmark(protocol, root, zero_version), folder, odd)
+def opened(root):
+    """(Benchmark, its lists that are there)."""
+    benchmark = open_benchmark("sketchy", root)
+    return benchmark, {key: benchmark.read(*key) for key in LISTS if benchmark.path(*key).is_file()}
+
+
+def page_of(root, folder, odd=()):
+    paths = write_summary(*opened(root), folder, odd)
     assert paths[0] == folder / "summary.html"
     return Page(paths[0].read_text())
 
 
-def odd_of(root, protocol="sketchy"):
-    return survey(open_benchmark(protocol, root, "zeroshot1")).odd
+def odd_of(root):
+    return survey(*opened(root)).odd
 
 
 def add_lines(root, name, *rows):
@@ -133,8 +139,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(drawn, tmp_path, no_matplotl
 
 
 def test_the_same_folder_gives_the_same_bytes(drawn, tmp_path):
-    benchmark = open_benchmark("sketchy", drawn, "zeroshot1")
-    first, second = (write_summary(benchmark, tmp_path / name) for name in ("one", "two"))
+    first, second = (write_summary(*opened(drawn), tmp_path / name) for name in ("one", "two"))
     assert [path.name for path in first] == ["summary.html", "summary.png"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     with Image.open(first[1]) as picture:
@@ -155,8 +160,7 @@ def test_images_that_cannot_be_read_are_named_and_end_nothing(drawn, tmp_path):
     whole = (drawn / "photo of train/2.png").read_bytes()
     (drawn / "photo of train/2.png").write_bytes(whole[: len(whole) // 2])
     page = page_of(drawn, tmp_path / "out")
-    missing, broken = page.items
-    assert missing.startswith("Missing: 1 of the 12 sketches looked at (sketch of zero/0.png).")
+    (broken,) = page.items
     assert "2 of the 8 photos looked at (photo of zero/1.png, photo of train/2.png)." in broken
     gone = [image for image in page.images if "src" not in image]
     assert [image["title"] for image in gone] == ["sketch of zero/0.png", "photo of zero/1.png", "photo of train/2.png"]
@@ -168,11 +172,8 @@ def test_a_folder_without_any_image_has_a_page(drawn, tmp_path):
     for path in drawn.glob("*/*.png"):
         path.unlink()
     page = page_of(drawn, tmp_path / "out")
-    assert [line.split(" (")[0] for line in page.items] == [
-        "Missing: 12 of the 12 sketches looked at",
-        "Missing: 8 of the 8 photos looked at",
-    ]
-    assert "and 9 more" in page.items[0]
+    assert len([image for image in page.images if "src" not in image]) == 20
+    assert (tmp_path / "out" / "summary.png").exists()
 
 
 def test_names_are_shown_and_never_obeyed(drawn, tmp_path):
@@ -185,7 +186,7 @@ def test_names_are_shown_and_never_obeyed(drawn, tmp_path):
     assert not {"script", "i"} & set(page.tags)
     assert page.headings[:2] == [name + " " for name in names]
     assert [row[1] for row in page.rows[4:6]] == names
-    assert page.items[0] == "<script>&$\\x$" and '(<i>/"><img src=x>.png)' in page.items[1]
+    assert page.items == ["<script>&$\\x$"]
     assert '<i>/"><img src=x>.png' in {image["title"] for image in page.images}
     assert "<b>bold" not in (tmp_path / "out" / "summary.html").read_text()
 
@@ -200,28 +201,6 @@ def test_a_class_without_photos_is_named(drawn):
     name = PHOTOS.format("zero")
     write_list(drawn / "zeroshot1" / name, [("photo of zero/0.png", 0), ("photo of zero/1.png", 0)])
     assert [line.split(". ")[0] for line in odd_of(drawn)] == ["Far fewer unseen photos than the median of 1: cow 0"]
-
-
-def test_paths_that_come_twice_are_named(drawn):
-    add_lines(drawn, SKETCHES.format("test"), ("sketch of train/3.png", 1))
-    add_lines(drawn, PHOTOS.format("zero"), ("photo of zero/3.png", 1))
-    assert [line.split(" Take")[0] for line in odd_of(drawn)] == [
-        "Listed twice: 1 validation sketches are in the list of training sketches, too (sketch of train/3.png).",
-        "Listed twice: 1 unseen photos are twice in their list (photo of zero/3.png).",
-    ]
-
-
-def test_labels_that_contradict_a_folder_are_named(drawn):
-    for folder in ("Alarm_Clock", "cat"):
-        (drawn / folder).mkdir()
-        sketch(1).save(drawn / folder / "9.png")
-    add_lines(drawn, SKETCHES.format("train"), ("Alarm_Clock/9.png", 0), ("cat/9.png", 0))
-    add_lines(drawn, SKETCHES.format("test"), ("Alarm_Clock//9.png", 1))
-    start = "Labelled otherwise than their folder is called: 1"
-    assert [line.split(". See")[0] for line in odd_of(drawn)] == [
-        f"{start} training sketches (cat/9.png as alarm clock)",
-        f"{start} validation sketches (Alarm_Clock//9.png as cat)",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -258,9 +237,9 @@ def test_sizes_and_formats_come_most_frequent_first(drawn, tmp_path, no_matplotl
 
 
 def test_other_checks_have_the_first_word(drawn, tmp_path, no_matplotlib):
-    (drawn / "photo of zero/1.png").unlink()
+    (drawn / "photo of zero/1.png").write_text("no image")
     (own,) = odd_of(drawn)
-    page = page_of(drawn, tmp_path / "out", odd=["a line of another check", own])
+    page = page_of(drawn, tmp_path / "out", odd=["a line of another check"])
     assert page.items == ["a line of another check", own]
 
 
@@ -270,42 +249,19 @@ def test_lists_that_are_not_there_are_left_out(drawn, tmp_path, no_matplotlib):
         (lists / name).unlink()
     page = page_of(drawn, tmp_path / "out")
     assert page.rows[1:3] == [["sketches", "–", "–", "4", "4"], ["photos", "–", "–", "4", "4"]]
-    assert [line.split(" (")[0] for line in page.items] == [
-        "No list of training sketches",
-        "No list of validation sketches",
-        "No list of training photos",
-    ]
-    (lists / SKETCHES.format("zero")).rename(lists / "sketch_zero.txt")
-    page = page_of(drawn, tmp_path / "out", protocol="quickdraw")  # has no validation, and other names for its lists
-    assert page.rows[1] == ["sketches", "–", "–", "4", "4"]
-    assert [line.split(" (")[0] for line in page.items] == [
-        "No list of training sketches",
-        "No list of training photos",
-    ]
-
-
-def test_a_folder_without_lists_or_with_a_malformed_one_is_refused(drawn, tmp_path):
-    add_lines(drawn, PHOTOS.format("zero"), ("a.png", "seven"))
-    with pytest.raises(InputError, match=r"all_photo_filelist_zero.txt:5: expected 'path label'"):
-        page_of(drawn, tmp_path / "out")
-    for path in (drawn / "zeroshot1").glob("*filelist*"):
-        path.unlink()
-    with pytest.raises(InputError, match=r"no list of images, such as sketch_tx_.*--zero_version"):
-        page_of(drawn, tmp_path / "out")
-    assert not any((tmp_path / "out").glob("*"))
 
 
 def test_without_matplotlib_only_the_html_is_left(drawn, tmp_path, no_matplotlib):
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "summary.png").write_bytes(b"of an earlier time")
-    assert write_summary(open_benchmark("sketchy", drawn, "zeroshot1"), folder) == [folder / "summary.html"]
+    assert write_summary(*opened(drawn), folder) == [folder / "summary.html"]
     assert os.listdir(folder) == ["summary.html"]
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_the_work(drawn, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr("datasets.summary.survey", lambda benchmark: pytest.fail("looked at images first"))
+    monkeypatch.setattr("datasets.summary.survey", lambda *_: pytest.fail("looked at images first"))
     with pytest.raises(InputError, match=r"file.*cannot be written.*choose another folder"):
         page_of(drawn, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
