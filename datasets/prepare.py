@@ -162,10 +162,12 @@ def summarise(options):
     benchmark = open_benchmark(name, options.root, zero_version)
     published = set(PROTOCOLS[name].unseen_names) == set(benchmark.unseen_names)
     checked = check_benchmark(options.root, name if published else None, zero_version)
-    for path in write_summary(
-        checked.benchmark, checked.lists, options.out or benchmark.lists, list(checked.findings.lines())
-    ):
+    odd = list(checked.findings.lines())
+    pages = write_summary(checked.benchmark, checked.lists, options.out or benchmark.lists, odd)
+    for path in pages:
         print(f"page: {path}")
+    if len(pages) == 1:
+        print("note: no summary.png, matplotlib is not installed", file=sys.stderr)
 
 
 def make_miniature(options):

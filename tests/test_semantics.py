@@ -9,10 +9,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from datasets import semantics
+from datasets import prepare, semantics
 from datasets.classes import SKETCHY_IDS
 from datasets.errors import InputError
-from datasets.filelists import FileList
+from datasets.filelists import FileList, read_mask, write_list
 from datasets.semantics import imagenet_ids, photo_ids, semantic_mask
 
 nltk = pytest.importorskip("nltk", reason="NLTK is not installed: pip install -r requirements-wordnet.txt")
@@ -324,3 +324,29 @@ def test_real_rows_known_without_wordnet(real):
     assert real.relation(real.by_name("lion"))[[lion, tiger]].tolist() == [1, 1 / 3]
     assert np.flatnonzero(real.relation(real.by_name("pig")) == 1).tolist() == [341]
     assert real.relation(real.by_name("banana"))[954] == 1
+
+
+def test_the_command_writes_a_mask_and_replaces_one_only_by_force(wordnet, tiny, fails, capsys):
+    folder, ids = wordnet
+    write_list(tiny / "zeroshot1/cname_cid.txt", [("felines", 0), ("tabby", 1)])
+    rows = [(f"photo/{ids['cat']}_1.jpg", 0), (f"photo/{ids['lamp']}_2.jpg", 0), ("photo/3.jpg", 1)]
+    write_list(tiny / "zeroshot1/all_photo_filelist_train.txt", rows)
+    path = tiny / "zeroshot1/cid_mask.pickle"
+    command = "mask", tiny, "--protocol", "sketchy", "--wordnet", folder
+    before = path.read_bytes()
+    assert f"{path}: is there already; replace it with --force" in fails(prepare.main, *command)
+    assert "no data.noun of WordNet there" in fails(prepare.main, *command[:-1], tiny, "--force")
+    assert path.read_bytes() == before
+    capsys.readouterr()
+    prepare.main([*map(str, command), "--force"])
+    told = capsys.readouterr()
+    assert told.err == "tabby: by its name, tabby.n.01 (a tabby)\n" and told.out.startswith(f"{path}: 2 classes")
+    expected, _ = semantic_mask(["felines", "tabby"], [[ids["cat"], ids["lamp"]], []], folder)
+    np.testing.assert_array_equal(read_mask(path, 2, imagenet_classes=8), expected.astype(np.float32))
+
+
+def test_the_command_takes_names_where_there_is_no_list_of_photos(wordnet, tiny, capsys):
+    (tiny / "zeroshot1/all_photo_filelist_train.txt").unlink()
+    (tiny / "zeroshot1/cid_mask.pickle").unlink()
+    prepare.main(["mask", str(tiny), "--protocol", "sketchy", "--wordnet", str(wordnet[0])])
+    assert "alarm clock: WordNet knows no such name" in (told := capsys.readouterr().err) and "cat: by its name" in told

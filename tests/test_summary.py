@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
+from datasets import prepare
 from datasets.errors import InputError
 from datasets.filelists import LISTS, open_benchmark, write_list
 from datasets.summary import write_summary
@@ -318,3 +319,24 @@ def test_a_folder_may_have_any_name(drawn, tmp_path):
     page_of(root, tmp_path / "out", odd=[f"{root}: a line of another check"])
     assert "no utf-8: ? $\\x$" in (tmp_path / "out" / "summary.html").read_text()
     assert (tmp_path / "out" / "summary.png").exists()
+
+
+def test_the_command_takes_any_layout_and_tells_what_the_check_found(miniature, tmp_path, capsys):
+    prepare.main(["summary", str(miniature), "--out", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == [
+        f"page: {tmp_path / name}" for name in ("summary.html", "summary.png")
+    ]
+    page = Page((tmp_path / "summary.html").read_text())
+    assert len(page.headings) == 37 and page.rows[1] == ["sketches", "116", "29", "32", "177"]
+    assert [line.split(": ")[0] for line in page.items] == ["note"] and "like no ImageNet class" in page.items[0]
+
+
+def test_the_command_without_matplotlib_and_with_faulty_lists(drawn, capsys, no_matplotlib, fails):
+    add_lines(drawn, PHOTOS.format("zero"), ("a.png", "seven"))
+    prepare.main(["summary", str(drawn)])
+    told = capsys.readouterr()
+    assert told.out == f"page: {drawn / 'zeroshot1/summary.html'}\n" and "no summary.png, matplotlib" in told.err
+    page = Page((drawn / "zeroshot1/summary.html").read_text())
+    assert any(line.startswith("fault: ") and "txt:5: expected 'path label'" in line for line in page.items)
+    assert "--zero_version" in fails(prepare.main, "summary", drawn / "photo of zero")
+    assert "no such data folder" in fails(prepare.main, "summary", drawn / "nowhere")
