@@ -259,6 +259,8 @@ def _note_links(folder, names, root, findings):
 
 def _decode(lists, missing, findings):
     """Decode what is there: ({key: images that cannot be read}, (images, seconds))."""
+    import datasets.images  # noqa: F401, which brings torch: seconds, here once for all processes, and only if needed
+
     jobs, places = [], []
     for key, files in lists.items():
         absent = set(missing[key])
@@ -282,7 +284,7 @@ def _decode(lists, missing, findings):
 
 def _size(path):
     """(width, height) of a decoded image, or why it cannot be decoded."""
-    from datasets.images import read_rgb  # which brings torch, and that takes seconds
+    from datasets.images import read_rgb
 
     try:
         return read_rgb(path).size
