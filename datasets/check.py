@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from datasets.errors import InputError
-from datasets.filelists import CLASS_NAMES, LISTS, MASK, Benchmark, find_layout, open_benchmark, spelling
+from datasets.filelists import CLASS_NAMES, LISTS, MASK, Benchmark, check_root, find_layout, open_benchmark, spelling
 from datasets.processes import on_all_cores
 from datasets.protocols import PROTOCOLS
 
@@ -58,7 +58,7 @@ def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
     findings = Findings()
     custom = protocol_name is None
     try:
-        _check_root(root)
+        check_root(root)
         if custom:
             protocol_name, zero_version = find_layout(root, zero_version)
         benchmark = open_benchmark(
@@ -72,41 +72,32 @@ def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
         benchmark = replace(benchmark, protocol=replace(benchmark.protocol, title=title, published={}))
     _check_class_names(benchmark, custom, findings)
     lists = _read_lists(benchmark, custom, findings)
-    checked = Checked(benchmark, findings, lists)
     for (_, split), files in lists.items():
-        _check_labels(files, benchmark.names(split), split, findings)
+        _check_labels(files, benchmark, split, findings)
     _check_repeats(lists, findings)
     missing = {key: _missing(files, findings) for key, files in lists.items()}
     if any(missing.values()):
         for path in sorted(benchmark.root.iterdir()):
             if path.suffix in (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"):
                 findings.note("archives", f"{path}: an archive; images are missing, so unpack it again")
-    unreadable = dict.fromkeys(lists, 0)
-    if decode:
-        unreadable, checked.opened = _decode(lists, missing, findings)
+    unreadable, opened = _decode(lists, missing, findings) if decode else ({}, None)
     _check_mask(benchmark, custom, findings)
-    for key, files in lists.items():
-        published = benchmark.protocol.published.get(key)
-        if published not in (None, len(files)):
-            findings.note("counts", f"{files.source}: {len(files):,} images, published are {published:,}")
-        checked.rows.append(
-            {
-                "list": files.source.name,
-                "images": len(files),
-                "published": published,
-                "classes": len(np.unique(files.labels)),
-                "missing": len(missing[key]),
-                "unreadable": unreadable[key] if decode else None,
-            }
-        )
-    return checked
-
-
-def _check_root(root):
-    if os.path.isfile(root):
-        raise InputError(f"{root}: is a file; name the folder of the data set, unpacked")
-    if not os.path.isdir(root):
-        raise InputError(f"{root}: no such folder; name the folder of the data set")
+    rows = [
+        {
+            "list": files.source.name,
+            "images": len(files),
+            "published": benchmark.protocol.published.get(key),
+            "classes": len(np.unique(files.labels)),
+            "missing": len(missing[key]),
+            "unreadable": unreadable.get(key),
+        }
+        for key, files in lists.items()
+    ]
+    for row in rows:
+        if row["published"] not in (None, row["images"]):
+            counts = f"{row['images']:,} images, published are {row['published']:,}"
+            findings.note("counts", f"{benchmark.lists / row['list']}: {counts}")
+    return Checked(benchmark, findings, lists, rows, opened)
 
 
 def _check_class_names(benchmark, custom, findings):
@@ -169,10 +160,11 @@ def _other_lists(benchmark):
     return ""
 
 
-def _check_labels(files, names, split, findings):
+def _check_labels(files, benchmark, split, findings):
     """Labels agree with the class folders in the paths, and no class is without images."""
+    names, agree = benchmark.names(split), {}
     spellings = [spelling(name) for name in names]
-    known, agree = set(spellings), {}
+    known = set(map(spelling, benchmark.seen_names + benchmark.unseen_names))
     for index, path in enumerate(files.paths):
         folder, label = path.rsplit("/", 2)[-2:-1] or [""], files.labels[index]
         key = folder[0], label
@@ -245,7 +237,7 @@ def _names(folder):
 
 
 def _stem(name):
-    return name.rpartition(".")[0].casefold()
+    return os.path.splitext(name)[0].casefold()
 
 
 def _note_links(folder, names, root, findings):
@@ -268,17 +260,15 @@ def _decode(lists, missing, findings):
             if index not in absent:
                 jobs.append(files.root / path)
                 places.append((key, index))
-    began, unreadable, sizes = time.monotonic(), collections.Counter(), collections.Counter()
+    began, unreadable = time.monotonic(), collections.Counter()
     for (key, index), result in zip(places, on_all_cores(_size, jobs, "decoding"), strict=True):
         files = lists[key]
         if isinstance(result, str):
             unreadable[key] += 1
             findings.fault("unreadable images", f"{files.source}:{files.lines[index]}: {result}")
-        else:
-            sizes[result] += 1
-            if min(result) < 32:
-                small = f"{files.root / files.paths[index]}: only {result[0]} x {result[1]} pixels"
-                findings.note("small images", f"{files.source}:{files.lines[index]}: {small}")
+        elif min(result) < 32:
+            small = f"{files.root / files.paths[index]}: only {result[0]} x {result[1]} pixels"
+            findings.note("small images", f"{files.source}:{files.lines[index]}: {small}")
     return {key: unreadable[key] for key in lists}, (len(jobs), time.monotonic() - began)
 
 

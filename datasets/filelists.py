@@ -100,13 +100,19 @@ def open_benchmark(protocol_name, root=None, zero_version=None, complain=refuse)
     return Benchmark(protocol, root, lists, seen, unseen)
 
 
+def check_root(root):
+    """Raise InputError unless `root` is a folder."""
+    if not os.path.isdir(root):
+        what = "is a file, perhaps an archive to unpack" if os.path.exists(root) else "no such folder"
+        raise InputError(f"{root}: {what}; name the folder of the data set")
+
+
 def find_layout(root, zero_version=None):
     """(protocol name, folder of lists) of the first known layout found in `root`, a folder of any benchmark.
 
     zero_version: the folder of lists, where it is known. Raises InputError where there is none.
     """
-    if not os.path.isdir(root):
-        raise InputError(f"{root}: no such data folder; name one that holds image folders and a folder of lists")
+    check_root(root)
     folders = [zero_version] if zero_version else sorted(path.name for path in Path(root).iterdir())
     for name, protocol in PROTOCOLS.items():
         for folder in sorted(folders, key=lambda each: each != protocol.zero_version):

@@ -14,7 +14,7 @@ from pathlib import Path
 from datasets import errors
 from datasets.check import as_json, check_benchmark, print_checked
 from datasets.errors import InputError
-from datasets.filelists import MASK, find_layout, list_text, open_benchmark, write_list, write_mask
+from datasets.filelists import MASK, check_root, find_layout, list_text, open_benchmark, write_list, write_mask
 from datasets.files import write_json
 from datasets.layouts import lists_from_images, lists_from_lists
 from datasets.miniature import SEEN, UNSEEN, write_miniature
@@ -90,7 +90,7 @@ def _add_folder(add, custom=False):
 def make_lists(options):
     """Write the lists of a protocol, from images or from the lists of another release; all or none."""
     protocol = PROTOCOLS[options.protocol]
-    _check_is_folder(options.root)
+    check_root(options.root)
     if options.convert:
         lists, notes = lists_from_lists(protocol, options.root, options.convert)
     else:
@@ -138,7 +138,7 @@ def make_mask(options):
     """Write cid_mask.pickle of the seen classes; their WordNet ids come from the training photos, where those tell."""
     from datasets.semantics import photo_ids, semantic_mask  # which brings timm and with it torch
 
-    _check_is_folder(options.root)
+    check_root(options.root)
     benchmark = open_benchmark(options.protocol, options.root, options.zero_version)
     path = benchmark.lists / MASK
     if path.exists() and not options.force:
@@ -174,11 +174,6 @@ def make_miniature(options):
     """Draw the miniature benchmark into a folder that is new or empty."""
     write_miniature(options.root, options.seed)
     print(f"{options.root}: {len(SEEN)} seen and {len(UNSEEN)} unseen classes")
-
-
-def _check_is_folder(root):
-    if not root.is_dir():
-        raise InputError(f"{root}: {'is a file' if root.exists() else 'no such folder'}; name the data set's folder")
 
 
 if __name__ == "__main__":

@@ -99,6 +99,10 @@ FAULTS = {
         edit(ZERO, replaced(2, "sketch/cow/zero0.png 0")),
         r"_zero\.txt:3: 'sketch/cow/zero0\.png' has the label 0, which is 'bell'",
     ),
+    "seen class among the unseen": (
+        edit(ZERO, replaced(1, "sketch/cat/zero1.png 0")),
+        r"_zero\.txt:2: 'sketch/cat/zero1\.png' has the label 0, which is 'bell'",
+    ),
     "class without images": (edit(PHOTOS, lambda lines: lines[:2]), r"all_photo_filelist_zero\.txt: no image of 'cow'"),
     "class name twice": (
         edit("cname_cid.txt", lambda lines: [*lines, "cat 2"]),

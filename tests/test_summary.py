@@ -339,4 +339,4 @@ def test_the_command_without_matplotlib_and_with_faulty_lists(drawn, capsys, no_
     page = Page((drawn / "zeroshot1/summary.html").read_text())
     assert any(line.startswith("fault: ") and "txt:5: expected 'path label'" in line for line in page.items)
     assert "--zero_version" in fails(prepare.main, "summary", drawn / "photo of zero")
-    assert "no such data folder" in fails(prepare.main, "summary", drawn / "nowhere")
+    assert "no such folder" in fails(prepare.main, "summary", drawn / "nowhere")
