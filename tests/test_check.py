@@ -11,7 +11,7 @@ from PIL import Image
 
 from datasets import prepare
 from datasets.check import check_benchmark
-from datasets.filelists import read_mask, write_list, write_mask
+from datasets.filelists import find_layout, read_mask, write_list, write_mask
 from datasets.protocols import PROTOCOLS
 
 SEEN, UNSEEN = ["alarm clock", "cat"], ["bell", "cow"]
@@ -178,6 +178,10 @@ NOTES = {
     ),
     "link out of the root": (plant_outside_link, r"photo/bell: leads out of the data folder, to .*/bell"),
     "no validation": (lambda root: (root / "zeroshot1" / SKETCHES.format("test")).unlink(), r"--no_validation"),
+    "class not validated": (
+        edit(SKETCHES.format("test"), lambda lines: lines[:2]),
+        r"_test\.txt: no image of 'cat'",
+    ),
     "no mask": (lambda root: (root / "zeroshot1/cid_mask.pickle").unlink(), r"no semantic mask; .* --no_mask"),
     "odd mask": (
         lambda root: write_mask(root / "zeroshot1/cid_mask.pickle", np.full((2, 1000), 0.7)),
@@ -288,3 +292,11 @@ def test_a_mask_is_written_for_every_python_and_numpy(tmp_path):
     loaded = pickle.loads(content)
     assert loaded.keys() == {0, 1, 2} and (np.stack(list(loaded.values())) == np.eye(3, 1000)).all()
     assert (read_mask(tmp_path / "mask.pickle", 3) == np.eye(3, 1000)).all()
+
+
+def test_of_several_folders_of_lists_the_usual_one_is_found(benchmark, tmp_path):
+    shutil.copytree(benchmark / "zeroshot1", benchmark / "another")
+    assert find_layout(benchmark) == ("sketchy", "zeroshot1")
+    assert find_layout(benchmark, "another") == ("sketchy", "another")
+    shutil.rmtree(benchmark / "zeroshot1")
+    assert find_layout(benchmark) == ("sketchy", "another")
