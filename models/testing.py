@@ -291,8 +291,8 @@ def measure(features, options):
 
 def fit_codebooks(gallery, grid, seed, options):
     """({(M, K): codebook (M, K, D/M)}, {(M, K): why it could not be fitted}) for the grid, one core a row."""
-    # Few sub-spaces take longest and come first.
-    own, fitted = sorted(grid)[parallel.rank() :: parallel.processes()], {}
+    # Many sub-spaces take longest, as EM needs more iterations in narrow ones, and come first.
+    own, fitted = sorted(grid, reverse=True)[parallel.rank() :: parallel.processes()], {}
     with (
         workers() as pool,
         tqdm(total=len(own), desc="mixtures", unit="row", leave=False, disable=parallel.bar()) as progress,

@@ -101,10 +101,12 @@ def test_what_the_screen_leaves_out_is_below_the_last_bit(monkeypatch):
     assert sum(computed) == (components - 1) * len(points) * full.iterations  # nothing was left out this time
     assert full.iterations == screened.iterations
     torch.testing.assert_close(screened.means, full.means, rtol=0, atol=1e-12)
+    assert screened.lower_bound == pytest.approx(full.lower_bound, abs=1e-12)
 
 
-def test_a_bound_is_never_above_the_distance(monkeypatch):
-    points, components = cloud("one cloud", np.random.default_rng(2))
+@pytest.mark.parametrize("kind", ["one cloud", "far apart"])
+def test_a_bound_is_never_on_the_wrong_side_of_the_distance(kind, monkeypatch):
+    points, components = cloud(kind, np.random.default_rng(2))
     points, start = torch.from_numpy(points), torch.arange(len(points)) % components
     survivors, looked = mixture._Screen.survivors, []
 
@@ -113,6 +115,7 @@ def test_a_bound_is_never_above_the_distance(monkeypatch):
         for component, (mean, root) in enumerate(zip(fitted.means, fitted.roots, strict=True)):
             distances = ((fitted.points - mean) @ root.T).norm(dim=1)
             assert (screen.bounds[component] <= distances).all()
+            assert (screen.own >= distances * (1 - 1e-12))[screen.likeliest == component].all()
             left_out = torch.ones(len(points), dtype=torch.bool)
             left_out[parts[component]] = False
             assert (distances[left_out] ** 2 >= limits[component][left_out]).all()
