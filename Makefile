@@ -7,6 +7,7 @@
 PYTHON ?= python3
 SEED ?= 0
 DEMO ?= demo
+TRAIN ?=
 PY := .venv/bin/python
 MINIATURE := --data_root $(DEMO)/data --model convnextv2_atto --input_size 48
 
@@ -15,7 +16,7 @@ MINIATURE := --data_root $(DEMO)/data --model convnextv2_atto --input_size 48
 demo: .venv/ready
 	test -e $(DEMO)/data/zeroshot1/cid_mask.pickle || $(PY) -m datasets.prepare miniature $(DEMO)/data
 	$(PY) train_sketchy_ext.py $(MINIATURE) --finetune none --epochs 12 --warmup_epochs 6 --batch_size 30 \
-		--lr 1.5e-3 --weight_decay 0 --seed $(SEED) --savedir $(DEMO)/checkpoint --overwrite
+		--lr 1.5e-3 --weight_decay 0 --seed $(SEED) --savedir $(DEMO)/checkpoint --overwrite $(TRAIN)
 	$(PY) test_sketchy_ext_zeroshot.py $(MINIATURE) --clusters 6 7 8 9 10 --resume_dir $(DEMO)/checkpoint
 
 test: .venv/ready

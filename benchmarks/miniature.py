@@ -1,6 +1,7 @@
 """mAP@all of unseen classes on the miniature benchmark after `make demo`, beside chance and the untrained network.
 
     .venv/bin/python benchmarks/miniature.py --seeds 0 1 2
+    .venv/bin/python benchmarks/miniature.py --train "--precision bf16"
 
 The seed decides the start, the order, the augmentation and the noise; the images are the same. Takes minutes a seed.
 """
@@ -34,12 +35,15 @@ UNTRAINED = "--finetune none --epochs 1 --max_steps 1 --lr 0 --teacher_lr 0 --no
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--train", default="", metavar="OPTIONS", help="more options of the train script")
+    options = parser.parse_args()
     table = []
     with tempfile.TemporaryDirectory() as folder:
-        for seed in seeds:
+        for seed in options.seeds:
             start = time.perf_counter()
-            subprocess.run(["make", "demo", f"SEED={seed}", f"DEMO={folder}"], cwd=ROOT, check=True)
+            subprocess.run(
+                ["make", "demo", f"SEED={seed}", f"DEMO={folder}", f"TRAIN={options.train}"], cwd=ROOT, check=True
+            )
             seconds = time.perf_counter() - start
             rows = json.loads((Path(folder) / "checkpoint/results.json").read_text())["rows"]
             marked = [row["mAP@all"] for row in rows if row.get("K") == 8]
