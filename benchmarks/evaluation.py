@@ -20,10 +20,11 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import models  # noqa: E402, F401, I001, before NumPy, as in the scripts
+import numpy as np  # noqa: E402
 
 from benchmarks.peers import PEERS  # noqa: E402
 
