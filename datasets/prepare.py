@@ -38,53 +38,54 @@ def create_parser():
     def command(name, run, text):
         added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         added.set_defaults(run=run)
-        return added.add_argument
+        added.add_argument("root", type=Path, help="the data set")
+        return added
 
-    add = command("lists", make_lists, "write the lists of a benchmark from its image folders")
-    _add_folder(add)
-    add("--held_back", type=errors.number(int, 0, 10**6, "a whole number, 0 or more"), metavar="N",
+    lists = command("lists", make_lists, "write the lists of a benchmark from its image folders")
+    _add_protocol(lists)
+    _add_zero_version(lists, "the protocol's")
+    lists.add_argument("--held_back", type=errors.number(int, 0, 10**6, "a whole number, 0 or more"), metavar="N",
         help="sketches a seen class in the validation list, 0 for none (default: 50 for Sketchy, 10 for TU-Berlin Ext, "
         "0 for QuickDraw Ext)")  # fmt: skip
-    add("--seed", type=errors.seed, default=0, help="chooses the sketches that are held back")
-    add("--convert", type=errors.folder_name, metavar="NAME", help="take over the "
+    lists.add_argument("--seed", type=errors.seed, default=0, help="chooses the sketches that are held back")
+    lists.add_argument("--convert", type=errors.folder_name, metavar="NAME", help="take over the "
         "lists in this folder of another release, such as zeroshot0, whatever they are called")  # fmt: skip
-    add("--force", action="store_true", help="replace lists that are there")
+    lists.add_argument("--force", action="store_true", help="replace lists that are there")
 
-    add = command("mask", make_mask, "compute the semantic mask of the seen classes from WordNet 3.0")
-    _add_folder(add)
-    add("--wordnet", type=Path, metavar="DIR", help="WordNet 3.0's database files, or NLTK's folder of them "
-        "(default: where Debian's wordnet-base and NLTK put them)")  # fmt: skip
-    add("--force", action="store_true", help="replace a mask that is there")
+    mask = command("mask", make_mask, "compute the semantic mask of the seen classes from WordNet 3.0")
+    _add_protocol(mask)
+    _add_zero_version(mask, "the protocol's")
+    mask.add_argument("--wordnet", type=Path, metavar="DIR", help="WordNet 3.0's database files, or NLTK's folder of "
+        "them (default: where Debian's wordnet-base and NLTK put them)")  # fmt: skip
+    mask.add_argument("--force", action="store_true", help="replace a mask that is there")
 
-    add = command("check", check, "tell whether a benchmark folder is ready, with every fault by file and line")
-    _add_folder(add, custom=True)
-    add("--images", action="store_true", help="decode every image, too, on all cores")
-    add("--json", type=Path, metavar="FILE", help="write all findings there")
+    checked = command("check", check, "tell whether a benchmark folder is ready, with every fault by file and line")
+    either = checked.add_mutually_exclusive_group(required=True)
+    _add_protocol(either, required=False)
+    either.add_argument("--custom", action="store_true", help="a benchmark of its own, in any known layout")
+    _add_zero_version(checked, "the protocol's, or the first that is known")
+    checked.add_argument("--images", action="store_true", help="decode every image, too, on all cores")
+    checked.add_argument("--json", type=Path, metavar="FILE", help="write all findings there")
 
-    add = command("summary", summarise, "write a page to look at: classes, counts, sample images, what is odd")
-    add("root", type=Path, help="the data set")
-    add(
-        "--zero_version",
-        type=errors.folder_name,
-        metavar="NAME",
-        help="its folder of lists (default: the first that is known)",
+    summary = command("summary", summarise, "write a page to look at: classes, counts, sample images, what is odd")
+    _add_zero_version(summary, "the first that is known")
+    summary.add_argument(
+        "--out", type=Path, metavar="DIR", help="where summary.html and summary.png go (default: the folder of lists)"
     )
-    add("--out", type=Path, metavar="DIR", help="where summary.html and summary.png go (default: that folder)")
 
-    add = command("miniature", make_miniature, "draw the built-in miniature benchmark")
-    add("root", type=Path, help="a new or empty folder")
-    add("--seed", type=errors.seed, default=0, help="another seed draws other images")
+    miniature = command("miniature", make_miniature, "draw the built-in miniature benchmark into a new or empty folder")
+    miniature.add_argument("--seed", type=errors.seed, default=0, help="another seed draws other images")
     return parser
 
 
-def _add_folder(add, custom=False):
-    add("root", type=Path, help="the data set")
-    # argparse cannot say "one of two, one of them with a value" for a subparser's `add`, so `_protocol` does.
-    names = "|".join(PROTOCOLS)
-    add("--protocol", choices=PROTOCOLS, metavar=names, required=not custom, help="the benchmark")
-    add("--zero_version", type=errors.folder_name, metavar="NAME", help="its folder of lists (default: the protocol's)")
-    if custom:
-        add("--custom", action="store_true", help="instead of --protocol: a benchmark of its own, in any known layout")
+def _add_protocol(parser, **kwargs):
+    kwargs = {"required": True} | kwargs
+    parser.add_argument("--protocol", choices=PROTOCOLS, metavar="|".join(PROTOCOLS), help="the benchmark", **kwargs)
+
+
+def _add_zero_version(parser, default):
+    text = f"its folder of lists (default: {default})"
+    parser.add_argument("--zero_version", type=errors.folder_name, metavar="NAME", help=text)
 
 
 def make_lists(options):
@@ -100,6 +101,9 @@ def make_lists(options):
     new = {name: rows for name, rows in lists.items() if _content(folder / name) != list_text(rows)}
     if there := [name for name in new if (folder / name).exists() and not options.force]:
         raise InputError(f"{folder / there[0]}: is there and says something else; replace it with --force")
+    held_back = folder / protocol.list_names("sketch", "test")[0]
+    if held_back.exists() and held_back.name not in lists:
+        raise InputError(f"{held_back}: is there, but nothing is held back; move it away, or see --held_back")
     for line in notes:
         print(line, file=sys.stderr)
     for name, rows in lists.items():
@@ -121,8 +125,6 @@ def _published(protocol, name):
 
 def check(options):
     """Print a table of the lists and what was found; raise InputError unless the scripts will run."""
-    if options.custom == bool(options.protocol):
-        raise InputError("check: give either --protocol NAME, or --custom for a benchmark of its own")
     checked = check_benchmark(options.root, options.protocol, options.zero_version, options.images)
     print_checked(checked)
     if options.json:
@@ -159,7 +161,7 @@ def summarise(options):
 
     name, zero_version = find_layout(options.root, options.zero_version)
     name = protocol_of(name, zero_version)
-    benchmark = open_benchmark(name, options.root, zero_version)
+    benchmark = open_benchmark(name, options.root, zero_version, complain=lambda _: None)  # the check tells
     published = set(PROTOCOLS[name].unseen_names) == set(benchmark.unseen_names)
     checked = check_benchmark(options.root, name if published else None, zero_version)
     odd = list(checked.findings.lines())

@@ -189,6 +189,16 @@ def test_lists_are_replaced_only_by_force(quickdraw, fails):
     assert photos.read_bytes() == before
 
 
+def test_an_old_validation_list_is_not_left_beside_lists_that_hold_nothing_back(tmp_path, fails):
+    lay_out(tmp_path, PROTOCOLS["tuberlin"], count=2)
+    make(tmp_path, "--protocol", "tuberlin", "--held_back", 1)
+    train = tmp_path / "zeroshot/png_ready_filelist_train.txt"
+    before = train.read_bytes()
+    message = fails(prepare.main, "lists", tmp_path, "--protocol", "tuberlin", "--held_back", 0, "--force")
+    assert "png_ready_filelist_test.txt: is there, but nothing is held back; move it away" in message
+    assert train.read_bytes() == before
+
+
 def test_root_is_a_file(tmp_path, fails):
     (tmp_path / "data.zip").touch()
     assert "data.zip: is a file" in fails(prepare.main, "lists", tmp_path / "data.zip", "--protocol", "tuberlin")
