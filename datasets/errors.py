@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 # Of several processes that meet the same error, as torchrun starts them, one is heard (see models.parallel.connect).
 silent = os.environ.get("RANK", "0") != "0"
@@ -94,6 +95,8 @@ def _one_line(error):
         return str(error)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({str(error).splitlines()[0]}); train without --compile"
+    if isinstance(error, BrokenProcessPool):
+        return "a process that works on images was killed, perhaps for memory; make room and try again"
     if lost_worker(error):
         return "a process that decodes images was killed, perhaps for memory; lower --workers"
     if isinstance(error, MemoryError | RuntimeError):  # torch knows its own limits only as RuntimeError

@@ -239,7 +239,7 @@ def _lines(path):
 
 def _split_label(path, number, line, complain):
     name, _, label = line.rpartition(" ")
-    if not name.strip() or not label.isascii() or not label.isdigit() or len(label) > 9:
+    if not name.strip() or "\0" in name or not label.isascii() or not label.isdigit() or len(label) > 9:
         complain(f"{path}:{number}: expected 'path label' with a whole number 0.. at the end, found {line!r}")
         return None
     return name.strip(), int(label)

@@ -83,6 +83,7 @@ def _class_folders(source, classes, notes):
             continue
         if name in folders:
             raise InputError(f"{source}: {folders[name]!r} and {entry.name!r} are both the class {name!r}; merge them")
+        _check_name(entry.name, source)
         folders[name] = entry.name
         if entry.name != name:
             notes.append(f"note: {source / entry.name}: taken for the class {name!r}")
@@ -107,8 +108,7 @@ def _images(folder, notes):
         if not entry.name.lower().endswith(SUFFIXES) or not entry.is_file():
             others.append(entry.name)
             continue
-        if set("\r\n") & set(entry.name) or entry.name != entry.name.encode(errors="replace").decode():
-            raise InputError(f"{folder}: no list can hold the file name {entry.name!r}; rename it")
+        _check_name(entry.name, folder)
         names.append(entry.name)
     if not names:
         raise InputError(f"{folder}: holds no image; unpack the data again")
@@ -116,6 +116,11 @@ def _images(folder, notes):
     if others:
         notes.append(f"note: {folder}: {len(others)} files are no images, first {others[0]!r}: left out")
     return names
+
+
+def _check_name(name, folder):
+    if set("\r\n") & set(name) or name != name.encode(errors="replace").decode():
+        raise InputError(f"{folder}: no list can hold the name {name!r}; rename it")
 
 
 def _entries(folder):

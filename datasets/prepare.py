@@ -14,7 +14,7 @@ from pathlib import Path
 from datasets import errors
 from datasets.check import as_json, check_benchmark, print_checked
 from datasets.errors import InputError
-from datasets.filelists import MASK, check_root, find_layout, list_text, open_benchmark, write_list, write_mask
+from datasets.filelists import LISTS, MASK, check_root, find_layout, list_text, open_benchmark, write_list, write_mask
 from datasets.files import write_json
 from datasets.layouts import lists_from_images, lists_from_lists
 from datasets.miniature import SEEN, UNSEEN, write_miniature
@@ -101,6 +101,10 @@ def make_lists(options):
     new = {name: rows for name, rows in lists.items() if _content(folder / name) != list_text(rows)}
     if there := [name for name in new if (folder / name).exists() and not options.force]:
         raise InputError(f"{folder / there[0]}: is there and says something else; replace it with --force")
+    for key in LISTS if options.convert is None and not options.force else ():
+        for other in protocol.list_names(*key)[1:]:
+            if (folder / other).exists():
+                raise InputError(f"{folder / other}: is there and would no longer be read; see --convert and --force")
     held_back = folder / protocol.list_names("sketch", "test")[0]
     if held_back.exists() and held_back.name not in lists:
         raise InputError(f"{held_back}: is there, but nothing is held back; move it away, or see --held_back")
@@ -165,6 +169,8 @@ def summarise(options):
     published = set(PROTOCOLS[name].unseen_names) == set(benchmark.unseen_names)
     checked = check_benchmark(options.root, name if published else None, zero_version)
     odd = list(checked.findings.lines())
+    if not checked.lists:
+        raise InputError(f"{checked.benchmark.lists}: no list holds an image; see python -m datasets.prepare check")
     pages = write_summary(checked.benchmark, checked.lists, options.out or benchmark.lists, odd)
     for path in pages:
         print(f"page: {path}")

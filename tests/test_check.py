@@ -1,6 +1,7 @@
 """Every planted fault is found, with file and line, and a sound benchmark has none."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -80,6 +81,7 @@ FAULTS = {
     "no training list": (lambda root: (root / "zeroshot1" / TRAIN).unlink(), r"_train\.txt: no such list"),
     "empty list": (edit(TRAIN, lambda lines: []), r"_train\.txt: the list is empty"),
     "no label": (edit(PHOTOS, replaced(1, "photo/bell/zero1.png")), r"_zero\.txt:2: expected 'path label'"),
+    "torn line": (edit(PHOTOS, replaced(1, "photo/b\0ell/zero1.png 0")), r"_zero\.txt:2: expected 'path label'"),
     "label too high": (edit(PHOTOS, replaced(3, "photo/cow/zero1.png 2")), r"_zero\.txt:4: label 2 is outside 0\.\.1"),
     "absolute path": (edit(PHOTOS, replaced(0, "/photo/bell/zero0.png 0")), r"_zero\.txt:1: .* leaves the data folder"),
     "path out of root": (edit(PHOTOS, replaced(0, "../bell/zero0.png 0")), r"_zero\.txt:1: .* leaves the data folder"),
@@ -297,3 +299,12 @@ def test_of_several_folders_of_lists_the_usual_one_is_found(benchmark, tmp_path)
     assert find_layout(benchmark, "another") == ("sketchy", "another")
     shutil.rmtree(benchmark / "zeroshot1")
     assert find_layout(benchmark) == ("sketchy", "another")
+
+
+def test_a_killed_process_is_told_in_one_line(benchmark, fails, monkeypatch):
+    monkeypatch.setattr("datasets.check._size", _end)
+    assert "was killed, perhaps for memory" in fails(prepare.main, "check", benchmark, "--custom", "--images")
+
+
+def _end(_):
+    os._exit(1)

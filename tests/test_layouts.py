@@ -156,7 +156,8 @@ def _half(root):
         (_missing, r"images: 1 of 110 classes are missing, first 'bat'; rename 'batt' if that is it"),
         (_two, r"'Fire Hydrant' and 'fire_hydrant' are both the class 'fire_hydrant'; merge them"),
         (_empty, r"images/bat: holds no image; unpack the data again"),
-        (_name, r"images/bat: no list can hold the file name 'one\\rtwo\.png'; rename it"),
+        (_name, r"images/bat: no list can hold the name 'one\\rtwo\.png'; rename it"),
+        (lambda root: (root / "images/bat").rename(root / "images/b\nat"), r"can hold the name 'b\\nat'; rename it"),
         (_half, r"no folder images; unpack the data there"),
     ],
 )
@@ -197,6 +198,14 @@ def test_an_old_validation_list_is_not_left_beside_lists_that_hold_nothing_back(
     message = fails(prepare.main, "lists", tmp_path, "--protocol", "tuberlin", "--held_back", 0, "--force")
     assert "png_ready_filelist_test.txt: is there, but nothing is held back; move it away" in message
     assert train.read_bytes() == before
+
+
+def test_published_lists_under_another_name_are_not_put_aside(quickdraw, fails):
+    (quickdraw / "zeroshot").mkdir()
+    (quickdraw / "zeroshot/sketch_zero.txt").write_text("sketches/bat/1.png 0\n")
+    message = fails(prepare.main, "lists", quickdraw, "--protocol", "quickdraw")
+    assert "sketch_zero.txt: is there and would no longer be read" in message
+    assert len(list((quickdraw / "zeroshot").iterdir())) == 1
 
 
 def test_root_is_a_file(tmp_path, fails):

@@ -338,5 +338,8 @@ def test_the_command_without_matplotlib_and_with_faulty_lists(drawn, capsys, no_
     assert told.out == f"page: {drawn / 'zeroshot1/summary.html'}\n" and "no summary.png, matplotlib" in told.err
     page = Page((drawn / "zeroshot1/summary.html").read_text())
     assert any(line.startswith("fault: ") and "txt:5: expected 'path label'" in line for line in page.items)
+    for path in (drawn / "zeroshot1").glob("*filelist*"):
+        path.write_text("")
+    assert "zeroshot1: no list holds an image" in fails(prepare.main, "summary", drawn)
     assert "--zero_version" in fails(prepare.main, "summary", drawn / "photo of zero")
     assert "no such folder" in fails(prepare.main, "summary", drawn / "nowhere")
