@@ -89,7 +89,7 @@ def _add_zero_version(parser, default):
 
 
 def make_lists(options):
-    """Write the lists of a protocol, from images or from the lists of another release; all or none."""
+    """Write the lists of a protocol, from images or from those of another release, once all are found to be sound."""
     protocol = PROTOCOLS[options.protocol]
     check_root(options.root)
     if options.convert:
