@@ -26,7 +26,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from datasets.filelists import FileList, open_benchmark  # noqa: E402
+from datasets.benchmark import FileList, open_benchmark  # noqa: E402
 from datasets.images import IMAGENET_MEAN, IMAGENET_STD, draw_augmentation, normalise  # noqa: E402
 from datasets.zeroshot import TrainingImages, training_loader  # noqa: E402
 from models.alignment import alignment_losses  # noqa: E402
@@ -94,7 +94,7 @@ def images_of(options, folder):
     if options.data_root:
         benchmark = open_benchmark("sketchy", options.data_root)
         return benchmark.read("sketch", "train"), benchmark.read("photo", "train")
-    from datasets.miniature import write_miniature
+    from datasets.prepare.miniature import write_miniature
 
     write_miniature(folder / "small", seed=0, sketches=4, photos=4, held_back=1, workers=2)
     benchmark = open_benchmark("sketchy", folder / "small")

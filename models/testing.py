@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from datasets.benchmark import Benchmark, FileList, check_images, open_benchmark
 from datasets.errors import InputError, ends_in_one_line
-from datasets.filelists import Benchmark, FileList, check_images, open_benchmark
 from datasets.files import check_writable, digest, write_json
 from datasets.protocols import PROTOCOLS, protocol_of
 from datasets.zeroshot import evaluation_loader

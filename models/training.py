@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from datasets.benchmark import check_images, open_benchmark
 from datasets.errors import InputError, ends_in_one_line, lost_worker
-from datasets.filelists import check_images, open_benchmark
 from datasets.images import normalise
 from datasets.protocols import PROTOCOLS, protocol_of
 from datasets.zeroshot import evaluation_loader, training_loader

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from timm.models.convnext import ConvNeXt
 
-from datasets.filelists import write_list, write_mask
-from datasets.miniature import write_miniature
+from datasets.benchmark import write_list, write_mask
+from datasets.prepare.miniature import write_miniature
 
 GOLDEN = Path(__file__).parent / "golden"
 

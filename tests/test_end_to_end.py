@@ -18,7 +18,7 @@ import test_tuberlin_ext_zeroshot
 import train_quickdraw_ext
 import train_sketchy_ext
 import train_tuberlin_ext
-from datasets.miniature import UNSEEN
+from datasets.prepare.miniature import UNSEEN
 from models import testing
 from models.eval.metrics import average_precision, class_means, precision_at, rank
 from models.networks import Student, create_backbone

@@ -7,7 +7,7 @@ from PIL import Image
 
 import train_quickdraw_ext
 import train_sketchy_ext
-from datasets.filelists import write_list, write_mask
+from datasets.benchmark import write_list, write_mask
 from models import training
 from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST
 from models.networks import Student, Teacher

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from datasets.filelists import open_benchmark
+from datasets.benchmark import open_benchmark
 from datasets.zeroshot import PairedBatches, evaluation_loader, training_loader
 
 

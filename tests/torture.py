@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from datasets.miniature import write_miniature  # noqa: E402
+from datasets.prepare.miniature import write_miniature  # noqa: E402
 from models.checkpoints import LAST, PREVIOUS  # noqa: E402
 
 TRAIN = """--model convnextv2_atto --finetune none --input_size 32 --batch_size 12 --drop_path 0.2 --device cpu

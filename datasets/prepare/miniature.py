@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from datasets.drawings import CATEGORIES, box, line, oval
+from datasets.prepare.drawings import CATEGORIES, box, line, oval
 from datasets.errors import InputError
-from datasets.filelists import CLASS_NAMES, MASK, write_list, write_mask
-from datasets.processes import on_all_cores
+from datasets.benchmark import CLASS_NAMES, MASK, write_list, write_mask
+from datasets.prepare.pool import on_all_cores
 from datasets.protocols import PROTOCOLS
 
 UNSEEN = ["bell", "bicycle", "fish", "house", "mushroom", "rabbit", "sailboat", "umbrella"]

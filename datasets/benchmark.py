@@ -1,4 +1,4 @@
-"""The lists, class names and semantic masks of a benchmark folder, read with every line checked.
+"""The lists, class names and semantic masks of a benchmark folder, read and written; every line is checked.
 
     <root>/<zero_version>/<list>.txt     one image a line: `relative/path with spaces.png 12`, labels 0..C-1
     <root>/<zero_version>/cname_cid.txt  seen classes, `class name 12`; cname_cid_zero.txt the unseen ones

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import prepare
-from datasets.check import check_benchmark
-from datasets.filelists import find_layout, read_mask, write_list, write_mask
+from datasets.benchmark import find_layout, read_mask, write_list, write_mask
+from datasets.prepare import __main__ as prepare
+from datasets.prepare.check import check_benchmark
 from datasets.protocols import PROTOCOLS
 
 SEEN, UNSEEN = ["alarm clock", "cat"], ["bell", "cow"]
@@ -302,7 +302,7 @@ def test_of_several_folders_of_lists_the_usual_one_is_found(benchmark, tmp_path)
 
 
 def test_a_killed_process_is_told_in_one_line(benchmark, fails, monkeypatch):
-    monkeypatch.setattr("datasets.check._size", _end)
+    monkeypatch.setattr("datasets.prepare.check._size", _end)
     assert "was killed, perhaps for memory" in fails(prepare.main, "check", benchmark, "--custom", "--images")
 
 

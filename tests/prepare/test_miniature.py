@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import prepare
-from datasets.filelists import check_images, open_benchmark
-from datasets.miniature import CATEGORIES, SEEN, UNSEEN, draw_photo, draw_sketch, write_miniature
+from datasets.benchmark import check_images, open_benchmark
+from datasets.prepare import __main__ as prepare
+from datasets.prepare.miniature import CATEGORIES, SEEN, UNSEEN, draw_photo, draw_sketch, write_miniature
 
 
 def test_it_is_a_benchmark_in_the_layout_of_sketchy(miniature):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from datasets import prepare, semantics
+from datasets.benchmark import FileList, read_mask, write_list
 from datasets.classes import SKETCHY_IDS
 from datasets.errors import InputError
-from datasets.filelists import FileList, read_mask, write_list
-from datasets.semantics import imagenet_ids, photo_ids, semantic_mask
+from datasets.prepare.semantics import imagenet_ids, photo_ids, semantic_mask
 
 nltk = pytest.importorskip("nltk", reason="NLTK is not installed: pip install -r requirements-wordnet.txt")
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.errors import InputError
-from datasets.filelists import LISTS, Benchmark
+from datasets.benchmark import LISTS, Benchmark
 from datasets.images import read_rgb
 
 TILE = 96  # pixels of a thumbnail's longer side
@@ -62,7 +62,7 @@ class Survey:
 def survey(benchmark, lists):
     """Count `lists`, {(kind, split): FileList}, and look at samples of every class; returns a Survey.
 
-    Oddities are those of counts and samples; what is missing, or listed wrongly, is for datasets.check to find.
+    Oddities are those of counts and samples; what is missing, or listed wrongly, is for datasets.prepare.check to find.
     """
     classes = _look_at_samples(benchmark, lists)
     return Survey(benchmark, lists, classes, [*_odd_counts(classes), *_odd_images(classes)])

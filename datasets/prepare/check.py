@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from datasets.errors import InputError
-from datasets.filelists import CLASS_NAMES, LISTS, MASK, Benchmark, check_root, find_layout, open_benchmark, spelling
-from datasets.processes import on_all_cores
+from datasets.benchmark import CLASS_NAMES, LISTS, MASK, Benchmark, check_root, find_layout, open_benchmark, spelling
+from datasets.prepare.pool import on_all_cores
 from datasets.protocols import PROTOCOLS
 
 SHOWN = 3  # messages of one kind that are printed; all are in the JSON

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from datasets import prepare
+from datasets.benchmark import LISTS, open_benchmark, write_list
 from datasets.errors import InputError
-from datasets.filelists import LISTS, open_benchmark, write_list
-from datasets.summary import write_summary
-from datasets.survey import evenly, survey
+from datasets.prepare import __main__ as prepare
+from datasets.prepare.summary import write_summary
+from datasets.prepare.survey import evenly, survey
 
 SKETCHES, PHOTOS = "sketch_tx_000000000000_ready_filelist_{}.txt", "all_photo_filelist_{}.txt"
 
@@ -262,7 +262,7 @@ def test_without_matplotlib_only_the_html_is_left(drawn, tmp_path, no_matplotlib
 
 def test_a_folder_that_cannot_be_written_is_said_before_the_work(drawn, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr("datasets.summary.survey", lambda *_: pytest.fail("looked at images first"))
+    monkeypatch.setattr("datasets.prepare.summary.survey", lambda *_: pytest.fail("looked at images first"))
     with pytest.raises(InputError, match=r"file.*cannot be written.*choose another folder"):
         page_of(drawn, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"

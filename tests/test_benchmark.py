@@ -3,8 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from datasets.errors import InputError
-from datasets.filelists import (
+from datasets.benchmark import (
     check_images,
     open_benchmark,
     read_class_names,
@@ -13,6 +12,7 @@ from datasets.filelists import (
     write_list,
     write_mask,
 )
+from datasets.errors import InputError
 from datasets.protocols import PROTOCOLS
 
 

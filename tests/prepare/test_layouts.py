@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from datasets import prepare
+from datasets.benchmark import read_class_names, spelling
 from datasets.errors import InputError
-from datasets.filelists import read_class_names, spelling
-from datasets.layouts import lists_from_images
+from datasets.prepare import __main__ as prepare
+from datasets.prepare.layouts import lists_from_images
 from datasets.protocols import PROTOCOLS
 
 SIZES = {"sketchy": (100, 25), "sketchy_split": (104, 21), "tuberlin": (220, 30), "quickdraw": (80, 30)}

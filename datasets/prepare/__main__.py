@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 from datasets import errors
-from datasets.check import as_json, check_benchmark, print_checked
+from datasets.prepare.check import as_json, check_benchmark, print_checked
 from datasets.errors import InputError
-from datasets.filelists import LISTS, MASK, check_root, find_layout, list_text, open_benchmark, write_list, write_mask
+from datasets.benchmark import LISTS, MASK, check_root, find_layout, list_text, open_benchmark, write_list, write_mask
 from datasets.files import write_json
-from datasets.layouts import lists_from_images, lists_from_lists
-from datasets.miniature import SEEN, UNSEEN, write_miniature
+from datasets.prepare.layouts import lists_from_images, lists_from_lists
+from datasets.prepare.miniature import SEEN, UNSEEN, write_miniature
 from datasets.protocols import PROTOCOLS, protocol_of
 
 
@@ -142,7 +142,7 @@ def check(options):
 
 def make_mask(options):
     """Write cid_mask.pickle of the seen classes; their WordNet ids come from the training photos, where those tell."""
-    from datasets.semantics import photo_ids, semantic_mask  # which brings timm and with it torch
+    from datasets.prepare.semantics import photo_ids, semantic_mask  # which brings timm and with it torch
 
     check_root(options.root)
     benchmark = open_benchmark(options.protocol, options.root, options.zero_version)
@@ -161,7 +161,7 @@ def make_mask(options):
 
 def summarise(options):
     """Write summary.html and summary.png of a benchmark in any known layout."""
-    from datasets.summary import write_summary  # which brings torch
+    from datasets.prepare.summary import write_summary  # which brings torch
 
     name, zero_version = find_layout(options.root, options.zero_version)
     name = protocol_of(name, zero_version)

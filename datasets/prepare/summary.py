@@ -1,6 +1,6 @@
 """A page, HTML and PNG, on which to look at a benchmark folder before trusting it.
 
-Counts, image sizes, samples of every class and what is odd, as `datasets.survey` finds them. The HTML is one file and
+Counts, image sizes, samples of every class and what is odd, as `datasets.prepare.survey` finds them. The HTML is one file and
 has no scripts; the same folder gives the same bytes.
 """
 
@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.filelists import LISTS
+from datasets.benchmark import LISTS
 from datasets.files import check_writable, write_whole
-from datasets.survey import KINDS, TILE, evenly, survey
+from datasets.prepare.survey import KINDS, TILE, evenly, survey
 
 SPLITS = {"train": "training", "test": "validation", "zero": "unseen"}
 

@@ -18,7 +18,7 @@ from models.eval.metrics import (
     rank,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def ranking_of(hits, gallery_size):
