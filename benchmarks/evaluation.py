@@ -189,22 +189,23 @@ def codebooks_of(options, gallery):
 def ours_matching(options, dtype, queries=None, photos=None, rows="all"):
     import torch
 
-    from models.eval.evaluation import METRICS, evaluate
+    from models.eval.evaluation import evaluate
     from models.eval.features import Features
+    from models.eval.metrics import STANDARD
 
     gallery, gallery_labels, query, query_labels = load(options)
     rng = np.random.default_rng(2)
     some = np.sort(rng.choice(len(query), int(queries or len(query)), False))
     near = np.sort(rng.choice(len(gallery), int(photos or len(gallery)), False))
     features = Features(gallery[near], gallery_labels[near], query[some], query_labels[some])
-    codebooks = codebooks_of(options, gallery) if rows == "all" else {}
+    codebooks = {None: None} | (codebooks_of(options, gallery) if rows == "all" else {})
     start = time.perf_counter()
-    measured = evaluate(features, codebooks, options.device, getattr(torch, dtype))
+    measured = evaluate(features, codebooks, device=options.device, dtype=getattr(torch, dtype))
     seconds = time.perf_counter() - start
     np.save(options.folder / "ours.npy", measured[None]["mAP@all"].numpy())
     return {
         "seconds": seconds,
-        "metrics": [float(row[name].mean()) for row in measured.values() for name in METRICS],
+        "metrics": [float(row[name].mean()) for row in measured.values() for name in STANDARD],
     }
 
 
@@ -242,7 +243,8 @@ def plain_matching(options):
                 name = f"cluster {key[0]}"
                 seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
             values[key].append(plain_metrics(scores, gallery_labels == label, seconds, first=key is None))
-    ours = evaluate(Features(gallery, gallery_labels, query, query_labels), codebooks, dtype=torch.float64)
+    features = Features(gallery, gallery_labels, query, query_labels)
+    ours = evaluate(features, {None: None} | codebooks, dtype=torch.float64)
     worst = 0.0
     for key, pairs in values.items():
         for name, column in zip(("mAP@all", "Prec@100"), np.array(pairs).T, strict=True):

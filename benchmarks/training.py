@@ -28,10 +28,11 @@ sys.path.insert(0, str(ROOT))
 
 from datasets.benchmark import FileList, open_benchmark  # noqa: E402
 from datasets.images import IMAGENET_MEAN, IMAGENET_STD, draw_augmentation, normalise  # noqa: E402
-from datasets.zeroshot import TrainingImages, training_loader  # noqa: E402
-from models.alignment import alignment_losses  # noqa: E402
-from models.networks import Student, Teacher, create_backbone  # noqa: E402
-from models.training import create_optimizers, train_step  # noqa: E402
+from datasets.zeroshot import Loading, TrainingImages, training_loader  # noqa: E402
+from models.alignment import Batch, alignment_losses  # noqa: E402
+from models.networks import Student, Teacher, create_backbone, place  # noqa: E402
+from models.run import Run, create_optimizers  # noqa: E402
+from models.training import train_step  # noqa: E402
 
 SEEN = 100
 FORWARD = 4.47e9 * 2  # FLOPs of one image through ConvNeXt V2-Tiny at 224; backward takes twice as many
@@ -137,9 +138,9 @@ def step(options):
     for precision in options.precisions:
         for compiled in (False, True)[: 1 if options.no_compile else 2]:
             name = f"ours, {precision}" + (", --compile" if compiled else "")
-            cases[name] = our_case(network, batch, options, precision, compiled, bidirectional=True)
+            cases[name] = our_case(network, batch, precision, compiled)
     cases[f"ours, {options.precisions[0]}, warm-up"] = our_case(
-        network, batch, options, options.precisions[0], False, bidirectional=False
+        network, batch, options.precisions[0], bidirectional=False
     )
     cases["timm's step, student alone, fp32"] = timm_case(network, batch, options, "fp32")
     cases[f"timm's step, student alone, {options.precisions[-1]}"] = timm_case(
@@ -163,7 +164,7 @@ def example_batch(options):
     labels = torch.randint(0, SEEN, (count,), generator=generator)
     is_photo = (torch.arange(count) % 3 > 0).float()
     mask, noise = torch.rand(count, 1000, generator=generator), torch.randn(count, 768, generator=generator)
-    return [values.to(options.device) for values in (images, labels, is_photo, mask, noise)]
+    return Batch(*(values.to(options.device) for values in (images, labels, is_photo, mask, noise)))
 
 
 def plain_case(network, batch, options):
@@ -172,12 +173,11 @@ def plain_case(network, batch, options):
     optimizers = [torch.optim.Adam(part.parameters(), lr=1e-4, weight_decay=5e-4) for part in (student, teacher.head)]
 
     def run():
-        images, labels, is_photo, mask, noise = batch
-        values = normalise(images)
+        values = normalise(batch.images)
         for optimizer in optimizers:
             optimizer.zero_grad()
         with torch.backends.cudnn.flags(allow_tf32=False):
-            losses = alignment_losses(student(values), teacher(values), labels, is_photo, mask, noise, True)
+            losses = alignment_losses(student(values), teacher(values), batch, bidirectional=True)
             losses["total"].backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -185,19 +185,11 @@ def plain_case(network, batch, options):
     return run
 
 
-def our_case(network, batch, options, precision, compiled, bidirectional, parts=1, checkpointing=False):
-    networks = [each.to(options.device, memory_format=torch.channels_last) for each in pair(network)]
-    optimizers = create_optimizers(*networks, 1e-4, 1e-4, 5e-4)
-    networks[0].backbone.set_grad_checkpointing(checkpointing)
-    if compiled:
-        for each in networks:
-            each.compile()
-
-    def run():
-        images, *others = batch
-        train_step(*networks, optimizers, normalise(images), *others, bidirectional, parts, precision)
-
-    return run
+def our_case(network, batch, precision, compiled=False, bidirectional=True, parts=1, checkpointing=False):
+    networks = pair(network)
+    place(*networks, batch.images.device, checkpointing, compiled)
+    run = Run(*networks, create_optimizers(*networks, 1e-4, 1e-4, 5e-4))
+    return lambda: train_step(run, batch._replace(images=normalise(batch.images)), bidirectional, parts, precision)
 
 
 def timm_case(network, batch, options, precision):
@@ -206,11 +198,11 @@ def timm_case(network, batch, options, precision):
 
     model = copy.deepcopy(network).to(options.device, memory_format=torch.channels_last)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=5e-4)
-    images = normalise(batch[0]).contiguous(memory_format=torch.channels_last)
+    images = normalise(batch.images).contiguous(memory_format=torch.channels_last)
 
     def run():
         with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = F.cross_entropy(model(images), batch[1])
+            loss = F.cross_entropy(model(images), batch.labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -264,7 +256,7 @@ def memory(options):
 def one_memory(options):
     parts, checkpointing, precision = MEMORY[options.case]
     network = create_backbone("convnextv2_tiny")
-    run = our_case(network, example_batch(options), options, precision, False, True, parts, checkpointing)
+    run = our_case(network, example_batch(options), precision, False, True, parts, checkpointing)
     run()
     finish(options)
     start = time.perf_counter()
@@ -288,17 +280,21 @@ def whole(options):
         batch = example_batch(options)
         print("\n| from files | images/s |\n|---|---|")
         for name in ("loader alone", f"training, {options.precisions[-1]}"):
-            run = our_case(network, batch, options, options.precisions[-1], False, True)
-            feed = training_loader(sketches, photos, (third, 2 * third), 224, 0, options.workers, options.device)
+            networks = pair(network)
+            place(*networks, options.device)
+            run = Run(*networks, create_optimizers(*networks, 1e-4, 1e-4, 5e-4))
+            loading = Loading(224, options.batch_size, options.workers, options.device)
+            feed = training_loader(sketches, photos, loading, (third, 2 * third))
             seen, start = 0, None
             for images, labels, is_photo in feed:
                 if start is None:  # the first batch, while workers start, is not counted
                     start = time.perf_counter()
                     continue
                 if name != "loader alone":
-                    batch[:3] = (values.to(options.device, non_blocking=True) for values in (images, labels, is_photo))
-                    batch[3:] = (values[: len(images)] for values in batch[3:])
-                    run()
+                    own = (values.to(options.device, non_blocking=True) for values in (images, labels, is_photo))
+                    own = Batch(*own, batch.mask[: len(images)], batch.noise[: len(images)])
+                    own = own._replace(images=normalise(own.images))
+                    train_step(run, own, bidirectional=True, precision=options.precisions[-1])
                 seen += len(images)
                 if seen >= options.images:
                     break

@@ -3,6 +3,7 @@
     <root>/<zero_version>/<list>.txt     one image a line: `relative/path with spaces.png 12`, labels 0..C-1
     <root>/<zero_version>/cname_cid.txt  seen classes, `class name 12`; cname_cid_zero.txt the unseen ones
     <root>/<zero_version>/cid_mask.pickle  {label: float64 vector (1000,)}, by Python 2 or 3
+    <root>/<zero_version>/title.txt      optional, ours: a line, what tables and pictures call a benchmark of one's own
 
 Reading never touches an image; `check_images` is the only function that looks for them.
 """
@@ -28,6 +29,7 @@ LISTS = {  # (kind, split) of every list: what it holds
 }
 CLASS_NAMES = "cname_cid.txt", "cname_cid_zero.txt"  # of seen and of unseen classes
 MASK = "cid_mask.pickle"
+TITLE = "title.txt"
 _NEW_MASK = "make one with python -m datasets.prepare mask, or train without: --no_mask"
 
 
@@ -51,10 +53,23 @@ class FileList:
 
 
 @dataclass(frozen=True)
+class UnseenImages:
+    """The unseen-class part of a benchmark folder."""
+
+    photos: FileList  # the gallery
+    sketches: FileList  # the queries
+
+    def named(self):
+        """(FileList, what it holds), the gallery first."""
+        return (self.photos, "photos"), (self.sketches, "sketches")
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """A benchmark folder: where its lists lie and what its classes are called."""
 
     protocol: Protocol
+    title: str  # what tables and pictures call it
     root: Path
     lists: Path  # root/zero_version
     seen_names: list[str]
@@ -72,6 +87,18 @@ class Benchmark:
     def read(self, kind, split, complain=refuse):
         """FileList of `kind` and `split`, see `path` and `read_list`."""
         return read_list(self.path(kind, split), self.root, len(self.names(split)), complain)
+
+    def read_unseen(self):
+        """UnseenImages."""
+        return UnseenImages(self.read("photo", "zero"), self.read("sketch", "zero"))
+
+    def check_seen_classes(self, count):
+        """Raise InputError unless it has `count` seen classes; None is any number."""
+        if count not in (None, len(self.seen_names)):
+            raise InputError(
+                f"--nb_classes {count}: {self.lists / CLASS_NAMES[0]} lists {len(self.seen_names)} seen classes; leave "
+                "the option out, or see --zero_version (the outputs of the ImageNet head are --imagenet_classes)"
+            )
 
     def read_mask(self, imagenet_classes=1000):
         """Semantic mask (seen classes, imagenet_classes) float32."""
@@ -97,7 +124,16 @@ def open_benchmark(protocol_name, root=None, zero_version=None, complain=refuse)
     seen, unseen = (read_class_names(lists / name, complain) for name in CLASS_NAMES)
     if both := sorted(set(seen) & set(unseen)):
         complain(f"{lists}: {both[0]!r} is in cname_cid.txt and in cname_cid_zero.txt; unseen classes must be new")
-    return Benchmark(protocol, root, lists, seen, unseen)
+    return Benchmark(protocol, _title(protocol, lists, seen, unseen), root, lists, seen, unseen)
+
+
+def _title(protocol, lists, seen, unseen):
+    """The line of title.txt; without one, the protocol's title if the classes are its own, else the folder's name."""
+    if os.path.isfile(lists / TITLE):
+        return _lines(lists / TITLE)[0][1]
+    pairs = ((seen, protocol.seen_names), (unseen, protocol.unseen_names))
+    published = all(set(map(spelling, own)) == set(map(spelling, names)) for own, names in pairs)
+    return protocol.title if published else lists.parent.resolve().name
 
 
 def check_root(root):
@@ -186,7 +222,9 @@ def read_mask(path, classes, imagenet_classes=1000):
     except (TypeError, ValueError, OverflowError):
         rows = np.full((1, 1), np.nan)
     if rows.shape != (classes, imagenet_classes) or not np.isfinite(rows).all():
-        raise InputError(f"{path}: every class needs a vector of {imagenet_classes} finite numbers (see --nb_classes)")
+        raise InputError(
+            f"{path}: every class needs a vector of {imagenet_classes} finite numbers (see --imagenet_classes)"
+        )
     return rows
 
 

@@ -6,13 +6,9 @@ its traceback.
 
 import argparse
 import functools
-import os
 import re
 import sys
 from concurrent.futures.process import BrokenProcessPool
-
-# Of several processes that meet the same error, as torchrun starts them, one is heard (see models.parallel.connect).
-silent = os.environ.get("RANK", "0") != "0"
 
 
 class InputError(ValueError):
@@ -20,13 +16,13 @@ class InputError(ValueError):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, too, and whose help names every default worth naming."""
+    """An ArgumentParser that raises InputError for a wrong command line, and whose help names the defaults."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        self.exit(2, None if silent else f"error: {message} (see --help)\n")
+        raise InputError(f"{message} (see --help)")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -61,24 +57,30 @@ def folder_name(text):
     return name
 
 
-def ends_in_one_line(command):
-    """Let a command line end what a user can mend in one line (status 2) and Ctrl-C in one word (status 130)."""
+def ends_in_one_line(speaks=lambda: True):
+    """A decorator: the command line ends what a user can mend in one line (status 2), Ctrl-C in one word (status 130).
 
-    @functools.wraps(command)
-    def wrapped(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except KeyboardInterrupt:
-            message, status = "interrupted", 130
-        except Exception as error:
-            if (message := _one_line(error)) is None:
-                raise
-            message, status = f"error: {message}", 2
-        if not silent:
-            print(message, file=sys.stderr)
-        raise SystemExit(status)
+    speaks: tells whether this process prints that line; of several processes that meet the same error one is enough.
+    """
 
-    return wrapped
+    def decorate(command):
+        @functools.wraps(command)
+        def wrapped(*args, **kwargs):
+            try:
+                return command(*args, **kwargs)
+            except KeyboardInterrupt:
+                message, status = "interrupted", 130
+            except Exception as error:
+                if (message := _one_line(error)) is None:
+                    raise
+                message, status = f"error: {message}", 2
+            if speaks():
+                print(message, file=sys.stderr)
+            raise SystemExit(status)
+
+        return wrapped
+
+    return decorate
 
 
 def lost_worker(error):

@@ -1,6 +1,6 @@
 """The four benchmarks as data: folders, lists, batches, schedule and metrics, as in arXiv:2312.10320 and its release.
 
-All else is shared; a benchmark differs from another only here.
+Everything else is shared by all of them: two benchmarks differ only in their rows here.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from datasets import classes
 class Protocol:
     """What differs between benchmarks."""
 
+    name: str  # what --protocol calls it
     title: str
     data_root: str  # where its download goes
     zero_version: str  # folder of the lists, inside data_root
@@ -29,12 +30,11 @@ class Protocol:
     sketch_share: int  # of a batch: sketches to photos, as sketch_share to photo_share
     photo_share: int
     batch_size: int
-    warmup_epochs: int  # the last epoch (from 0) in which only the student learns
+    last_warmup_epoch: int  # E_w: in epochs 0..E_w only the student learns
     teacher_lr: float
     clusters: tuple[int, ...]  # K
     subspaces: tuple[int, ...]  # M
-    map_at: int | None  # None ranks the whole gallery
-    prec_at: int
+    metrics: tuple[str, ...]  # of its table, as models.eval.metrics.metric takes them; the first one sorts pictures
 
     @property
     def seen_classes(self):
@@ -55,11 +55,6 @@ class Protocol:
         """(sketches, photos) in a batch of `batch_size`: B//3 + 2·(B//3), or B//10 + 9·(B//10)."""
         unit = batch_size // (self.sketch_share + self.photo_share)
         return unit * self.sketch_share, unit * self.photo_share
-
-    @property
-    def metrics(self):
-        """Names of its two metrics, such as ("mAP@all", "Prec@100")."""
-        return f"mAP@{self.map_at or 'all'}", f"Prec@{self.prec_at}"
 
     @property
     def kept_checkpoint(self):
@@ -94,13 +89,14 @@ _SKETCHY = dict(
     sketch_share=1,
     photo_share=2,
     batch_size=210,
-    warmup_epochs=9,
+    last_warmup_epoch=9,
     teacher_lr=1e-4,
     subspaces=(2, 4),
 )
 
-PROTOCOLS = {
-    "sketchy": Protocol(
+_ROWS = (
+    Protocol(
+        name="sketchy",
         title="Sketchy Ext",
         zero_version="zeroshot1",
         checkpoint="checkpoint/sketchy/zeroshot1",
@@ -114,11 +110,11 @@ PROTOCOLS = {
             ("photo", "zero"): 17_101,
         },
         clusters=tuple(range(22, 29)),
-        map_at=None,
-        prec_at=100,
+        metrics=("mAP@all", "Prec@100"),
         **_SKETCHY,
     ),
-    "sketchy_split": Protocol(
+    Protocol(
+        name="sketchy_split",
         title="Sketchy Ext Split",
         zero_version="zeroshot2",
         checkpoint="checkpoint/sketchy/zeroshot2",
@@ -131,11 +127,11 @@ PROTOCOLS = {
             ("photo", "zero"): 12_553,
         },
         clusters=tuple(range(18, 25)),
-        map_at=200,
-        prec_at=200,
+        metrics=("mAP@200", "Prec@200"),
         **_SKETCHY,
     ),
-    "tuberlin": Protocol(
+    Protocol(
+        name="tuberlin",
         title="TU-Berlin Ext",
         data_root="datasets/TUBerlin",
         zero_version="zeroshot",
@@ -158,14 +154,14 @@ PROTOCOLS = {
         sketch_share=1,
         photo_share=9,
         batch_size=210,
-        warmup_epochs=5,
+        last_warmup_epoch=5,
         teacher_lr=5e-5,
         clusters=tuple(range(27, 34)),
         subspaces=(2, 4),
-        map_at=None,
-        prec_at=100,
+        metrics=("mAP@all", "Prec@100"),
     ),
-    "quickdraw": Protocol(
+    Protocol(
+        name="quickdraw",
         title="QuickDraw Ext",
         data_root="datasets/QuickDraw",
         zero_version="zeroshot",
@@ -183,14 +179,14 @@ PROTOCOLS = {
         sketch_share=1,
         photo_share=9,
         batch_size=110,
-        warmup_epochs=3,
+        last_warmup_epoch=3,
         teacher_lr=1e-4,
         clusters=tuple(range(27, 34)),
         subspaces=(2,),
-        map_at=None,
-        prec_at=200,
+        metrics=("mAP@all", "Prec@200"),
     ),
-}
+)
+PROTOCOLS = {row.name: row for row in _ROWS}
 
 
 def protocol_of(name, zero_version):

@@ -5,12 +5,23 @@ changes a run.
 """
 
 import signal
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.images import draw_augmentation, read_rgb, resize, warp
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How images are read."""
+
+    size: int = 224  # side of an input image, in pixels
+    batch_size: int = 64
+    workers: int = 0  # processes that decode; 0: the caller's own
+    device: str = "cpu"  # where batches go
 
 
 class ImageList(Dataset):
@@ -90,30 +101,29 @@ class PairedBatches(Sampler):
             yield rng.permutation(np.concatenate([order[step * size : (step + 1) * size] for order, size in pairs]))
 
 
-def training_loader(sketches, photos, split, size, seed, workers, device, share=slice):
-    """Loader of (images uint8, labels int64, is_photo float32) batches; `split` = (sketches, photos) in a batch.
+def training_loader(sketches, photos, loading, split, seed=0, share=slice):
+    """Loader of (images uint8, labels int64, is_photo float32) batches.
 
-    share: which part of each batch is this process's, as a slice of its length.
-
-    Set `loader.batch_sampler.epoch`, and `start` and `stop` for a part of an epoch, before each epoch.
+    loading: a Loading; split: (sketches, photos) in a batch; share: which part of each batch is this process's, as a
+    function from its length to a slice. Before each epoch set `loader.batch_sampler.epoch`, and `start` and `stop` for
+    a part of it.
     """
-    batches = PairedBatches(len(sketches), len(photos), *split, seed, share)
     return DataLoader(
-        TrainingImages(sketches, photos, size, seed),
-        batch_sampler=batches,
+        TrainingImages(sketches, photos, loading.size, seed),
+        batch_sampler=PairedBatches(len(sketches), len(photos), *split, seed, share),
         collate_fn=_collate_training,
-        persistent_workers=workers > 0,
-        **_workers(workers, device),
+        persistent_workers=loading.workers > 0,
+        **_workers(loading),
     )
 
 
-def evaluation_loader(files, size, batch_size, workers, device, start=0, stop=None):
-    """Loader of (images uint8, labels int64) batches in list order, from index `start` to before `stop`."""
+def evaluation_loader(files, loading, start=0, stop=None):
+    """Loader of (images uint8, labels int64) batches of a FileList in order, from index `start` to before `stop`."""
     return DataLoader(
-        ImageList(files, size, start, stop),
-        batch_size=batch_size,
+        ImageList(files, loading.size, start, stop),
+        batch_size=loading.batch_size,
         collate_fn=_collate_evaluation,
-        **_workers(workers, device),
+        **_workers(loading),
     )
 
 
@@ -132,9 +142,9 @@ def _stack(images):
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
-def _workers(workers, device):
-    pinned = torch.device(device).type == "cuda"
-    return dict(num_workers=workers, pin_memory=pinned, worker_init_fn=_leave_interrupts_to_the_main_process)
+def _workers(loading):
+    pinned = torch.device(loading.device).type == "cuda"
+    return dict(num_workers=loading.workers, pin_memory=pinned, worker_init_fn=_leave_interrupts_to_the_main_process)
 
 
 def _leave_interrupts_to_the_main_process(_):

@@ -4,10 +4,40 @@ B images of a batch, C seen classes, J ImageNet classes, D features. Follows the
 without photos costs 0 instead of NaN. Stands alone: no network, no data.
 """
 
+from typing import NamedTuple
+
+import torch
 from torch.nn import functional as F
 
+TERMS = ("cls", "ka_student", "ma", "ka_teacher")  # L_cls, L_ka^S, L_ma, L_ka^T
 MASK_WEIGHT = 0.3  # of the semantic mask, added to the logits of the side that is learnt from
 MODALITY_WEIGHT = 0.1  # of L_ma in the student's loss
+
+
+class Batch(NamedTuple):
+    """What a training step learns from: tensors with one row an image, on one device."""
+
+    images: torch.Tensor  # (B, 3, H, W), normalised
+    labels: torch.Tensor  # (B,) int64, seen classes from 0
+    is_photo: torch.Tensor  # (B,) 1 for a photo, 0 for a sketch
+    mask: torch.Tensor  # (B, J) rows of the semantic mask, or (B, 1) zeros for none
+    noise: torch.Tensor  # (B, D) standard normal, drawn anew for each step
+
+    def parts(self, count):
+        """At most `count` Batches of about the same size, in order."""
+        return [Batch(*part) for part in zip(*(values.chunk(count) for values in self), strict=True)]
+
+
+class Counts(NamedTuple):
+    """By what the losses of a batch are divided."""
+
+    images: torch.Tensor  # scalar
+    photos: torch.Tensor  # scalar
+
+    @classmethod
+    def of(cls, batch):
+        """Counts of a Batch."""
+        return cls(batch.is_photo.new_full((), len(batch.labels)), batch.is_photo.sum())
 
 
 def classification_loss(seen_logits, labels, images=None):
@@ -18,9 +48,9 @@ def classification_loss(seen_logits, labels, images=None):
 def knowledge_loss(learner_logits, source_logits, mask, is_photo, photos=None):
     """L_ka: cross entropy of the learner (B, J) with the source's (B, J) softened view of each photo, over `photos`.
 
-    mask: (B, J) rows of the semantic mask, or 0 for none; is_photo: (B,) 1 for a photo, 0 for a sketch (no part in it);
-    photos: a number or scalar tensor (default: those of the batch).
-    The source is not detached here: in L_ka^T the student, as source, keeps its gradient.
+    mask: (B, J) rows of the semantic mask, or (B, 1) zeros for none; is_photo: (B,) 1 for a photo, 0 for a sketch,
+    which has no part in it; photos: a scalar tensor (default: the photos of the batch).
+    The source is not detached: in L_ka^T the student, which is the source there, keeps its gradient.
     """
     target = F.softmax(source_logits + MASK_WEIGHT * mask, dim=1)
     cross_entropy = -(target * F.log_softmax(learner_logits, dim=1)).sum(dim=1)
@@ -34,31 +64,25 @@ def modality_loss(features, noise, images=None):
     return divergence / (len(features) if images is None else images)
 
 
-def alignment_losses(student, teacher_logits, labels, is_photo, mask, noise, bidirectional, whole=(None, None)):
-    """All losses of a batch: {"cls", "ka_student", "ma", "ka_teacher" (0 in warm-up), "student", "total"}.
+def alignment_losses(student, teacher_logits, batch, bidirectional, counts=None):
+    """All losses of a Batch: a dict of TERMS (ka_teacher is 0 in warm-up), "student" and "total".
 
-    student: its seen_logits, imagenet_logits and features; teacher_logits (B, J).
-    whole: (images, photos as a scalar tensor) of the batch that this is a part of; losses and gradients of its parts
-    then add up to those of the whole.
-    One backward pass of "total" leaves the gradients that the release gets from two: there the backward of
-    "student" = L_cls + L_ka^S + 0.1 L_ma comes first, then the teacher's gradient is cleared, then comes that of
-    L_ka^T, from which the student learns too. Clearing it equals detaching the teacher in L_ka^S.
+    student: a StudentOutput, its seen_logits, imagenet_logits and features; teacher_logits: (B, J).
+    counts: Counts of the batch that this one is a part of (default: its own). Losses and gradients of all parts then
+    add up to those of the whole batch.
+    One backward pass of "total" leaves the gradients that the release gets from two. It first takes the gradient of
+    "student" = L_cls + L_ka^S + 0.1 L_ma, then clears that of the teacher, and then adds the gradient of L_ka^T, from
+    which the student learns, too. Detaching the teacher in L_ka^S has the same effect as clearing its gradient.
     """
-    images, photos = whole
-    cls = classification_loss(student.seen_logits, labels, images)
-    ka_student = knowledge_loss(student.imagenet_logits, teacher_logits.detach(), mask, is_photo, photos)
-    ma = modality_loss(student.features, noise, images)
+    images, photos = counts or Counts.of(batch)
+    cls = classification_loss(student.seen_logits, batch.labels, images)
+    ka_student = knowledge_loss(student.imagenet_logits, teacher_logits.detach(), batch.mask, batch.is_photo, photos)
+    ma = modality_loss(student.features, batch.noise, images)
     student_loss = cls + ka_student + MODALITY_WEIGHT * ma
     if bidirectional:
-        ka_teacher = knowledge_loss(teacher_logits, student.imagenet_logits, mask, is_photo, photos)
+        ka_teacher = knowledge_loss(teacher_logits, student.imagenet_logits, batch.mask, batch.is_photo, photos)
         total = student_loss + ka_teacher
     else:
         ka_teacher, total = student_loss.new_zeros(()), student_loss
-    return {
-        "cls": cls,
-        "ka_student": ka_student,
-        "ma": ma,
-        "ka_teacher": ka_teacher,
-        "student": student_loss,
-        "total": total,
-    }
+    terms = {"cls": cls, "ka_student": ka_student, "ma": ma, "ka_teacher": ka_teacher}
+    return terms | {"student": student_loss, "total": total}

@@ -1,4 +1,10 @@
-"""Checkpoints of training: a run that is killed at any moment goes on from the last one as if nothing had happened."""
+"""Checkpoints of training: a run that is killed at any moment goes on from the last one as if nothing had happened.
+
+    checkpoint/.../{model_best,checkpoint}.pth.tar  {'epoch', 'state_dict', 'best_acc1', 'optimizer', 'optimizer_1'},
+                                                    the student with `linear`, each name prefixed `module.`
+
+What this project adds (teacher, options, history, ...) stands beside the authors' keys, so checkpoints move both ways.
+"""
 
 import os
 import re
@@ -10,10 +16,11 @@ from pathlib import Path
 import torch
 
 from datasets.errors import InputError
-from datasets.files import check_writable, digest, write_json
-from models.networks import Student, Teacher
-from models.options import note, run_record
-from models.weights import load_published, read_checkpoint, save_checkpoint
+from datasets.files import check_writable, digest, write_json, write_whole
+from models import parallel
+from models.networks import Student
+from models.run import MEASURES
+from models.weights import UnreadableFile, backbone_of, gist, load_published, published_state, read_torch
 
 LAST, BEST, BEST_AFTER_WARMUP = "checkpoint.pth.tar", "model_best.pth.tar", "best_after_warmup.pth.tar"
 PREVIOUS = "checkpoint.previous.pth.tar"  # what LAST was before, for a disk that tears it
@@ -23,35 +30,27 @@ NAMES = (LAST, PREVIOUS, BEST, BEST_AFTER_WARMUP)
 HARMLESS = {
     *("data_root", "savedir", "resume", "overwrite", "workers", "device"),
     *("save_every", "print_freq", "eval_every"),
+    "nb_classes",  # is checked against the class names, and those by their digest
 }
 
 
-@dataclass
-class Run:
-    """What training changes, and a checkpoint holds."""
-
-    student: Student
-    teacher: Teacher
-    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]  # student's, teacher's
-    history: list[dict] = field(default_factory=list)  # one entry an epoch, see models.training.train
-    step: int = 0  # steps done in the epoch after those
-    sums: torch.Tensor | None = None  # of what was measured in these steps, see models.training.MEASURES
-    data: dict = field(default_factory=dict)  # SHA-256 of the lists and mask of a resumed run
-    source: Path | None = None  # checkpoint that it was resumed from
-
-    def learnt(self):
-        """The parameters that training changes."""
-        return [value for optimizer in self.optimizers for group in optimizer.param_groups for value in group["params"]]
-
-
 class SaveSchedule:
-    """When to save: `every` is "10m", "30s", "2h" (and at the end of each epoch), or "3e" for every third epoch."""
+    """When to save: `every` is "10m", "30s", "2h" (and at the end of each epoch), or "3e" for every third epoch.
 
-    def __init__(self, every):
-        number, unit = re.fullmatch(r"(\d+)([smhe])", every).groups()
-        self.epochs = int(number) if unit == "e" else 1
-        self.seconds = None if unit == "e" else int(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    Raises ValueError for any other text.
+    """
+
+    def __init__(self, every="1e"):
+        if not (parts := re.fullmatch(r"(0*[1-9]\d{0,5})([smhe])", every)):
+            raise ValueError(f"{every!r} is not an interval like 10m, 30s, 2h, or 1e for epochs")
+        number, unit = int(parts[1]), parts[2]
+        self.every = every
+        self.epochs = number if unit == "e" else 1
+        self.seconds = None if unit == "e" else number * {"s": 1, "m": 60, "h": 3600}[unit]
         self.saved = time.monotonic()
+
+    def __str__(self):
+        return self.every
 
     def is_due(self):
         """Whether it is time within an epoch; then the clock starts again."""
@@ -61,65 +60,121 @@ class SaveSchedule:
         return due
 
 
-def save(run, savedir, record, names=(LAST,)):
-    """Write the state of `run` under `names`. What was there stays whole until the new file is, and LAST beyond it.
+@dataclass
+class Keeper:
+    """Keeps a run in its folder."""
 
-    Raises InputError where the weights are not finite, and nothing is written then.
+    folder: Path
+    record: dict  # what a checkpoint holds beside the run: "protocol", "data", "options", "versions"
+    schedule: SaveSchedule = field(default_factory=SaveSchedule)
+    overwrite: bool = False  # whether the results of an earlier run go
+
+    def save(self, run, names=(LAST,)):
+        """Write the state of `run` under `names`. What was there stays whole until the new file is.
+
+        Raises InputError where the weights are not finite; nothing is written then.
+        """
+        if not torch.stack([value.isfinite().all() for value in run.learnt()]).all():
+            raise InputError("weights are not finite; start anew with a lower --lr")
+        content = {
+            "epoch": len(run.history),
+            "step": run.step,
+            "sums": None if run.sums is None else dict(zip(MEASURES, run.sums.tolist(), strict=True)),
+            "best_acc1": max((entry.get("accuracy", 0.0) for entry in run.history), default=0.0),
+            "optimizer": run.optimizers[0].state_dict(),
+            "optimizer_1": run.optimizers[1].state_dict(),
+            "history": run.history,
+            **self.record,
+        }
+        # The checkpoint that a resumed run reads comes last: where a run dies in between, it does this epoch again.
+        for name in sorted(names, key=LAST.__eq__):
+            if name == LAST and os.path.isfile(self.folder / LAST):
+                _keep_as_previous(self.folder)
+            save_checkpoint(self.folder / name, run.student, run.teacher, **content)
+        if BEST in names:
+            (self.folder / BEST_AFTER_WARMUP).unlink(missing_ok=True)
+        write_json(self.folder / "train.json", {**self.record, "epochs": run.history})
+
+    def save_epoch(self, run, epochs):
+        """Save after an epoch of `epochs`: as LAST, if it is time, and under the names that the epoch is kept by."""
+        done = len(run.history)
+        is_due = done == epochs or done % self.schedule.epochs == 0
+        self.save(run, [*([LAST] if is_due else []), *run.history[-1]["kept"]])
+
+
+def read_checkpoint(path):
+    """Read a training checkpoint, ours or the authors', or a bare state dict, which becomes its 'state_dict'.
+
+    Raises InputError if the file holds neither, and UnreadableFile if it is torn.
     """
-    if not torch.stack([value.isfinite().all() for value in run.learnt()]).all():
-        raise InputError("weights are not finite; start anew with a lower --lr")
-    content = {
-        "epoch": len(run.history),
-        "step": run.step,
-        "sums": None if run.sums is None else run.sums.tolist(),
-        "best_acc1": max((entry.get("accuracy", 0.0) for entry in run.history), default=0.0),
-        "optimizer": run.optimizers[0].state_dict(),
-        "optimizer_1": run.optimizers[1].state_dict(),
-        "history": run.history,
-        **record,
-    }
-    # The checkpoint that a resumed run reads comes last: where a run dies in between, it does this epoch again.
-    for name in sorted(names, key=LAST.__eq__):
-        if name == LAST and os.path.isfile(savedir / LAST):
-            _keep_as_previous(savedir)
-        save_checkpoint(savedir / name, run.student, run.teacher, **content)
-    if BEST in names:
-        (savedir / BEST_AFTER_WARMUP).unlink(missing_ok=True)
-    write_json(savedir / "train.json", {**record, "epochs": run.history})
+    checkpoint = read_torch(path)
+    if isinstance(checkpoint, dict) and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        return {"state_dict": checkpoint}
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise InputError(f"{path}: not a training checkpoint, it has no 'state_dict'")
+    return checkpoint
 
 
-def _keep_as_previous(savedir):
-    """Let PREVIOUS name what LAST names, at no cost; both are whole at any moment."""
-    (savedir / PREVIOUS).unlink(missing_ok=True)
-    try:
-        os.link(savedir / LAST, savedir / PREVIOUS)
-    except OSError:  # a disk without hard links
-        (savedir / LAST).replace(savedir / PREVIOUS)
+def save_checkpoint(path, student, teacher=None, **rest):
+    """Write a checkpoint, whole or not at all: the student as the authors name it, the teacher and `rest`."""
+    content = {"state_dict": {f"module.{name}": value for name, value in published_state(student).items()}, **rest}
+    if teacher is not None:
+        content["teacher"] = published_state(teacher)
+    with write_whole(path) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # how torch reports a write that failed
+            raise OSError(f"{gist(error)}; is the disk full?") from error
 
 
-def restore(run, options, protocol):
-    """Bring `run` to where the last checkpoint in --savedir left it; the one before, if that cannot be read.
+def load_student(path, model, classes, imagenet_classes=1000):
+    """(student of a checkpoint, options it was trained with; {} for the authors').
 
-    Raises InputError if the checkpoint is of another protocol or other options, or damaged.
+    Raises InputError if the checkpoint is of another model or split.
     """
-    path, checkpoint = _read_last(options.savedir)
+    student = Student(backbone_of(model, imagenet_classes), classes)
+    checkpoint = read_checkpoint(path)
+    load_published(student, checkpoint["state_dict"], path)
+    options = checkpoint.get("options")
+    return student, options if isinstance(options, dict) else {}
+
+
+def find_checkpoint(folder, kept):
+    """The checkpoint in `folder` to test: `kept`, or one that stands in for it, which is said; None without any."""
+    for name in (kept, BEST_AFTER_WARMUP, LAST):
+        if os.path.isfile(folder / name):
+            if name != kept:
+                parallel.note(f"note: {folder} has no {kept}, testing {name}")
+            return folder / name
+    return None
+
+
+def restore(run, savedir, record, defaults):
+    """Bring `run` to where the last checkpoint in `savedir` left it; the one before, if that cannot be read.
+
+    record: what the run is now, as in Keeper; defaults: values of options that the checkpoint may not know yet.
+    Raises InputError if the checkpoint is of another protocol, other data or other options, or damaged.
+    """
+    path, checkpoint = _read_last(savedir)
     run.source = path
     if "teacher" not in checkpoint or "history" not in checkpoint:
         raise InputError(f"{path}: holds no teacher, so it cannot be resumed, only tested; start anew without --resume")
     load_published(run.student, checkpoint["state_dict"], path)
     load_published(run.teacher, checkpoint["teacher"], path)
     try:
-        if checkpoint["protocol"] != protocol.title:
-            raise InputError(f"--resume: {path} was trained for {checkpoint['protocol']}, not {protocol.title}")
-        _check_same_options(checkpoint["options"], options, path)
+        if checkpoint["protocol"] != record["protocol"]:
+            raise InputError(f"--resume: {path} was trained for {checkpoint['protocol']}, not {record['protocol']}")
+        _check_same_options(defaults | _renamed(checkpoint["options"]), record["options"], path)
+        _check_same_data(checkpoint["data"], record["data"])
         for optimizer, key in zip(run.optimizers, ("optimizer", "optimizer_1"), strict=True):
             optimizer.load_state_dict(checkpoint[key])
-        run.data = dict(checkpoint["data"])
         # An entry without these would only be missed at the end of the next epoch.
         run.history = [{"phase": entry["phase"], "kept": entry["kept"], **entry} for entry in checkpoint["history"]]
         run.step = int(checkpoint.get("step", 0))
         sums = checkpoint.get("sums")
-        run.sums = None if sums is None else torch.tensor(sums, device=options.device)
+        if isinstance(sums, list):  # earlier versions of this project wrote them without names
+            sums = dict(zip(_SUMS_WITHOUT_NAMES, sums, strict=True))
+        run.sums = None if sums is None else torch.tensor([sums[name] for name in MEASURES], device=run.device)
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -128,26 +183,37 @@ def restore(run, options, protocol):
         ) from error
 
 
+_SUMS_WITHOUT_NAMES = ("cls", "ka_student", "ma", "ka_teacher", "student", "total", "train_accuracy")
+
+
 def _read_last(savedir):
     """(path, content) of LAST, or of PREVIOUS where LAST cannot be read."""
-    reasons = []
+    torn = None
     for path in (savedir / LAST, savedir / PREVIOUS):
         if not os.path.isfile(path):
             continue
         try:
             content = read_checkpoint(path)
-        except InputError as error:
-            reasons.append(str(error).removesuffix("; fetch it again"))
+        except UnreadableFile as error:
+            torn = torn or error.what
             continue
-        if reasons:
-            note(f"note: {reasons[0]}; going on from {PREVIOUS}, the one before")
+        if torn:
+            parallel.note(f"note: {torn}; going on from {PREVIOUS}, the one before")
         return path, content
-    raise InputError(f"{reasons[0]}; it cannot be resumed, start anew with --overwrite")
+    raise InputError(f"{torn}; it cannot be resumed, start anew with --overwrite")
 
 
-def _check_same_options(before, options, path):
-    for name, value in run_record(options)["options"].items():
-        if name not in HARMLESS and before.get(name, value) != value:
+def _renamed(options):
+    """Options of a checkpoint by their present names."""
+    options = {**options}
+    if "imagenet_classes" not in options and "nb_classes" in options:  # which were the ImageNet classes before
+        options["imagenet_classes"] = options.pop("nb_classes")
+    return options
+
+
+def _check_same_options(before, now, path):
+    for name, value in now.items():
+        if name not in HARMLESS and before[name] != value:
             raise InputError(f"--resume: {path} was trained with --{name} {before[name]}, not {value}; use the same")
 
 
@@ -158,24 +224,23 @@ def data_record(files, benchmark):
     return {path.name: digest(path) for path in paths}
 
 
-def check_same_data(before, now):
-    """Raise InputError if a resumed run would learn from other lists or another mask than `before`."""
+def _check_same_data(before, now):
     for name, value in before.items():
         if now.get(name) != value:
             raise InputError(f"--resume: {name} is not the one that the run began with; restore it, or start anew")
 
 
-def check_savedir(options):
-    """Raise InputError if --savedir holds what would be lost, lacks what is to be resumed, or cannot be written."""
-    found = [name for name in NAMES if os.path.exists(options.savedir / name)]
-    if options.resume and LAST not in found and PREVIOUS not in found:
-        raise InputError(f"{options.savedir}: holds no {LAST} to resume; see --savedir, or start without --resume")
-    if found and not options.resume and not options.overwrite:
+def check_savedir(savedir, resume=False, overwrite=False):
+    """Raise InputError if `savedir` holds what would be lost, lacks what is to be resumed, or cannot be written."""
+    found = [name for name in NAMES if os.path.exists(savedir / name)]
+    if resume and LAST not in found and PREVIOUS not in found:
+        raise InputError(f"{savedir}: holds no {LAST} to resume; see --savedir, or start without --resume")
+    if found and not resume and not overwrite:
         raise InputError(
-            f"{options.savedir}: already holds {found[0]}; --resume goes on with it, --overwrite replaces it, "
+            f"{savedir}: already holds {found[0]}; --resume goes on with it, --overwrite replaces it, "
             "--savedir starts elsewhere"
         )
-    check_writable(options.savedir)
+    check_writable(savedir)
 
 
 def check_space(run, savedir):
@@ -205,3 +270,12 @@ def tidy(savedir, source, everything):
         (savedir / name).unlink(missing_ok=True)
     if source and source.name == PREVIOUS:
         source.replace(savedir / LAST)
+
+
+def _keep_as_previous(savedir):
+    """Let PREVIOUS name what LAST names, at no cost; both are whole at any moment."""
+    (savedir / PREVIOUS).unlink(missing_ok=True)
+    try:
+        os.link(savedir / LAST, savedir / PREVIOUS)
+    except OSError:  # a disk without hard links
+        (savedir / LAST).replace(savedir / PREVIOUS)

@@ -26,6 +26,11 @@ class Student(nn.Module):
         nn.init.trunc_normal_(self.linear.weight, std=2e-5)
         nn.init.zeros_(self.linear.bias)
 
+    @property
+    def width(self):
+        """D, the number of values of a feature."""
+        return self.linear.in_features
+
     def features(self, images):
         """f (B, D): global average pool and LayerNorm of normalised images (B, 3, H, W)."""
         return _features(self.backbone, images)
@@ -54,6 +59,19 @@ class Teacher(nn.Module):
         with torch.no_grad():
             features = _features(self.backbone, images)
         return self.head(features)
+
+
+def place(student, teacher, device, grad_checkpointing=False, compiled=False):
+    """Move both networks to `device` and make them ready to train there; neither option changes what they compute.
+
+    grad_checkpointing: compute the student's activations twice rather than keep them; compiled: torch.compile both.
+    """
+    for network in (student, teacher):
+        network.to(device, memory_format=torch.channels_last)
+        if compiled:
+            network.compile()
+    if grad_checkpointing:
+        student.backbone.set_grad_checkpointing()
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 import argparse
 import platform
-import re
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +9,8 @@ import torch
 
 from datasets.errors import InputError, OneLineParser, folder_name, number, seed
 from models import parallel
+from models.checkpoints import SaveSchedule
+from models.eval.metrics import metric
 from models.eval.workers import available_cores
 from models.networks import PRECISIONS
 
@@ -19,7 +19,7 @@ def train_parser(protocol):
     """Options of the train script of `protocol`."""
     parser = OneLineParser(description=f"Train SBKA on {protocol.title} ({protocol.seen_classes} seen classes).")
     _add_data(parser, protocol)
-    _add_model(parser)
+    _add_model(parser, protocol)
     add = parser.add_argument
     add("--savedir", "-s", type=Path, metavar="DIR", help="where checkpoints and train.json go "
         f"(default: {_checkpoint_folder(protocol)})")  # fmt: skip
@@ -27,7 +27,7 @@ def train_parser(protocol):
         help="ImageNet weights of both networks: a downloaded file, timm's hub, or random")  # fmt: skip
     add("--drop_path", type=_share, default=0.0, help="stochastic depth of the student")
     add("--epochs", type=_positive, default=20, help="epochs in all")
-    add("--warmup_epochs", type=_count, default=protocol.warmup_epochs, metavar="E_w",
+    add("--warmup_epochs", type=_count, default=protocol.last_warmup_epoch, metavar="E_w",
         help="epochs 0..E_w teach the student alone, later ones both networks")  # fmt: skip
     add("--batch_size", type=_positive, default=protocol.batch_size,
         help=f"images a step, {protocol.sketch_share} sketch to {protocol.photo_share} photos")  # fmt: skip
@@ -37,9 +37,9 @@ def train_parser(protocol):
         metavar="N",
         help="stop each epoch after N steps, for a trial run (default: none)",
     )
-    add("--lr", type=_rate, default=1e-4, help="learning rate of the student")
+    add("--lr", "--learning-rate", type=_rate, default=1e-4, help="learning rate of the student")
     add("--teacher_lr", type=_rate, default=protocol.teacher_lr, help="learning rate of the teacher's head")
-    add("--weight_decay", type=_rate, default=5e-4, help="L2 weight decay inside Adam")
+    add("--weight_decay", "--wd", type=_rate, default=5e-4, help="L2 weight decay inside Adam")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--no_mask", action="store_true", default=not protocol.has_mask,
         help="leave the semantic mask out of the alignment, as QuickDraw Ext does")  # fmt: skip
@@ -57,7 +57,8 @@ def train_parser(protocol):
         help="compute activations twice rather than keep them: the same step in less memory, more slowly")  # fmt: skip
     add("--save_every", type=_interval, default="1e", metavar="10m|30s|2h|1e",
         help="save the state this often, within epochs too if it is a time; 2e: every second epoch")  # fmt: skip
-    add("--print_freq", type=_positive, default=10, metavar="N", help="read and log the losses every N steps")
+    add("--print_freq", "--print-freq", "-p", type=_positive, default=10, metavar="N",
+        help="read and log the losses every N steps")  # fmt: skip
     add("--eval_every", type=_count, default=0, metavar="N",
         help="test zero-shot (one-to-one) after every N epochs, which looks at unseen classes; 0: never")  # fmt: skip
     add = parser.add_mutually_exclusive_group().add_argument
@@ -66,20 +67,20 @@ def train_parser(protocol):
     add = parser.add_argument
     add("--seed", type=seed, default=0, help="seeds weights, order, augmentation and noise")
     _add_machine(parser)
+    _refuse_idle(parser)
     return parser
 
 
 def test_parser(protocol):
     """Options of the zero-shot test script of `protocol`."""
-    at = "all" if protocol.map_at is None else protocol.map_at
     parser = OneLineParser(
         description=f"Zero-shot test of SBKA on {protocol.title} ({protocol.unseen_classes} unseen classes): "
-        f"mAP@{at} and Prec@{protocol.prec_at}."
+        f"{' and '.join(protocol.metrics)}."
     )
     _add_data(parser, protocol)
-    _add_model(parser)
+    _add_model(parser, protocol)
     add = parser.add_argument
-    add("--resume_dir", type=Path, metavar="DIR|FILE", help="checkpoint to test, or its folder, which also "
+    add("--resume_dir", "-s", type=Path, metavar="DIR|FILE", help="checkpoint to test, or its folder, which also "
         f"takes the results and may hold features_zero.pickle (default: {_checkpoint_folder(protocol)})")  # fmt: skip
     add(
         "--mode",
@@ -112,13 +113,14 @@ def test_parser(protocol):
         help="arithmetic of feature extraction; tf32 is for convolutions on CUDA, and float32 elsewhere")  # fmt: skip
     add("--recompute", action="store_true", help="extract the features even if features_zero.pickle is up to date")
     _add_machine(parser)
+    _refuse_idle(parser)
     return parser
 
 
 def resolve(options, protocol, folder):
     """Fill in what depends on other options: the checkpoint folder (option `folder`) and the device.
 
-    Raises InputError if the device is not there, or has not the --precision.
+    Raises InputError if the device is not there or has not the --precision, or the protocol names an unknown metric.
     """
     if getattr(options, folder) is None:
         setattr(options, folder, Path(_checkpoint_folder(protocol, options.zero_version)))
@@ -129,6 +131,11 @@ def resolve(options, protocol, folder):
         raise InputError(
             f"--device {options.device}: there is no such device here; use cpu, or cuda with a GPU"
         ) from None
+    for name in protocol.metrics:
+        try:
+            metric(name)
+        except ValueError as error:
+            raise InputError(f"{protocol.title} in datasets/protocols.py: {error}") from None
     on_gpu = torch.device(options.device).type == "cuda"
     if options.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError("--precision bf16: this GPU does not compute in bfloat16; use tf32")
@@ -137,15 +144,18 @@ def resolve(options, protocol, folder):
 
 def run_record(options):
     """What traces a result to its run: {"options", "versions"}, ready for JSON."""
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    values = {name: _plain(value) for name, value in vars(options).items()}
     versions = {name: version(name) for name in ("torch", "timm", "numpy", "scikit-learn")}
     return {"options": values, "versions": {"python": platform.python_version(), **versions}}
 
 
-def note(message):
-    """Tell the user something worth a line; of several processes the first does."""
-    if parallel.rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+def defaults_of(parser):
+    """The options of a command line on which nothing is given."""
+    return parser.parse_args([])
+
+
+def _plain(value):
+    return str(value) if isinstance(value, Path | SaveSchedule) else value
 
 
 def _checkpoint_folder(protocol, zero_version=None):
@@ -161,9 +171,11 @@ def _add_data(parser, protocol):
     )
 
 
-def _add_model(parser):
+def _add_model(parser, protocol):
     parser.add_argument("--model", default="convnextv2_tiny", help="any convnextv2_* of timm")
-    parser.add_argument("--nb_classes", type=_positive, default=1000, help="outputs of the ImageNet head")
+    parser.add_argument("--nb_classes", type=_positive, metavar="C", help="seen classes; refused if cname_cid.txt "
+        f"lists another number ({protocol.title} has {protocol.seen_classes}; default: what it lists)")  # fmt: skip
+    parser.add_argument("--imagenet_classes", type=_positive, default=1000, help="outputs of the ImageNet head")
     parser.add_argument("--input_size", type=_size, default=224, help="side of an input image, in pixels")
 
 
@@ -182,6 +194,20 @@ _share = number(float, 0, 0.99, "a number from 0 to 0.99")
 
 
 def _interval(text):
-    if not re.fullmatch(r"0*[1-9]\d{0,5}[smhe]", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an interval like 10m, 30s, 2h, or 1e for epochs")
-    return text
+    try:
+        return SaveSchedule(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+class _Idle(argparse.Action):
+    """An option of the release's scripts that does nothing there: refused, so that nobody relies on it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string}: does nothing in the release, and is not taken here; leave it out")
+
+
+def _refuse_idle(parser):
+    flags = ("--layer_decay_type", "--clip_grad", "--head_init_scale", "--model_prefix", "--eval")
+    for names in (*((flag,) for flag in flags), ("--evaluate", "-e"), ("--freeze_features", "-f")):
+        parser.add_argument(*names, action=_Idle, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

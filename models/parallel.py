@@ -1,17 +1,20 @@
 """Several processes as torchrun starts them, each with a share of every batch; a process alone is all of them.
 
-Nothing here waits for a GPU: what processes tell each other about the run itself goes from CPU to CPU.
+Also decides which of them speaks to the user. Nothing here waits for a GPU: what processes tell each other about the
+run itself goes from CPU to CPU.
 """
 
 import gc
 import os
+import sys
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets import errors
+from datasets.errors import InputError
 
 
 def processes():
@@ -22,6 +25,32 @@ def processes():
 def rank():
     """Number of this process; 0 writes and prints."""
     return int(os.environ.get("RANK", 0))
+
+
+def speaks():
+    """Whether this process prints its errors.
+
+    Until the processes meet, all of them find the same errors, and the first one tells. Later an error can be that of
+    one process alone (see `in_all` for those that are not).
+    """
+    return rank() == 0 or distributed.is_initialized()
+
+
+@contextmanager
+def in_all():
+    """Errors in this block are the same in all processes, which have met: the first one tells."""
+    try:
+        yield
+    except InputError:
+        if rank() == 0:
+            raise
+        raise SystemExit(2) from None
+
+
+def note(message):
+    """Tell the user something worth a line; of several processes the first does."""
+    if rank() == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def own_device(device):
@@ -35,7 +64,6 @@ def connect(device):
     Raises InputError where there is no meeting them.
     """
     if processes() > 1 and not distributed.is_initialized():
-        errors.silent = False  # from here on an error can be one process's alone
         # Imported later, by timm for one, it would make the group a default of its functions, whose threads would then
         # outlive `disconnect` and end the process with an abort now and then.
         import torch.distributed.nn.functional
@@ -45,9 +73,7 @@ def connect(device):
             distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         except (ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise errors.InputError(
-                f"{processes()} processes cannot meet ({reason}); start them with torchrun"
-            ) from error
+            raise InputError(f"{processes()} processes cannot meet ({reason}); start them with torchrun") from error
 
 
 def disconnect():
@@ -101,5 +127,16 @@ def bar():
 
 
 def synchronised(network):
-    """`network` such that its gradients are the mean of all processes'."""
+    """`network` with its gradients shared by all processes; call `backward` for their sum."""
     return DistributedDataParallel(network) if distributed.is_initialized() else network
+
+
+def backward(loss):
+    """Backward pass of this process's part of a loss, after which parameters have the gradient of the whole loss."""
+    # DistributedDataParallel takes the mean over the processes. The whole loss is the sum of their parts.
+    (loss * processes()).backward()
+
+
+def apart(network):
+    """A context in which the gradients of a `synchronised` network add up in this process only, not yet in all."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()

@@ -1,9 +1,14 @@
 """What one sees of a training run: a bar or a line an epoch, log.jsonl, TensorBoard curves, and curves.png."""
 
 import json
+import time
+
+from tqdm import tqdm
 
 from datasets.files import write_whole
-from models.options import note
+from models import parallel
+from models.parallel import note
+from models.run import MEASURES
 
 LOSSES = ("total", "cls", "ka_student", "ka_teacher", "ma")
 
@@ -35,12 +40,54 @@ class Log:
             self.board.flush()
 
 
+class EpochBar:
+    """The bar of an epoch; every `every` steps it shows their losses and writes a line of the Log, if there is one.
+
+    sizes: images in each step of the epoch, of which `done` are done.
+    """
+
+    def __init__(self, title, sizes, done, log=None, every=10):
+        self.sizes, self.log, self.every = sizes, log, every
+        self.bar = tqdm(total=sum(sizes), initial=sum(sizes[:done]), desc=title, unit="image", leave=False,
+                        disable=parallel.bar())  # fmt: skip
+        self.begun, self.shown = time.perf_counter(), done
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def advance(self, run, values):
+        """Show a step of `run`, and its `values` (MEASURES) if it is time."""
+        if self.log and (run.step % self.every == 0 or run.step == len(self.sizes)):
+            line = dict(zip(MEASURES, values.tolist(), strict=True))
+            shown = {name: f"{line[name]:.3f}" for name in LOSSES} | {"acc": f"{line['train_accuracy']:.0f}"}
+            self.bar.set_postfix(shown)
+            rate = sum(self.sizes[self.shown : run.step]) / (time.perf_counter() - self.begun)
+            place = {"epoch": len(run.history), "step": run.step}
+            self.log.write({**place, **line, "lr": run.rate, "images_per_second": rate})
+            self.begun, self.shown = time.perf_counter(), run.step
+        self.bar.update(self.sizes[run.step - 1])
+
+
 def tell(entry, epochs):
     """Print the line of an epoch."""
     print(f"epoch {entry['epoch'] + 1}/{epochs} {entry['phase']:13}", end=" ")
     hidden = ("student", "lr", "train_accuracy")
     numbers = {name: value for name, value in entry.items() if isinstance(value, float) and name not in hidden}
     print("  ".join(f"{name} {value:.4f}" for name, value in numbers.items()), flush=True)
+
+
+def show_epoch(history, epochs, log):
+    """Print and log the last entry of `history`, and draw the curves anew."""
+    log.write({name: value for name, value in history[-1].items() if name != "kept"})
+    try:
+        draw_curves(log.path.with_name("curves.png"), history)
+    except ImportError:
+        if len(history) == 1:
+            note("note: no curves.png, matplotlib is not installed")
+    tell(history[-1], epochs)
 
 
 def draw_curves(path, history):

@@ -1,309 +1,201 @@
 """Two-phase training of SBKA (arXiv:2312.10320): the student learns from the teacher, then both from each other.
 
-`train` is the whole of it; `train_step` is one update. A run is a function of its options: what is random depends on
-(seed, epoch, step), so a run that was interrupted ends with the weights of one that was not.
+`train` is the whole of it; `train_step` is one update. What is random depends on (seed, epoch, step) alone, so a run
+that was interrupted ends with the weights of one that was not.
 """
 
-import itertools
-import signal
-import time
-from collections import deque
-from contextlib import ExitStack, contextmanager, nullcontext
-from types import SimpleNamespace
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.benchmark import check_images, open_benchmark
-from datasets.errors import InputError, ends_in_one_line, lost_worker
+from datasets.benchmark import open_benchmark
+from datasets.errors import ends_in_one_line, lost_worker
 from datasets.images import normalise
 from datasets.protocols import PROTOCOLS, protocol_of
-from datasets.zeroshot import evaluation_loader, training_loader
-from models import parallel
-from models.alignment import alignment_losses
+from datasets.zeroshot import Loading
+from models import interrupts, parallel
+from models.alignment import Batch, Counts, alignment_losses
 from models.checkpoints import (
     BEST,
     BEST_AFTER_WARMUP,
     LAST,
-    Run,
-    SaveSchedule,
-    check_same_data,
+    Keeper,
     check_savedir,
     check_space,
     data_record,
     restore,
-    save,
     tidy,
 )
-from models.networks import StudentOutput, arithmetic
-from models.options import note, resolve, run_record, train_parser
-from models.progress import LOSSES, Log, draw_curves, tell
-from models.testing import UnseenImages, zero_shot
+from models.data import open_training_data
+from models.finite import FiniteCheck
+from models.networks import StudentOutput, arithmetic, place
+from models.options import defaults_of, resolve, run_record, train_parser
+from models.parallel import note
+from models.progress import EpochBar, Log, show_epoch
+from models.run import MEASURES, Recipe, Run, create_optimizers, set_learning_rates
+from models.testing import watch_unseen
 from models.weights import create_pair
 
-# What a step is measured by: the losses, and the percentage of the batch that is classified right.
-MEASURES = ("cls", "ka_student", "ma", "ka_teacher", "student", "total", "train_accuracy")
 
-
-@ends_in_one_line
+@ends_in_one_line(speaks=parallel.speaks)
 def main(protocol_name, argv=None):
     """Command line of a train script. Returns the path of the checkpoint that the zero-shot test will read."""
-    protocol = PROTOCOLS[protocol_name]
-    options = resolve(train_parser(protocol).parse_args(argv), protocol, "savedir")
-    benchmark = open_benchmark(
-        protocol_of(protocol_name, options.zero_version), options.data_root, options.zero_version
-    )
-    data = load_data(benchmark, options)
-    check_savedir(options)
-    run = start(options, benchmark)
+    parser = train_parser(PROTOCOLS[protocol_name])
+    options = resolve(parser.parse_args(argv), PROTOCOLS[protocol_name], "savedir")
+    protocol_name = protocol_of(protocol_name, options.zero_version)
+    benchmark = open_benchmark(protocol_name, options.data_root, options.zero_version)
+    benchmark.check_seen_classes(options.nb_classes)
+    loading = Loading(options.input_size, options.batch_size, options.workers, options.device)
+    data = open_training_data(
+        benchmark, loading, options.seed,
+        imagenet_classes=None if options.no_mask else options.imagenet_classes,
+        validate=not options.no_validation, max_steps=options.max_steps,
+    )  # fmt: skip
+    watch = watch_unseen(benchmark, loading, options.precision, options.eval_every)
+    check_savedir(options.savedir, options.resume, options.overwrite)
+    record = {"protocol": benchmark.protocol.title, "data": data_record(data.files, benchmark), **run_record(options)}
+    torch.manual_seed(options.seed)
+    finetune = "none" if options.resume else options.finetune
+    seen_classes = len(benchmark.seen_names)
+    pair = create_pair(options.model, seen_classes, finetune, options.imagenet_classes, options.drop_path)
+    place(*pair, options.device, options.grad_checkpointing, options.compile)
+    run = Run(*pair, create_optimizers(*pair, options.lr, options.teacher_lr, options.weight_decay))
+    if options.resume:
+        restore(run, options.savedir, record, run_record(defaults_of(parser))["options"])
+    check_space(run, options.savedir)
+    recipe = Recipe(
+        options.epochs, options.warmup_epochs, options.lr, options.teacher_lr,
+        options.seed, options.accum_steps, options.precision,
+    )  # fmt: skip
+    keeper = Keeper(options.savedir, record, options.save_every, options.overwrite)
     parallel.connect(options.device)
     try:
-        return train(run, data, options, benchmark)
+        return train(run, data, recipe, keeper, watch, options.print_freq)
     finally:
         parallel.disconnect()
 
 
-def load_data(benchmark, options):
-    """What a run learns from and is measured on. Raises InputError for bad data.
-
-    training, validation: loaders (the second, of `held_back` sketches in all, may be None); mask: (C, J), or 0;
-    files: their FileLists; unseen: UnseenImages for --eval_every, or None.
-    """
-    protocol = benchmark.protocol
-    split = protocol.split_batch(options.batch_size)
-    if not all(split):
-        least = protocol.sketch_share + protocol.photo_share
-        raise InputError(
-            f"--batch_size {options.batch_size}: too small for {protocol.sketch_share} sketch and "
-            f"{protocol.photo_share} photos; use {least} or more"
-        )
-    if split[1] < parallel.processes():
-        raise InputError(
-            f"--batch_size {options.batch_size}: its {split[1]} photos cannot be shared by "
-            f"{parallel.processes()} processes; use a larger batch, or fewer processes"
-        )
-    sketches, photos = benchmark.read("sketch", "train"), benchmark.read("photo", "train")
-    try:
-        held_back = None if options.no_validation else benchmark.read("sketch", "test")
-    except InputError as error:
-        raise InputError(f"{error}; --no_validation trains without held-back sketches") from None
-    files, unseen = [sketches, photos, *filter(None, [held_back])], None
-    if options.eval_every:
-        unseen = UnseenImages(benchmark, benchmark.read("photo", "zero"), benchmark.read("sketch", "zero"))
-    for each in (*files, *((unseen.photos, unseen.sketches) if unseen else ())):
-        check_images(each)
-    machine = options.workers, options.device
-    training = training_loader(
-        sketches, photos, split, options.input_size, options.seed, *machine, share=parallel.share
-    )
-    batches = training.batch_sampler
-    batches.stop = min(batches.stop, options.max_steps or batches.stop)
-    if (least := min(batches.size(step) for step in range(batches.stop))) < parallel.processes():
-        raise InputError(
-            f"--batch_size {options.batch_size}: the last batch of an epoch holds {least} images, fewer than the "
-            f"{parallel.processes()} processes; use another size, or fewer processes"
-        )
-    validation = None
-    if held_back:
-        part = parallel.share(len(held_back))
-        validation = evaluation_loader(
-            held_back, options.input_size, options.batch_size, *machine, part.start, part.stop
-        )
-    mask = 0.0 if options.no_mask else torch.from_numpy(benchmark.read_mask(options.nb_classes)).to(options.device)
-    count = held_back and len(held_back)
-    return SimpleNamespace(
-        training=training, validation=validation, held_back=count, mask=mask, files=files, unseen=unseen
-    )
-
-
-def start(options, benchmark):
-    """A Run at its beginning, or where --resume finds it. Raises InputError for weights that do not fit."""
-    torch.manual_seed(options.seed)
-    finetune = "none" if options.resume else options.finetune
-    classes = len(benchmark.seen_names)
-    student, teacher = create_pair(options.model, classes, finetune, options.nb_classes, options.drop_path)
-    for network in (student, teacher):
-        network.to(options.device, memory_format=torch.channels_last)
-    if options.grad_checkpointing:
-        student.backbone.set_grad_checkpointing()
-    if options.compile:
-        student.compile()
-        teacher.compile()
-    optimizers = create_optimizers(student, teacher, options.lr, options.teacher_lr, options.weight_decay)
-    run = Run(student, teacher, optimizers)
-    if options.resume:
-        restore(run, options, benchmark.protocol)
-    check_space(run, options.savedir)
-    return run
-
-
-def create_optimizers(student, teacher, lr, teacher_lr, weight_decay):
-    """Adam for the student and Adam for the teacher's head, with L2 decay in the gradient (not decoupled)."""
-    return (
-        torch.optim.Adam(student.parameters(), lr=lr, weight_decay=weight_decay, fused=True),
-        torch.optim.Adam(teacher.head.parameters(), lr=teacher_lr, weight_decay=weight_decay, fused=True),
-    )
-
-
-def train(run, data, options, benchmark):
+def train(run, data, recipe, keeper, watch=None, print_freq=10):
     """Train from where `run` stands to the last epoch. Process 0 saves, logs and prints.
 
+    run: a Run; data: TrainingData; recipe: a Recipe; keeper: a Keeper; watch: a function of (student, epoch from 0)
+    that measures more after an epoch, and gives a dict; print_freq: steps between two lines of the log.
     Returns the path of the checkpoint to test: the epoch after warm-up whose validation accuracy beats every epoch
     before it, warm-up included; where none does, the best one after warm-up; without validation, the last.
     """
-    writes, steps = parallel.rank() == 0, data.training.batch_sampler.stop
-    record = {"protocol": benchmark.protocol.title, "data": data_record(data.files, benchmark), **run_record(options)}
-    check_same_data(run.data, record["data"])
-    schedule = SaveSchedule(options.save_every)
+    is_first = parallel.rank() == 0
     # Convolutions of backward passes, too, are TF32 unless that is ruled out.
-    with ends_in_order() as signals, arithmetic("fp32" if options.precision == "fp32" else "tf32", options.device):
-        log = _begin(run, steps, options) if writes else None
-        networks = [parallel.synchronised(network) for network in (run.student, run.teacher)]
-        while len(run.history) < options.epochs:
-            bidirectional = len(run.history) > options.warmup_epochs
+    with interrupts.caught() as signals, arithmetic("fp32" if recipe.precision == "fp32" else "tf32", run.device):
+        log = _begin(run, data, recipe, keeper) if is_first else None
+        run.synchronise()
+        while len(run.history) < recipe.epochs:
             try:
-                for _ in train_epoch(run, networks, data, bidirectional, options, log):
-                    _end_if_asked(run, signals, options, record)
-                    if writes and schedule.is_due():
-                        save(run, options.savedir, record)
-                close_epoch(run, data, bidirectional, options)
+                for _ in train_epoch(run, data, recipe, log, print_freq):
+                    _end_if_asked(run, signals, keeper)
+                    if is_first and keeper.schedule.is_due():
+                        keeper.save(run)
+                close_epoch(run, data, recipe, watch)
             except (RuntimeError, EOFError) as error:
                 # A signal to all can end the processes that decode images first; no step is half done then.
                 if lost_worker(error) and parallel.processes() == 1:
-                    _end_if_asked(run, signals, options, record)
+                    _end_if_asked(run, signals, keeper)
                 raise
-            if writes:
-                last = len(run.history) == options.epochs or len(run.history) % schedule.epochs == 0
-                save(run, options.savedir, record, [*([LAST] if last else []), *run.history[-1]["kept"]])
-                _show(run.history, options, log)
-            if len(run.history) < options.epochs:
-                _end_if_asked(run, signals, options, record)
-    return _checkpoint_to_test(run.history, options) if writes else None
+            if is_first:
+                keeper.save_epoch(run, recipe.epochs)
+                show_epoch(run.history, recipe.epochs, log)
+            if len(run.history) < recipe.epochs:
+                _end_if_asked(run, signals, keeper)
+    return checkpoint_to_test(run.history, keeper.folder, data.validation is not None) if is_first else None
 
 
-def train_epoch(run, networks, data, bidirectional, options, log):
-    """One epoch from run.step on; yields after each step, when `run` may be saved.
+def train_epoch(run, data, recipe, log=None, print_freq=10):
+    """One epoch from run.step on; after each step, when `run` may be saved, yields its measures, (MEASURES,).
 
-    networks: student and teacher to call, which may be wrapped for several processes. Raises InputError naming step,
-    terms and images once a loss is not finite: on a GPU one step later, so that it need not be waited for.
+    Raises InputError naming step, terms and images once a loss is not finite; on a GPU one step later.
     """
-    loader, epoch = data.training, len(run.history)
-    batches = loader.batch_sampler
+    epoch, batches = len(run.history), data.loader.batch_sampler
     batches.epoch, batches.start = epoch, run.step
-    set_learning_rates(run.optimizers, (options.lr, options.teacher_lr), epoch, options.epochs)
+    set_learning_rates(run.optimizers, recipe.rates(epoch))
     sizes = [batches.size(step) for step in range(batches.stop)]
-    unread, lag = deque(), int(torch.device(options.device).type != "cpu")
-    title = f"epoch {epoch + 1}/{options.epochs}"
-    with tqdm(total=sum(sizes), initial=sum(sizes[: run.step]), desc=title, unit="image", leave=False,
-              disable=parallel.bar()) as bar:  # fmt: skip
-        begun, shown = time.perf_counter(), run.step
-        for step, (images, *others) in enumerate(loader, run.step):
-            if hasattr(signal, "SIGCHLD"):  # where torch would raise the death of a worker in the middle of a step
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            noise = _draw_noise(run.student, sizes[step], options.seed, epoch, step)
-            images, labels, is_photo, noise = (
-                tensor.to(options.device, non_blocking=True) for tensor in (images, *others, noise)
-            )
-            measures, sound = train_step(
-                *networks, run.optimizers, normalise(images), labels, is_photo,
-                data.mask[labels] if isinstance(data.mask, torch.Tensor) else data.mask,
-                noise, bidirectional, options.accum_steps, options.precision,
-            )  # fmt: skip
-            values = parallel.total(torch.stack(list(measures.values())))
-            unread.append((step, values, sound))
-            if len(unread) > lag:
-                _check_finite(*unread.popleft(), epoch, loader)
+    check = FiniteCheck(data.loader, epoch, run.device)
+    with EpochBar(f"epoch {epoch + 1}/{recipe.epochs}", sizes, run.step, log, print_freq) as bar:
+        for step, loaded in enumerate(data.loader, run.step):
+            interrupts.leave_workers_alone()
+            noise = draw_noise(run.student, sizes[step], (recipe.seed, epoch, step))
+            batch = _on_device(loaded, noise, data.mask, run.device)
+            bidirectional = recipe.is_bidirectional(epoch)
+            measures, sound = train_step(run, batch, bidirectional, recipe.parts, recipe.precision)
+            values = parallel.total(torch.stack([measures[name] for name in MEASURES]))
+            check.add(step, values, sound)
             run.sums = values if run.sums is None else run.sums + values
             run.step = step + 1
-            if log and (run.step % options.print_freq == 0 or run.step == batches.stop):
-                line = dict(zip(measures, values.tolist(), strict=True))
-                bar.set_postfix(
-                    {name: f"{line[name]:.3f}" for name in LOSSES} | {"acc": f"{line['train_accuracy']:.0f}"}
-                )
-                rate = sum(sizes[shown : run.step]) / (time.perf_counter() - begun)
-                place = {"epoch": epoch, "step": run.step}
-                log.write({**place, **line, "lr": _rate(run), "images_per_second": rate})
-                begun, shown = time.perf_counter(), run.step
-            bar.update(sizes[step])
-            yield
-    for late in unread:
-        _check_finite(*late, epoch, loader)
+            bar.advance(run, values)
+            yield values
+    check.finish()
 
 
-def train_step(
-    student, teacher, optimizers, images, labels, is_photo, mask, noise, bidirectional, parts=1, precision="fp32"
-):
-    """One update on normalised images (B, 3, H, W), labels and is_photo (B,), mask rows (B, J) or 0, noise (B, D).
+def train_step(run, batch, bidirectional, parts=1, precision="fp32"):
+    """One update of `run` with a Batch, this process's share of a batch. Warm-up updates the student alone.
 
-    Warm-up updates the student alone. With `parts` > 1 gradients are summed over that many parts of the batch; with
-    several processes, over the shares of all. Losses, and so gradients, are those of the whole batch.
+    With `parts` > 1 gradients are summed over that many parts of the batch; with several processes, over the shares of
+    all. Losses, and so gradients, are those of the whole batch.
     Returns ({name of MEASURES: this process's part of it before the update, detached}, (B,) bool: images of which all
     outputs are finite).
     """
-    for optimizer in optimizers:
+    for optimizer in run.optimizers:
         optimizer.zero_grad()
-    whole = parallel.total(torch.stack([is_photo.new_full((), len(images)), is_photo.sum()]))
-    images = images.contiguous(memory_format=torch.channels_last)
-    masks = mask.chunk(parts) if isinstance(mask, torch.Tensor) else [mask] * parts
-    pieces = [*zip(*(tensor.chunk(parts) for tensor in (images, labels, is_photo, noise)), masks, strict=False)]
-    sums, sound = None, []
+    counts = Counts(*parallel.total(torch.stack(Counts.of(batch))))
+    pieces = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last)).parts(parts)
+    found = []
     for number, piece in enumerate(pieces):
         with ExitStack() as stack:
             if number + 1 < len(pieces):  # gradients meet those of other processes once, at the end
-                for network in (student, teacher):
-                    stack.enter_context(network.no_sync() if hasattr(network, "no_sync") else nullcontext())
-            values, finite = _add_gradients(student, teacher, *piece, whole, bidirectional, precision)
-        sums = values if sums is None else {name: sums[name] + value for name, value in values.items()}
-        sound.append(finite)
-    for optimizer in optimizers if bidirectional else optimizers[:1]:
+                for network in run.called:
+                    stack.enter_context(parallel.apart(network))
+            found.append(_add_gradients(*run.called, piece, counts, bidirectional, precision))
+    for optimizer in run.optimizers if bidirectional else run.optimizers[:1]:
         optimizer.step()
-    return sums, torch.cat(sound)
+    measures, sound = zip(*found, strict=True)
+    return {name: sum(each[name] for each in measures) for name in measures[0]}, torch.cat(sound)
 
 
-def _add_gradients(student, teacher, images, labels, is_photo, noise, mask, whole, bidirectional, precision):
+def _add_gradients(student, teacher, batch, counts, bidirectional, precision):
     """Forward and backward of a part of a batch; see train_step."""
-    with arithmetic(precision, images.device.type):
+    with arithmetic(precision, batch.images.device):
         with torch.set_grad_enabled(bidirectional):
-            teacher_logits = _wide(teacher(images))
-        output = StudentOutput(*map(_wide, student(images)))
-    losses = alignment_losses(output, teacher_logits, labels, is_photo, mask, noise, bidirectional, whole)
-    # Other processes' gradients are averaged with ours, and wanted is their sum.
-    (losses["total"] * parallel.processes()).backward()
+            teacher_logits = _wide(teacher(batch.images))
+        output = StudentOutput(*map(_wide, student(batch.images)))
+    losses = alignment_losses(output, teacher_logits, batch, bidirectional, counts)
+    parallel.backward(losses["total"])
     measures = {name: value.detach() for name, value in losses.items()}
-    right = (output.seen_logits.detach().argmax(dim=1) == labels).sum()
-    measures["train_accuracy"] = 100 * right / whole[0]
+    right = (output.seen_logits.detach().argmax(dim=1) == batch.labels).sum()
+    measures["train_accuracy"] = 100 * right / counts.images
     outputs = torch.cat([teacher_logits, *output], dim=1).detach()
     return measures, outputs.isfinite().all(dim=1)
 
 
-def close_epoch(run, data, bidirectional, options):
+def close_epoch(run, data, recipe, watch=None):
     """Add an epoch's entry to run.history: what was measured in its steps, on held-back and on unseen images."""
     epoch = len(run.history)
-    entry = {"epoch": epoch, "phase": "bidirectional" if bidirectional else "warm-up"}
-    means = (run.sums / run.step).tolist()
-    entry |= dict(zip(MEASURES, means, strict=True)) | {"lr": _rate(run)}
+    entry = {"epoch": epoch, "phase": "bidirectional" if recipe.is_bidirectional(epoch) else "warm-up"}
+    entry |= dict(zip(MEASURES, (run.sums / run.step).tolist(), strict=True)) | {"lr": run.rate}
     if data.validation is not None:
-        entry["accuracy"] = validate(run.student, data.validation, data.held_back, options.device)
-    if data.unseen and (epoch + 1) % options.eval_every == 0:
-        entry |= zero_shot(run.student, data.unseen, options)
+        entry["accuracy"] = validate(run.student, data.validation, data.held_back)
+    if watch is not None:
+        entry |= watch(run.student, epoch)
         run.student.train()
     entry["kept"] = kept_names(run.history, entry)
     run.history.append(entry)
     run.step, run.sums = 0, None
 
 
-def set_learning_rates(optimizers, rates, epoch, epochs):
-    """lr · 0.001^(epoch / epochs), once an epoch."""
-    for optimizer, rate in zip(optimizers, rates, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * 0.001 ** (epoch / epochs)
-
-
 @torch.inference_mode()
-def validate(student, loader, count, device):
+def validate(student, loader, count):
     """Top-1 accuracy (percent) of the seen-class logits on `count` held-back sketches, this process's in `loader`."""
     student.eval()
+    device = student.linear.weight.device
     right = torch.zeros((), dtype=torch.long)
     for images, labels in tqdm(loader, "validation", unit="batch", leave=False, disable=parallel.bar()):
         predicted = student(normalise(images.to(device))).seen_logits.argmax(dim=1)
@@ -324,77 +216,10 @@ def kept_names(history, entry):
     return [BEST_AFTER_WARMUP]
 
 
-@contextmanager
-def ends_in_order():
-    """Within, a SIGTERM or Ctrl-C only adds its number to the list this gives; a second one has its usual way."""
-    signals, usual = [], {}
-
-    def take(number, _):
-        signals.append(number)
-        signal.signal(number, usual[number])
-        note("note: ending after this step, with a checkpoint; once more ends at once")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        usual[number] = signal.signal(number, take)
-    try:
-        yield signals
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-
-def _end_if_asked(run, signals, options, record):
-    """Save and end, all processes after the same step, once one of them was sent a signal."""
-    if parallel.anyone(bool(signals)):
-        if parallel.rank() == 0:
-            save(run, options.savedir, record)
-            note(f"saved after {len(run.history)} epochs and {run.step} steps; --resume goes on from there")
-        raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
-
-
-def _begin(run, steps, options):
-    """Tidy up --savedir, tell where the run stands, and open its Log."""
-    tidy(options.savedir, run.source, everything=options.overwrite)
-    if run.history or run.step:
-        note(f"note: going on after {len(run.history)} of {options.epochs} epochs and {run.step} steps")
-    return Log(options.savedir, len(run.history), run.step, steps)
-
-
-def _show(history, options, log):
-    log.write({name: value for name, value in history[-1].items() if name != "kept"})
-    try:
-        draw_curves(options.savedir / "curves.png", history)
-    except ImportError:
-        if len(history) == 1:
-            note("note: no curves.png, matplotlib is not installed")
-    tell(history[-1], options.epochs)
-
-
-def _check_finite(step, values, sound, epoch, loader):
-    """Raise InputError if a measure of a step (`values` of MEASURES) is not finite, naming the images at fault."""
-    if values.isfinite().all():
-        return
-    terms = [name for name, value in zip(MEASURES[:4], values.isfinite().tolist(), strict=False) if not value]
-    place, bad = f"epoch {epoch + 1}, step {step + 1}: {', '.join(terms)}", (~sound).nonzero()[:, 0].tolist()
-    if not bad and parallel.processes() > 1:
-        raise SystemExit(2)  # the process that has the images tells of them
-    if len(bad) in (0, len(sound)):
-        images = "not of single images"
-    else:
-        whole = next(itertools.islice(loader.batch_sampler.batches(), step, None))
-        own = whole[parallel.share(len(whole))]
-        files = [loader.dataset.file(own[number]) for number in bad[:3]]
-        images = f"in {len(bad)} images: " + ", ".join(str(files.root / files.paths[at]) for files, at in files)
-    raise InputError(
-        f"{place} not finite, {images}; the last checkpoint is as it was: --resume without these images, or start "
-        "anew with a lower --lr"
-    )
-
-
-def _checkpoint_to_test(history, options):
+def checkpoint_to_test(history, folder, validated):
     """Path of the checkpoint to test, said aloud where the release's rule kept none."""
     kept = [name for entry in history for name in entry["kept"]]
-    if options.no_validation:
+    if not validated:
         name = LAST
     elif BEST in kept:
         name = BEST
@@ -402,26 +227,48 @@ def _checkpoint_to_test(history, options):
         name = BEST_AFTER_WARMUP if kept else LAST
         why = "no epoch after warm-up beat every epoch before it" if kept else "all epochs were warm-up"
         note(f"note: {why}, so there is no {BEST}; {name} stands in")
-    print(f"trained {len(history)} epochs; test reads {options.savedir / name}")
-    return options.savedir / name
+    print(f"trained {len(history)} epochs; test reads {folder / name}")
+    return folder / name
 
 
-def _draw_noise(student, size, seed, epoch, step):
-    """This process's rows of the noise of a step. What else is random in the step is seeded, too."""
-    # Seeded step by step, noise and stochastic depth do not depend on where a run was interrupted.
-    torch.manual_seed(_step_seed(seed, epoch, step))
+def draw_noise(student, size, place):
+    """This process's rows of the noise (size, D) of a step. What else is random in the step is seeded, too.
+
+    place: (seed, epoch, step). Seeded step by step, noise and stochastic depth do not depend on where a run was
+    interrupted.
+    """
+    torch.manual_seed(_seed_of(*place))
     noise = torch.randn(size, student.linear.in_features)[parallel.share(size)]
     if parallel.rank():  # stochastic depth differs between processes
-        torch.manual_seed(_step_seed(seed, epoch, step, parallel.rank()))
+        torch.manual_seed(_seed_of(*place, parallel.rank()))
     return noise
 
 
-def _step_seed(*place):
+def _seed_of(*place):
     return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
 
 
-def _rate(run):
-    return run.optimizers[0].param_groups[0]["lr"]
+def _on_device(loaded, noise, mask, device):
+    """The Batch of what a training loader gives."""
+    images, labels, is_photo, noise = (tensor.to(device, non_blocking=True) for tensor in (*loaded, noise))
+    return Batch(normalise(images), labels, is_photo, mask[labels], noise)
+
+
+def _begin(run, data, recipe, keeper):
+    """Tidy up the run's folder, tell where the run stands, and open its Log."""
+    tidy(keeper.folder, run.source, everything=keeper.overwrite)
+    if run.history or run.step:
+        note(f"note: going on after {len(run.history)} of {recipe.epochs} epochs and {run.step} steps")
+    return Log(keeper.folder, len(run.history), run.step, data.loader.batch_sampler.stop)
+
+
+def _end_if_asked(run, signals, keeper):
+    """Save and end, all processes after the same step, once one of them was sent a signal."""
+    if parallel.anyone(bool(signals)):
+        if parallel.rank() == 0:
+            keeper.save(run)
+            note(f"saved after {len(run.history)} epochs and {run.step} steps; --resume goes on from there")
+        raise SystemExit(interrupts.status(signals))
 
 
 def _wide(values):

@@ -1,11 +1,9 @@
-"""Every file of weights, in and out: published names on disk, timm's in memory.
+"""Weights by their published names, as they are on disk, and by timm's, as they are in memory.
 
     pretrained_model/convnextv2_*_1k_224_ema.pt     {'model': state dict}, as ConvNeXt V2's makers publish it
-    checkpoint/.../{model_best,checkpoint}.pth.tar  {'epoch', 'state_dict', 'best_acc1', 'optimizer', 'optimizer_1'},
-                                                    the student with `linear`, each name prefixed `module.`
 
-What this project adds to a checkpoint (teacher, options, history) stands beside the authors' keys, so checkpoints move
-both ways. Files are read as data: tensors, numbers and plain containers, never code.
+Checkpoints (models.checkpoints) hold the same names. Torch files are read as data: tensors, numbers and plain
+containers, never code.
 """
 
 import argparse
@@ -18,7 +16,6 @@ import numpy as np
 import torch
 
 from datasets.errors import InputError
-from datasets.files import write_whole
 from models.networks import Student, Teacher, create_backbone
 
 _TO_PUBLISHED = [  # timm's name of a parameter, published name
@@ -35,7 +32,17 @@ _TO_PUBLISHED = [  # timm's name of a parameter, published name
     (r"^head\.fc\.", "head."),
 ]
 
+_POINTWISE = re.compile(r"\.pwconv[12]\.weight$")
+
 _STEM_WIDTHS = {40: "atto", 48: "femto", 64: "pico", 80: "nano", 96: "tiny", 128: "base", 192: "large", 352: "huge"}
+
+
+class UnreadableFile(InputError):
+    """A file is torn, or no file of its kind: `what` is wrong, without the way out that the message ends with."""
+
+    def __init__(self, what, way_out):
+        super().__init__(f"{what}; {way_out}")
+        self.what = what
 
 
 def published_name(name):
@@ -46,11 +53,19 @@ def published_name(name):
 
 
 def published_state(module):
-    """State dict of a backbone, Student or Teacher as it is published: GRN parameters are (1, 1, 1, 4C)."""
+    """State dict of a backbone, Student or Teacher as it is published.
+
+    GRN parameters are (1, 1, 1, 4C), and pwconv1 and pwconv2 are linear layers, (4C, C) and (C, 4C), in every size;
+    timm builds atto to nano with 1×1 convolutions instead.
+    """
     state = {}
     for name, value in module.state_dict().items():
         name = published_name(name)
-        state[name] = value.reshape(1, 1, 1, -1) if ".grn." in name else value
+        if ".grn." in name:
+            value = value.reshape(1, 1, 1, -1)
+        elif _POINTWISE.search(name):
+            value = value.flatten(1)
+        state[name] = value
     return state
 
 
@@ -70,7 +85,8 @@ def load_published(module, state, source):
         found = state.get(name, value)
         if not isinstance(found, torch.Tensor) or found.layout != torch.strided or found.is_meta:
             raise InputError(f"{source}: {name} is no ordinary tensor; fetch the file again")
-        if found.shape != value.shape:
+        as_convolution = _POINTWISE.search(name) and found.shape == (*value.shape, 1, 1)  # earlier versions wrote these
+        if found.shape != value.shape and not as_convolution:
             raise InputError(f"{source}: {_other_shape(name, tuple(found.shape), tuple(value.shape))}")
     if unknown := sorted(state.keys() - expected.keys()):
         raise InputError(f"{source}: holds another network, with {unknown[0]} and {len(unknown) - 1} more; see --model")
@@ -85,7 +101,7 @@ def load_published(module, state, source):
 def read_torch(path):
     """Read a torch file of tensors, numbers and plain containers, on the CPU, without executing anything in it.
 
-    Raises InputError if the file is missing, torn or holds anything else.
+    Raises InputError if the file is missing or holds anything else, and UnreadableFile if it is torn.
     """
     scalar = np.float64(0).__reduce__()[0]  # NumPy's builder of scalars, by either of its names
     harmless = [
@@ -107,32 +123,7 @@ def read_torch(path):
         reason = f"it asks for {asked[1]}" if asked else "it is torn or no torch file"
         raise InputError(f"{path}: refused, {reason}; only tensors and plain data are read, nothing was run") from error
     except Exception as error:  # a torn file can fail in any way
-        raise InputError(f"{path}: not a readable torch file ({_gist(error)}); fetch it again") from error
-
-
-def read_checkpoint(path):
-    """Read a training checkpoint, ours or the authors', or a bare state dict, which becomes its 'state_dict'.
-
-    Raises InputError if the file holds neither.
-    """
-    checkpoint = read_torch(path)
-    if isinstance(checkpoint, dict) and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        return {"state_dict": checkpoint}
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise InputError(f"{path}: not a training checkpoint, it has no 'state_dict'")
-    return checkpoint
-
-
-def save_checkpoint(path, student, teacher=None, **rest):
-    """Write a checkpoint, whole or not at all: the student as the authors name it, the teacher and `rest`."""
-    content = {"state_dict": {f"module.{name}": value for name, value in published_state(student).items()}, **rest}
-    if teacher is not None:
-        content["teacher"] = published_state(teacher)
-    with write_whole(path) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # how torch reports a write that failed
-            raise OSError(f"{_gist(error)}; is the disk full?") from error
+        raise UnreadableFile(f"{path}: not a readable torch file ({gist(error)})", "fetch it again") from error
 
 
 def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
@@ -141,7 +132,7 @@ def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
     finetune: a published file, "timm" (the same weights from timm's hub), or "none" (random).
     Raises InputError if the model or the weights cannot be had.
     """
-    backbone = _create_backbone(model, imagenet_classes, drop_path, pretrained=finetune == "timm")
+    backbone = backbone_of(model, imagenet_classes, drop_path, pretrained=finetune == "timm")
     if finetune not in ("timm", "none"):
         if not os.path.isfile(finetune):
             raise InputError(
@@ -150,24 +141,13 @@ def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
         content = read_torch(finetune)
         state = content.get("model", content) if isinstance(content, dict) else None
         load_published(backbone, state, finetune)
-    frozen = _create_backbone(model, imagenet_classes)
+    frozen = backbone_of(model, imagenet_classes)
     frozen.load_state_dict(backbone.state_dict())
     return Student(backbone, classes), Teacher(frozen)
 
 
-def load_student(path, model, classes, imagenet_classes=1000):
-    """(student of a checkpoint, options it was trained with; {} for the authors').
-
-    Raises InputError if the checkpoint is of another model or split.
-    """
-    student = Student(_create_backbone(model, imagenet_classes), classes)
-    checkpoint = read_checkpoint(path)
-    load_published(student, checkpoint["state_dict"], path)
-    options = checkpoint.get("options")
-    return student, options if isinstance(options, dict) else {}
-
-
-def _create_backbone(model, imagenet_classes, drop_path=0.0, pretrained=False):
+def backbone_of(model, imagenet_classes, drop_path=0.0, pretrained=False):
+    """`create_backbone` of a user's --model. Raises InputError if it cannot be had."""
     try:
         return create_backbone(model, imagenet_classes, drop_path, pretrained)
     except ValueError as error:
@@ -175,7 +155,7 @@ def _create_backbone(model, imagenet_classes, drop_path=0.0, pretrained=False):
     except Exception as error:
         if not pretrained:
             raise
-        reason = f"{model} could not be fetched ({_gist(error)})"
+        reason = f"{model} could not be fetched ({gist(error)})"
         raise InputError(f"--finetune timm: {reason}; give a downloaded file instead") from error
 
 
@@ -187,11 +167,12 @@ def _other_shape(name, found, expected):
             "they belong to different splits; see --zero_version"
         )
     if found and name.startswith("head.") and found[1:] == expected[1:]:
-        return f"its head has {found[0]} classes, not {expected[0]}; set --nb_classes {found[0]}"
+        return f"its head has {found[0]} classes, not {expected[0]}; set --imagenet_classes {found[0]}"
     size = _STEM_WIDTHS.get(found[0]) if found and name.startswith("downsample_layers.0.") else None
     holds = f"the file holds a convnextv2_{size}" if size else "the file holds another network"
     return f"{name} is {found}, expected {expected}: {holds}, see --model"
 
 
-def _gist(error):
+def gist(error):
+    """The first sentence of an error's message."""
     return re.split(r"\n|\. ", str(error).strip())[0][:160] or type(error).__name__

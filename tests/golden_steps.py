@@ -13,8 +13,10 @@ from timm.models.convnext import ConvNeXt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import parallel
+from models.alignment import Batch
 from models.networks import Student, Teacher
-from models.training import create_optimizers, train_step
+from models.run import Run, create_optimizers
+from models.training import train_step
 from models.weights import load_published, published_state
 
 
@@ -29,18 +31,13 @@ def main(golden, target, parts):
         load_published(network.double(), state, name)
     optimizers = create_optimizers(*networks.values(), float(z["lr"]), float(z["lr"]), float(z["weight_decay"]))
     parallel.connect("cpu")
-    called = [parallel.synchronised(network) for network in networks.values()]
+    run = Run(*networks.values(), optimizers)
+    run.synchronise()
     for step, (batch, bidirectional) in enumerate(zip(z["step_batch"], z["step_bidirectional"], strict=True)):
         own = parallel.share(len(z["target"][batch]))
         values = (z["images"][batch].double(), z["target"][batch], z["tag"][batch, :, 0], z["cid_mask"][batch])
-        train_step(
-            *called,
-            optimizers,
-            *(value[own] for value in values),
-            z["noise"][step][own],
-            bool(bidirectional),
-            int(parts),
-        )
+        batch = Batch(*(value[own] for value in (*values, z["noise"][step])))
+        train_step(run, batch, bool(bidirectional), int(parts))
     if parallel.rank() == 0:
         torch.save({name: published_state(network) for name, network in networks.items()}, target)
     parallel.disconnect()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from models.alignment import alignment_losses, knowledge_loss, modality_loss
+from models.alignment import Batch, alignment_losses, knowledge_loss, modality_loss
 from models.networks import StudentOutput
 
 LOSSES = {
@@ -23,10 +23,9 @@ def test_losses_and_gradients_equal_golden(golden, bidirectional, masked):
         name: z[name].requires_grad_() for name in ("seen_logits", "student_logits", "features", "teacher_logits")
     }
     student = StudentOutput(inputs["seen_logits"], inputs["student_logits"], inputs["features"])
-    mask = z["cid_mask"] if masked else 0.0
-    losses = alignment_losses(
-        student, inputs["teacher_logits"], z["target"], z["tag"][:, 0], mask, z["noise"], bidirectional
-    )
+    mask = z["cid_mask"] if masked else torch.zeros(len(z["target"]), 1)
+    batch = Batch(None, z["target"], z["tag"][:, 0], mask, z["noise"])
+    losses = alignment_losses(student, inputs["teacher_logits"], batch, bidirectional)
     losses["total"].backward()
     prefix = ("" if masked else "nomask_") + ("bidirectional_" if bidirectional else "warmup_")
     for name, golden_name in LOSSES.items():

@@ -19,8 +19,8 @@ import train_quickdraw_ext
 import train_sketchy_ext
 import train_tuberlin_ext
 from datasets.prepare.miniature import UNSEEN
-from models import testing
 from models.eval.metrics import average_precision, class_means, precision_at, rank
+from models.eval.unfinished import Unfinished
 from models.networks import Student, create_backbone
 from models.weights import published_state
 
@@ -53,7 +53,7 @@ def test_train_then_retrieve(trained, miniature, capsys):
         [*MODEL, *GRID, "--data_root", str(miniature), "--resume_dir", str(trained)]
     )
     assert json.loads((trained / "results.json").read_text()) == results
-    order = "protocol metrics queries gallery classes options versions rows features"
+    order = "benchmark protocol metrics queries gallery classes options versions rows features"
     assert list(results) == order.split()
     assert (results["queries"], results["gallery"], results["classes"]) == (32, 48, 8)
     assert [(row["matching"], row.get("M"), row.get("K")) for row in results["rows"]] == [
@@ -197,7 +197,7 @@ def test_a_killed_extraction_goes_on(trained, miniature, tmp_path, monkeypatch, 
     ]
     expected = test_sketchy_ext_zeroshot.main(arguments)["rows"]
     (tmp_path / "features_zero.pickle").unlink()
-    add, batches = testing.Unfinished.add, []
+    add, batches = Unfinished.add, []
 
     def killed(part, rows):
         add(part, rows)
@@ -205,7 +205,7 @@ def test_a_killed_extraction_goes_on(trained, miniature, tmp_path, monkeypatch, 
         if len(batches) == 13:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(testing.Unfinished, "add", killed)
+    monkeypatch.setattr(Unfinished, "add", killed)
     with pytest.raises(SystemExit):
         test_sketchy_ext_zeroshot.main(arguments)
     assert not (tmp_path / "features_zero.pickle").exists()
@@ -285,7 +285,7 @@ def test_bad_input_to_a_test_ends_in_one_line(trained, miniature, tiny, tmp_path
 
     assert "neither model_best.pth.tar nor features_zero.pickle" in error(folder=tmp_path / "empty")
     assert "holds a convnextv2_atto, see --model" in error("--model", "convnextv2_femto")
-    assert "its head has 1000 classes, not 12" in error("--nb_classes", 12)
+    assert "its head has 1000 classes, not 12" in error("--imagenet_classes", 12)
     assert "trained on 29 seen classes, but cname_cid.txt lists 2" in error("--data_root", tiny)
     assert "no such data folder" in error("--data_root", tmp_path / "nowhere")
     assert "--clusters 50: the gallery has only 48 photos" in error("--clusters", 50)

@@ -110,7 +110,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     ],
 )
 def test_input_errors_end_in_one_line(capsys, message):
-    @ends_in_one_line
+    @ends_in_one_line()
     def command():
         raise InputError(message)
 
@@ -133,7 +133,7 @@ def test_input_errors_end_in_one_line(capsys, message):
     ],
 )
 def test_limits_of_the_machine_end_in_one_line(capsys, error, line):
-    @ends_in_one_line
+    @ends_in_one_line()
     def command():
         raise error
 
@@ -151,4 +151,4 @@ def test_a_writable_folder_stays_as_it_was(tmp_path):
 
 def test_bugs_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
-        ends_in_one_line(lambda: 1 / 0)()
+        ends_in_one_line()(lambda: 1 / 0)()

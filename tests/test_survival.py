@@ -14,12 +14,11 @@ from torture import torture
 import train_quickdraw_ext
 import train_sketchy_ext
 from datasets.images import normalise
-from models import checkpoints, training
-from models.checkpoints import LAST, PREVIOUS, SaveSchedule, _keep_as_previous
+from models import checkpoints, progress, training
+from models.checkpoints import LAST, PREVIOUS, SaveSchedule, _keep_as_previous, read_checkpoint
 from models.progress import Log
-from models.weights import read_checkpoint
 
-TRAIN = """--model convnextv2_atto --nb_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0
+TRAIN = """--model convnextv2_atto --imagenet_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0
     --device cpu --epochs 3 --warmup_epochs 0 --drop_path 0.2 --print_freq 1""".split()
 
 
@@ -44,7 +43,7 @@ def assert_same(one, two):
 def without_curves(monkeypatch, request):
     """Drawing takes longer than training here."""
     if request.function is not test_what_a_run_shows:
-        monkeypatch.setattr(training, "draw_curves", lambda *_: None)
+        monkeypatch.setattr(progress, "draw_curves", lambda *_: None)
 
 
 @pytest.fixture
@@ -134,7 +133,7 @@ def test_a_torn_checkpoint_never_takes_the_place_of_a_whole_one(tiny, tmp_path, 
         raise RuntimeError("unexpected pos 64 vs 0")
 
     with monkeypatch.context() as patch:
-        patch.setattr("models.weights.torch.save", refuse)
+        patch.setattr("models.checkpoints.torch.save", refuse)
         assert "is the disk full?" in fails(*arguments)
     assert read_checkpoint(tmp_path / LAST)["epoch"] == read_checkpoint(tmp_path / PREVIOUS)["epoch"] == 2
     for name in (LAST, PREVIOUS):

@@ -9,13 +9,17 @@ import train_quickdraw_ext
 import train_sketchy_ext
 from datasets.benchmark import write_list, write_mask
 from models import training
-from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST
+from models.alignment import Batch
+from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST, Keeper, read_checkpoint
 from models.networks import Student, Teacher
-from models.training import create_optimizers, set_learning_rates, train_step
-from models.weights import load_published, published_state, read_checkpoint
+from models.run import Recipe, Run, create_optimizers, set_learning_rates
+from models.training import train_step
+from models.weights import load_published, published_state
 
 LOSSES = {"cls": "loss_cls", "ka_student": "loss_kd_1", "ma": "loss_kld", "student": "loss_total"}
-SMALL = "--model convnextv2_atto --nb_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0".split()
+SMALL = (
+    "--model convnextv2_atto --imagenet_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0".split()
+)
 SHORT = [*SMALL, "--device", "cpu", "--epochs", "3", "--warmup_epochs", "0"]
 
 
@@ -46,12 +50,16 @@ def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, monkeypa
         networks["student"].backbone.set_grad_checkpointing()
     parts = {"in 2 parts": 2, "in 5 parts": 5}.get(way, 1)
     lr = float(z["lr"])
-    optimizers = create_optimizers(*networks.values(), lr, lr, float(z["weight_decay"]))
+    run = Run(*networks.values(), create_optimizers(*networks.values(), lr, lr, float(z["weight_decay"])))
     for step, (batch, bidirectional) in enumerate(zip(z["step_batch"], z["step_bidirectional"], strict=True)):
-        losses, sound = train_step(
-            *networks.values(), optimizers, z["images"][batch].double(), z["target"][batch], z["tag"][batch, :, 0],
-            z["cid_mask"][batch], z["noise"][step], bool(bidirectional), parts,
-        )  # fmt: skip
+        learnt = Batch(
+            z["images"][batch].double(),
+            z["target"][batch],
+            z["tag"][batch, :, 0],
+            z["cid_mask"][batch],
+            z["noise"][step],
+        )
+        losses, sound = train_step(run, learnt, bool(bidirectional), parts)
         assert sound.all()
         for ours, theirs in (*LOSSES.items(), *([("ka_teacher", "loss_kd_2")] if bidirectional else [])):
             torch.testing.assert_close(losses[ours], z[theirs][step], rtol=0, atol=1e-9)
@@ -65,7 +73,7 @@ def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, monkeypa
 def test_the_learning_rate_falls_a_thousandfold():
     optimizers = [torch.optim.Adam([torch.zeros(1, requires_grad=True)]) for _ in range(2)]
     for epoch, share in ((0, 1), (10, 0.001**0.5), (20, 0.001)):
-        set_learning_rates(optimizers, (1e-4, 5e-5), epoch, 20)
+        set_learning_rates(optimizers, Recipe(20, 9, 1e-4, 5e-5).rates(epoch))
         assert [o.param_groups[0]["lr"] for o in optimizers] == pytest.approx([1e-4 * share, 5e-5 * share])
 
 
@@ -90,16 +98,16 @@ def test_interrupted_and_resumed_ends_with_the_same_weights(tiny, tmp_path, monk
     whole = tmp_path / "whole"
     run(tiny, whole, "--drop_path", 0.2)
     stop_after = {"warm-up": 1, "bidirectional": 2}[phase]
-    save = training.save
+    save = Keeper.save
 
-    def save_then_stop(run, *args):
-        save(run, *args)
+    def save_then_stop(keeper, run, *args):
+        save(keeper, run, *args)
         if len(run.history) == stop_after:
             raise KeyboardInterrupt
 
     halves = tmp_path / "halves"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(training, "save", save_then_stop)
+        patch.setattr(Keeper, "save", save_then_stop)
         run(tiny, halves, "--drop_path", 0.2)
     assert end.value.code == 130
     run(tiny, halves, "--drop_path", 0.2, "--resume", "--workers", 2)
@@ -150,7 +158,7 @@ def test_bad_options_end_in_one_line(tiny, tmp_path, fails):
     assert "--zero_version" in error("--zero_version", "a/b")
     assert "--seed" in error("--seed", 10**20)
     assert "unrecognized arguments: --epoch" in error("--epoch", 3)
-    assert "cid_mask.pickle: every class needs a vector of 20" in error("--nb_classes", 20)
+    assert "cid_mask.pickle: every class needs a vector of 20" in error("--imagenet_classes", 20)
     assert not list((tmp_path / "new").glob("*.tar"))
 
 
@@ -225,7 +233,7 @@ def test_what_an_earlier_run_left_goes_when_the_new_one_starts(tiny, tmp_path):
 
 def test_a_run_is_not_resumed_on_other_lists(tiny, tmp_path, monkeypatch, fails):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(training, "tell", _interrupt)
+        patch.setattr("models.progress.tell", _interrupt)
         run(tiny, tmp_path)
     path = tiny / "zeroshot1/all_photo_filelist_train.txt"
     path.write_text(path.read_text().replace(" 1\n", " 0\n"))
@@ -266,7 +274,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tiny, tmp_pa
             raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 64 vs 0")
         save(content, file)
 
-    monkeypatch.setattr("models.weights.torch.save", fail_in_the_second_epoch)
+    monkeypatch.setattr("models.checkpoints.torch.save", fail_in_the_second_epoch)
     arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--no_validation"]
     assert "is the disk full?" in fails(train_sketchy_ext.main, *arguments)
     assert (tmp_path / LAST).read_bytes() == kept[0]

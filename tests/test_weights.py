@@ -7,15 +7,9 @@ import pytest
 import torch
 
 from datasets.errors import InputError
+from models.checkpoints import read_checkpoint, save_checkpoint
 from models.networks import Student, Teacher, create_backbone
-from models.weights import (
-    create_pair,
-    load_published,
-    published_state,
-    read_checkpoint,
-    read_torch,
-    save_checkpoint,
-)
+from models.weights import create_pair, load_published, published_state, read_torch
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +93,7 @@ def test_a_random_start_is_the_same_for_both(tmp_path):
         ),
         (
             lambda state: state.update({"head.weight": torch.zeros(21, 320)}),
-            "head has 21 classes, not 12; set --nb_classes 21",
+            "head has 21 classes, not 12; set --imagenet_classes 21",
         ),
     ],
 )

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from datasets.benchmark import open_benchmark
-from datasets.zeroshot import PairedBatches, evaluation_loader, training_loader
+from datasets.zeroshot import Loading, PairedBatches, evaluation_loader, training_loader
 
 
 def test_an_epoch_pairs_every_sketch_and_photo_until_the_shorter_list_ends():
@@ -37,7 +37,7 @@ def lists(miniature):
 def test_workers_change_nothing(lists):
     epochs = []
     for workers in (0, 2):
-        loader = training_loader(*lists, (2, 4), 32, seed=5, workers=workers, device="cpu")
+        loader = training_loader(*lists, Loading(32, workers=workers), (2, 4), seed=5)
         loader.batch_sampler.epoch = 3
         epochs.append([next(batches) for batches in [iter(loader)] for _ in range(5)])
     for one, two in zip(*epochs, strict=True):
@@ -46,7 +46,7 @@ def test_workers_change_nothing(lists):
 
 def test_batches_hold_what_the_lists_say(lists):
     sketches, photos = lists
-    loader = training_loader(sketches, photos, (2, 4), 32, seed=5, workers=0, device="cpu")
+    loader = training_loader(sketches, photos, Loading(32), (2, 4), seed=5)
     keys = list(loader.batch_sampler)
     for batch, (images, labels, is_photo) in zip(keys[:3], loader, strict=False):
         expected = [(*sketches.labels, *photos.labels)[index] for _, index in batch]
@@ -57,7 +57,7 @@ def test_batches_hold_what_the_lists_say(lists):
 
 def test_evaluation_goes_in_list_order_without_augmentation(lists):
     sketches, _ = lists
-    once, twice = (list(evaluation_loader(sketches, 32, size, workers, "cpu")) for size, workers in ((7, 0), (16, 2)))
+    once, twice = (list(evaluation_loader(sketches, Loading(32, size, workers))) for size, workers in ((7, 0), (16, 2)))
     for field in range(2):
         assert torch.equal(torch.cat([batch[field] for batch in once]), torch.cat([batch[field] for batch in twice]))
     assert torch.cat([labels for _, labels in once]).tolist() == sketches.labels.tolist()

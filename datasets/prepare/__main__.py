@@ -21,7 +21,7 @@ from datasets.prepare.miniature import SEEN, UNSEEN, write_miniature
 from datasets.protocols import PROTOCOLS, protocol_of
 
 
-@errors.ends_in_one_line
+@errors.ends_in_one_line()
 def main(argv=None):
     """Command line."""
     options = create_parser().parse_args(argv)

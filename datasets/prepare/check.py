@@ -68,8 +68,8 @@ def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
         findings.fault("folders", str(error))
         return Checked(None, findings)
     if custom:
-        title = f"{benchmark.root.resolve().name}, in the layout of {benchmark.protocol.title}"
-        benchmark = replace(benchmark, protocol=replace(benchmark.protocol, title=title, published={}))
+        title = f"{benchmark.title}, in the layout of {benchmark.protocol.title}"
+        benchmark = replace(benchmark, title=title, protocol=replace(benchmark.protocol, published={}))
     _check_class_names(benchmark, custom, findings)
     lists = _read_lists(benchmark, custom, findings)
     for (_, split), files in lists.items():
@@ -304,7 +304,7 @@ def _check_mask(benchmark, custom, findings):
 def print_checked(checked):
     """Print the table of lists and what was found."""
     if checked.benchmark:
-        print(f"{checked.benchmark.protocol.title}: {checked.benchmark.lists}")
+        print(f"{checked.benchmark.title}: {checked.benchmark.lists}")
     if checked.rows:
         width = max(len(row["list"]) for row in checked.rows)
         titles = ("images", "published", "classes", "missing", "unreadable")
@@ -323,5 +323,5 @@ def as_json(checked):
     """All that was checked and found, ready for JSON."""
     findings = {"faults": checked.findings.faults, "notes": checked.findings.notes}
     benchmark = checked.benchmark
-    where = {"title": benchmark.protocol.title, "lists": str(benchmark.lists)} if benchmark else {}
+    where = {"title": benchmark.title, "lists": str(benchmark.lists)} if benchmark else {}
     return {**where, "rows": checked.rows, **findings}

@@ -4,7 +4,7 @@ Written in the exact layout of Sketchy Ext, so the real scripts run on it unchan
 
     <root>/256x256/sketch/tx_000000000000_ready/<class>/<n>.png
     <root>/256x256/photo/tx_000000000000_ready/<class>/<n>.jpg
-    <root>/zeroshot1/  lists, cname_cid.txt, cname_cid_zero.txt, cid_mask.pickle
+    <root>/zeroshot1/  lists, cname_cid.txt, cname_cid_zero.txt, cid_mask.pickle, title.txt
 
 Sketch and photo of one number are drawn from different shapes. The classes and what they look like are in drawings.py.
 """
@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from datasets.prepare.drawings import CATEGORIES, box, line, oval
 from datasets.errors import InputError
-from datasets.benchmark import CLASS_NAMES, MASK, write_list, write_mask
+from datasets.files import write_whole
+from datasets.benchmark import CLASS_NAMES, MASK, TITLE, write_list, write_mask
 from datasets.prepare.pool import on_all_cores
 from datasets.protocols import PROTOCOLS
 
@@ -52,6 +53,8 @@ def write_miniature(root, seed=0, sketches=40, photos=60, held_back=5, workers=N
     for name, classes in zip(CLASS_NAMES, (SEEN, UNSEEN), strict=True):
         write_list(folder / name, zip(classes, range(len(classes)), strict=True))
     write_mask(folder / MASK, semantic_mask())
+    with write_whole(folder / TITLE) as file:
+        file.write(b"miniature benchmark\n")
     for name in ("256x256", folder.name):  # the lists last: where they are, all is
         (unfinished / name).replace(root / name)
     unfinished.rmdir()

@@ -43,7 +43,7 @@ def write_summary(benchmark, lists, folder, odd=()):
 
 
 def _title(found):
-    return f"{found.benchmark.protocol.title}: {_printable(found.benchmark.root)}"
+    return f"{found.benchmark.title}: {_printable(found.benchmark.root)}"
 
 
 def _printable(text):
@@ -89,12 +89,12 @@ def _ranks(found):
 
 
 def _html(found, odd):
-    protocol, benchmark = found.benchmark.protocol, found.benchmark
+    benchmark = found.benchmark
     rows = {seen: [row for row in found.classes if row.seen == seen] for seen in (False, True)}
     tiles = max(len(samples) for row in found.classes for samples in row.samples.values())
     lines = "".join(f"<li>{escape(line)}</li>" for line in odd)
     body = [
-        f"<header><h1>{escape(protocol.title)}</h1><p><code>{escape(_printable(benchmark.root))}</code>, lists in ",
+        f"<header><h1>{escape(benchmark.title)}</h1><p><code>{escape(_printable(benchmark.root))}</code>, lists in ",
         f"<code>{escape(_printable(benchmark.lists.name))}</code><br>{escape(_classes_line(found))}</p>",
         '<nav><a href="#odd">What is odd</a> <a href="#counts">Counts</a> <a href="#images">Images</a> ',
         '<a href="#unseen">Unseen classes</a> <a href="#seen">Seen classes</a> <a href="#table">Table</a>',

@@ -1,14 +1,53 @@
 """Codebooks of one-to-many matching: the component means of a Gaussian mixture in each sub-space of the gallery."""
 
 import warnings
+from concurrent.futures import as_completed
 
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
+from tqdm import tqdm
 
+from models import parallel
 from models.eval.mixture import CollapsedComponent, fit_mixture
+from models.eval.workers import workers
+from models.parallel import note
+
+
+def fit_codebooks(gallery, grid, seed=123, mixture="torch", device="cpu"):
+    """Codebooks of a grid of (M, K), shared by all processes, each of which fits one row a core.
+
+    gallery, seed, mixture, device: as in `fit_codebook`. What did not converge is said.
+    Returns ({(M, K): codebook (M, K, D/M)}, {(M, K): why it could not be fitted}), in all processes.
+    """
+    # Many sub-spaces take longest, as EM needs more iterations in narrow ones, and come first.
+    own, fitted = sorted(grid, reverse=True)[parallel.rank() :: parallel.processes()], {}
+    with (
+        workers() as pool,
+        tqdm(total=len(own), desc="mixtures", unit="row", leave=False, disable=parallel.bar()) as progress,
+    ):
+        jobs = {key: pool.submit(fit_codebook, gallery, *key, seed, mixture, device) for key in own}
+        for _ in as_completed(jobs.values()):
+            progress.update()
+    for key, job in jobs.items():
+        try:
+            fitted[key] = job.result()
+        except CollapsedComponent as error:
+            fitted[key] = str(error)
+    fitted = parallel.merged(fitted)
+    codebooks, failures = {}, {}
+    for key in grid:
+        row = f"M {key[0]}, K {key[1]}, seed {seed}"
+        if isinstance(fitted[key], str):
+            failures[key] = fitted[key]
+            note(f"note: {row}: {fitted[key]}; the row is left out, others are not affected")
+            continue
+        codebooks[key], unconverged = fitted[key]
+        if unconverged:
+            note(f"note: {row}: no convergence in 100 iterations in sub-space {unconverged}")
+    return codebooks, failures
 
 
 def fit_codebook(gallery, subspaces, clusters, seed=123, mixture="torch", device="cpu"):

@@ -13,45 +13,43 @@ from models.eval.matching import (
     fused_scores,
     nearest_codes,
 )
-from models.eval.metrics import RECALL_LEVELS, average_precision, precision_at, precision_at_recall, rank
+from models.eval.metrics import RECALL_LEVELS, STANDARD, metric, precision_at_recall, rank
 from models.eval.workers import workers
+from models.parallel import note
 
-METRICS = {
-    "mAP@all": average_precision,
-    "mAP@200": lambda ranking: average_precision(ranking, 200),
-    "Prec@100": lambda ranking: precision_at(ranking, 100),
-    "Prec@200": lambda ranking: precision_at(ranking, 200),
-}
 # Bytes of one matrix of a chunk of queries × gallery, of which a handful live at a time.
 CPU_CHUNK, GPU_CHUNK = 24 << 20, 256 << 20
 
 
-def evaluate(
-    features, codebooks, device="cpu", dtype=torch.float32, one_to_one=True, shown=None, nearest=10, say=print
-):
-    """Measure one-to-one matching (key None) and one-to-many matching with each codebook.
+def evaluate(features, codebooks, metrics=STANDARD, nearest=None, device="cpu", dtype=torch.float32):
+    """Measure one-to-one matching and one-to-many matching with each codebook.
 
-    features: Features; codebooks: {key: (M, K, d) array}. Distances and scores are of `dtype`. For the row with key
-    `shown` the `nearest` photos are kept too. On the CPU chunks run side by side, one a core. A chunk that does not fit
-    into a device's memory is halved, and so are later ones; `say` is told once.
-    Returns {key: {name: one value a query}} on the CPU: METRICS (Q,), "curve" (Q, 11) and "nearest" (Q, k) int64.
+    features: Features; codebooks: {key: (M, K, d) array, or None for one-to-one matching}; metrics: names that
+    models.eval.metrics.metric takes; nearest: {key: how many of its nearest photos are kept, too}. Distances and scores
+    are of `dtype`. On the CPU chunks run side by side, one a core. A chunk that does not fit into a device's memory is
+    halved, and so are later ones, which is said once.
+    Returns {key: {name: one value a query}} on the CPU: metrics (Q,), "curve" (Q, 11) and "nearest" (Q, k) int64.
     """
+    metrics, nearest = {name: metric(name) for name in metrics}, nearest or {}
     gallery, gallery_labels, query_labels = (
         torch.from_numpy(values).to(device)
         for values in (features.gallery, features.gallery_labels, features.query_labels)
     )
     gallery, query = gallery.to(dtype), torch.from_numpy(features.query)
-    rows = {None: None} if one_to_one else {}
+    rows = {}
     for key, codebook in codebooks.items():
+        if codebook is None:
+            rows[key] = None
+            continue
         codebook = torch.from_numpy(codebook).to(gallery)
         rows[key] = codebook, code_members(nearest_codes(gallery, codebook), codebook.shape[1]).to(dtype)
 
     # Filled in place: small results kept between large temporaries would keep the memory of those.
-    measured = {key: {name: torch.empty(len(query), dtype=torch.float64) for name in METRICS} for key in rows}
+    measured = {key: {name: torch.empty(len(query), dtype=torch.float64) for name in metrics} for key in rows}
     for key, values in measured.items():
         values["curve"] = torch.empty(len(query), len(RECALL_LEVELS), dtype=torch.float64)
-        if key == shown:
-            values["nearest"] = torch.empty(len(query), min(nearest, len(gallery)), dtype=torch.int64)
+        if key in nearest:
+            values["nearest"] = torch.empty(len(query), min(nearest[key], len(gallery)), dtype=torch.int64)
     local = threading.local()
 
     def scratch(count):
@@ -69,8 +67,8 @@ def evaluate(
                 scores = distances
             else:
                 scores = fused_scores(cluster_distances(part, *codes, out=fused), distances, out=fused)
-            ranking = rank(scores, labels, gallery_labels, nearest if key == shown else 0)
-            values = {name: metric(ranking) for name, metric in METRICS.items()}
+            ranking = rank(scores, labels, gallery_labels, nearest.get(key, 0))
+            values = {name: measure_of(ranking) for name, measure_of in metrics.items()}
             values["curve"] = precision_at_recall(ranking)
             if ranking.nearest is not None:
                 values["nearest"] = ranking.nearest
@@ -86,12 +84,12 @@ def evaluate(
         workers(None if on_cpu else 1) as pool,
         tqdm(total=len(query), desc="matching", unit="sketch", leave=False, disable=parallel.bar()) as progress,
     ):
-        for count in pool.map(_halving(measure, say), chunks):
+        for count in pool.map(_halving(measure), chunks):
             progress.update(count)
     return measured
 
 
-def _halving(measure, say):
+def _halving(measure):
     """`measure` for chunks that may not fit into memory, which is found out by trying: a sum of what it returns."""
     fitting = None
 
@@ -104,7 +102,7 @@ def _halving(measure, say):
                 if len(chosen) == 1:
                     raise
                 if fitting is None:
-                    say(f"note: {len(chosen)} sketches at a time do not fit into the device's memory, trying fewer")
+                    note(f"note: {len(chosen)} sketches at a time do not fit into the device's memory, trying fewer")
                 fitting = (len(chosen) + 1) // 2
         half = (len(chosen) + 1) // 2
         return run(chosen[:half]) + run(chosen[half:])

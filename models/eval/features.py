@@ -6,6 +6,7 @@ features_zero.json    what our own pickle was computed from, so that a stale one
 """
 
 import json
+import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,13 @@ from tqdm import tqdm
 from datasets.errors import InputError
 from datasets.files import digest, read_pickle, write_json, write_whole
 from datasets.images import normalise
+from datasets.zeroshot import evaluation_loader
 from models import parallel
+from models.eval.unfinished import Unfinished
 from models.networks import arithmetic
+from models.parallel import note
+
+FEATURES = "features_zero.pickle"
 
 
 @dataclass(frozen=True)
@@ -30,55 +36,38 @@ class Features:
     gallery_labels: np.ndarray  # (N,)
     query: np.ndarray  # (Q, D)
     query_labels: np.ndarray  # (Q,)
+    names: list[str] | None = None  # of the classes, by label
 
 
-class Unfinished:
-    """Features of a list of images as they are extracted, in a hidden file, so that a killed extraction goes on.
+def extract_all(student, images, loading, precision="fp32", keep=None):
+    """Features of UnseenImages, each process extracting its share of them; None but in process 0.
 
-    The file holds a line of JSON, which says what the features depend on, and then the features, float32.
+    loading: a Loading; precision: see models.networks.arithmetic. keep: a function of (title, its share) that gives an
+    Unfinished for a part of the features, so that a killed extraction goes on; without it nothing is kept.
+    Raises FloatingPointError for features that are not finite.
     """
-
-    def __init__(self, path, source, width, batch_size):
-        """Go on with the file at `path` if it is of the same `source` (JSON), else start anew."""
-        self.path, self.width = path, width
-        self.header = json.dumps([source, width]).encode() + b"\n"
-        self.done = 0  # whole batches, so that the others are those of an uninterrupted extraction
-        if self._is_same():
-            rows = self.read()
-            sound = np.abs(np.linalg.norm(rows, axis=1) - 1) < 0.01  # a torn disk can leave zeros
-            self.done = int(np.append(sound, False).argmin()) // batch_size * batch_size
-        with open(path, "r+b" if self.done else "wb") as file:
-            if self.done:
-                file.truncate(len(self.header) + 4 * width * self.done)
-            else:
-                file.write(self.header)
-
-    def add(self, rows):
-        """Append rows (n, width) float32; they outlive the process from here on."""
-        with open(self.path, "ab") as file:
-            file.write(rows.tobytes())
-
-    def read(self):
-        """All rows so far: (n, width) float32."""
-        values = np.fromfile(self.path, np.float32, offset=len(self.header))
-        return values[: len(values) // self.width * self.width].reshape(-1, self.width)
-
-    def remove(self):
-        """Delete the file, once its features are somewhere else."""
-        self.path.unlink()
-
-    def _is_same(self):
-        try:
-            with open(self.path, "rb") as file:
-                return file.readline() == self.header
-        except FileNotFoundError:
-            return False
+    parts = []
+    for files, title in images.named():
+        share = parallel.share(len(files))
+        part = keep(title, share) if keep else None
+        done = part.done if part else 0
+        loader = evaluation_loader(files, loading, share.start + done, share.stop)
+        rows = []
+        for batch in extract(student, loader, loading.device, title, precision, done):
+            part.add(batch) if part else rows.append(batch)
+        rows = part.read() if part else np.concatenate([*rows, np.empty((0, student.width), np.float32)])
+        if not np.isfinite(rows).all():
+            if part:
+                part.remove()
+            raise FloatingPointError(f"features of {title} are not finite")
+        parts += [parallel.joined(rows), files.labels]
+    return Features(*parts) if parallel.rank() == 0 else None
 
 
 def extract(student, loader, device, title="features", precision="fp32", done=0):
     """Yield the L2-normalised features of each batch of `loader`: (n, D) float32 arrays.
 
-    precision: see models.networks.arithmetic; title and done, images that are there already, are the progress bar's.
+    precision: see models.networks.arithmetic. The progress bar is called `title` and begins at `done` images.
     """
     student.eval().to(memory_format=torch.channels_last)
     total = done + len(loader.dataset)
@@ -90,6 +79,59 @@ def extract(student, loader, device, title="features", precision="fp32", done=0)
                 rows = F.normalize(features.float(), dim=1).cpu().numpy()
             yield rows
             bar.update(len(rows))
+
+
+def compute_features(folder, student, images, loading, precision, source):
+    """Extract the Features of UnseenImages, and write them to features_zero.pickle in `folder`, for all processes.
+
+    source: what they depend on, see `source_of`. An extraction that was killed goes on where it was.
+    Raises FloatingPointError for features that are not finite.
+    """
+    unfinished = []
+
+    def keep(title, share):
+        of = f".{parallel.rank()}-of-{parallel.processes()}" if parallel.processes() > 1 else ""
+        part = Unfinished(folder / f".{title}{of}.unfinished", source, student.width, loading.batch_size)
+        if part.done:
+            note(f"features: {part.done:,} of {share.stop - share.start:,} {title} are there already, going on")
+        unfinished.append(part)
+        return part
+
+    features = extract_all(student, images, loading, precision, keep)
+    if features:
+        if os.path.isfile(folder / FEATURES) and not is_ours(folder / FEATURES):
+            (folder / FEATURES).replace(folder / f"{FEATURES}.old")
+            note(f"features: the {FEATURES} that was there is now {FEATURES}.old")
+        write_features(folder / FEATURES, features, source)
+    parallel.anyone(False)  # parts are kept until the whole is written
+    for part in unfinished:
+        part.remove()
+    return features or read_features(folder / FEATURES)[0]
+
+
+def stored_features(folder, checkpoint, source):
+    """Features of features_zero.pickle in `folder`, or None where there are none of `source`; what is done is said.
+
+    checkpoint: its path, or None: then the features are taken whatever they come from; source: see `source_of`.
+    """
+    path = folder / FEATURES
+    if not os.path.isfile(path):
+        return None
+    if checkpoint and (stale := why_stale(path, source, checkpoint)):
+        note(f"features: {path} is {stale}, computing them anew")
+        return None
+    features, rescaled = read_features(path)
+    note(f"features: {path}" + (", scaled to length 1" if rescaled else ""))
+    return features
+
+
+def source_of(checkpoint, model, size, precision, benchmark=None):
+    """What features depend on, for the record beside them; without lists where there is no benchmark at hand."""
+    source = {"checkpoint": digest(checkpoint), "model": model, "input_size": size, "precision": precision}
+    if benchmark is None:
+        return source
+    lists = {f"{kind} list": digest(benchmark.path(kind, "zero")) for kind in ("photo", "sketch")}
+    return source | lists | {"data_root": str(benchmark.root.resolve())}
 
 
 def read_features(path):
@@ -152,6 +194,12 @@ def why_stale(path, source, checkpoint):
     if path.stat().st_mtime < checkpoint.stat().st_mtime:
         return f"older than {checkpoint.name} beside it"
     return None
+
+
+def features_record(folder):
+    """Which features in `folder` a result was measured on, for results.json: {"features": ...}."""
+    path = folder / FEATURES
+    return {"features": {"file": str(path), "sha256": digest(path), "source": record(path).get("source")}}
 
 
 def _sidecar(path):

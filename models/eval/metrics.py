@@ -172,6 +172,15 @@ def _best_precision(hits):
     return precision.flip(1).cummax(dim=1).values.flip(1) if hits.shape[1] else precision
 
 
+MEASURES = {"mAP": average_precision, "Prec": precision_at}
+STANDARD = ("mAP@all", "mAP@200", "Prec@100", "Prec@200")
+
+
+def metric(name):
+    kind, _, cut = name.partition("@")
+    return lambda ranking: MEASURES[kind](ranking, None if cut == "all" else int(cut))
+
+
 def class_means(values, labels):
     """Mean of values (Q, ...) over the queries of each class: (classes that occur, ascending; their means, float64)."""
     classes, index = labels.unique(return_inverse=True)

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from datasets.errors import InputError
 from datasets.images import normalise
-from models.eval.features import Features, Unfinished, extract, is_ours, read_features, why_stale, write_features
+from models.eval.features import Features, extract, is_ours, read_features, why_stale, write_features
+from models.eval.unfinished import Unfinished
 
 
 def unit(count, width=8, seed=0):
@@ -31,7 +32,8 @@ def test_features_in_the_authors_form_are_read_as_they_are(features, tmp_path):
     path = save(tmp_path / "f.pickle", f.gallery, f.gallery_labels, f.query, f.query_labels.tolist(), np.zeros((3, 6)))
     back, rescaled = read_features(path)
     assert not rescaled
-    for one, two in zip(vars(f).values(), vars(back).values(), strict=True):
+    for name in ("gallery", "gallery_labels", "query", "query_labels"):
+        one, two = getattr(f, name), getattr(back, name)
         assert one.dtype == two.dtype and np.array_equal(one, two)
 
 

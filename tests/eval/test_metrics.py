@@ -1,12 +1,6 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-import models
 from models.eval import metrics
 from models.eval.metrics import (
     Ranking,
@@ -17,8 +11,6 @@ from models.eval.metrics import (
     precision_at_recall,
     rank,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def ranking_of(hits, gallery_size):
@@ -113,30 +105,3 @@ def test_classes_count_alike_whatever_their_number_of_queries():
     assert means.tolist() == pytest.approx([0, 0.5])
     _, curves = class_means(torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 5.0]]), torch.tensor([0, 0, 1]))
     assert curves.tolist() == [[2, 4], [5, 5]]
-
-
-@pytest.mark.parametrize(
-    ("processor", "slowly"),
-    [
-        ("processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC", True),
-        ("processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2", False),
-        ("processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143", False),
-        ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", True),
-        ("Intel64 Family 6 Model 151 Stepping 2, GenuineIntel", False),
-        ("arm", False),
-    ],
-)
-def test_processors_on_which_numpy_sorts_slowly(processor, slowly):
-    assert models._sorts_slowly(processor) == slowly
-
-
-def test_numpy_is_told_before_it_is_imported():
-    code = "import models, os; print(models._sorts_slowly(models._about_processor()), os.environ.get(NAME))"
-    code = f"NAME = 'NPY_DISABLE_CPU_FEATURES'; {code}"
-    environment = {name: value for name, value in os.environ.items() if name != "NPY_DISABLE_CPU_FEATURES"}
-    for given, start in ((None, ""), ("FMA4", ""), (None, "import numpy; ")):
-        own = environment | ({"NPY_DISABLE_CPU_FEATURES": given} if given else {})
-        command = [sys.executable, "-c", start + code]
-        slowly, value = subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True).stdout.split(" ", 1)
-        told = slowly == "True" and not given and not start
-        assert value.strip() == (given or ("X86_V4 AVX512_SKX" if told else "None"))

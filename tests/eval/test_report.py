@@ -27,10 +27,11 @@ def test_best_typical_and_worst_come_from_as_many_classes_as_there_are():
     )
 
 
-def results_of(*rows, classes=21):
+def results_of(*rows, classes=21, protocol=PROTOCOLS["sketchy"]):
     names = ("mAP@all", "mAP@200", "Prec@100", "Prec@200")
     rows = [dict.fromkeys(names, 0.25) | {"precision_at_recall": [0.5] * 11} | row for row in rows]
-    return {"protocol": "Sketchy Ext", "queries": 1200, "gallery": 3400, "classes": classes, "rows": rows}
+    head = {"benchmark": protocol.title, "protocol": protocol.name, "metrics": list(protocol.metrics)}
+    return {**head, "queries": 1200, "gallery": 3400, "classes": classes, "rows": rows}
 
 
 ONE = {"matching": "one-to-one"}
@@ -41,8 +42,8 @@ def many(clusters, subspaces=2, **more):
 
 
 def test_the_table_marks_as_many_clusters_as_classes(capsys):
-    results = results_of(ONE, many(20), many(21, **{"mAP@200": 0.5}))
-    print_table(results, PROTOCOLS["sketchy_split"])
+    results = results_of(ONE, many(20), many(21, **{"mAP@200": 0.5}), protocol=PROTOCOLS["sketchy_split"])
+    print_table(results)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Sketchy Ext Split: 1,200 sketches, 3,400 photos, 21 classes"
     assert lines[1].split() == ["matching", "M", "K", "mAP@200", "Prec@200"]
@@ -57,7 +58,7 @@ def test_the_table_tells_the_spread_of_seeds_and_what_collapsed(capsys):
         many(21, spread={"mAP@all": {"deviation": None, "range": [0.25, 0.25]}}),
     )
     results["rows"].append(many(22, failed={"123": "sub-space 0: component 3 collapsed"}))
-    print_table(results, PROTOCOLS["sketchy"])
+    print_table(results)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith("mAP@all over seeds")
     assert lines[3].endswith("± 0.0123, 0.2000 to 0.3000")
@@ -74,7 +75,7 @@ def test_classes_are_printed_best_first(capsys):
         many(20) | classes(bell=0.125, cow=0.0),
         many(21) | classes(bell=0.25, cow=0.5),
     )
-    print_classes(results_of(*rows), PROTOCOLS["sketchy"])
+    print_classes(results_of(*rows))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split("  ")[-2:] == ["M 2, K 21 mAP@all", "M 2, K 21 Prec@100"]
     assert [line.split() for line in lines[1:]] == [
