@@ -133,7 +133,8 @@ def _title(protocol, lists, seen, unseen):
         return _lines(lists / TITLE)[0][1]
     pairs = ((seen, protocol.seen_names), (unseen, protocol.unseen_names))
     published = all(set(map(spelling, own)) == set(map(spelling, names)) for own, names in pairs)
-    return protocol.title if published else lists.parent.resolve().name
+    # A folder's name need not be UTF-8, and what it becomes part of must be.
+    return protocol.title if published else lists.parent.resolve().name.encode(errors="replace").decode()
 
 
 def check_root(root):

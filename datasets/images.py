@@ -5,6 +5,7 @@ Images stay 8-bit from the file to the device; `normalise` turns a batch into wh
 
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +42,19 @@ def read_rgb(path):
         ) from error
 
 
+class Augmentation(NamedTuple):
+    """What training does to an image: flip it, then scale, rotate and shift it."""
+
+    flip: bool
+    sx: float
+    sy: float
+    rotation: float  # radians
+    tx: float  # pixels
+    ty: float
+
+
 def draw_augmentation(rng):
-    """Draw (flip, sx, sy, rotation in radians, tx, ty in pixels) of one image, or None for the 30 % left as they are.
+    """Draw the Augmentation of one image, or None for the 30 % left as they are.
 
     rng: numpy Generator.
     """
@@ -52,14 +64,15 @@ def draw_augmentation(rng):
     sx, sy = rng.uniform(0.7, 1.3, size=2) if rng.random() < 0.5 else (1.0, 1.0)
     rotation = math.radians(rng.uniform(-30, 30)) if rng.random() < 0.5 else 0.0
     tx, ty = rng.uniform(-10, 10, size=2) if rng.random() < 0.5 else (0.0, 0.0)
-    return flip, sx, sy, rotation, tx, ty
+    return Augmentation(flip, sx, sy, rotation, tx, ty)
 
 
-def warp(image, flip, sx, sy, rotation, tx, ty):
-    """Flip, then scale, rotate and shift an RGB image about the centre of its top-left pixel, black outside.
+def warp(image, augmentation):
+    """Apply an Augmentation to an RGB image, about the centre of its top-left pixel, black outside.
 
     x' = sx·cos·x − sy·sin·y + tx and y' = sx·sin·x + sy·cos·y + ty take input to output; bilinear, the size is kept.
     """
+    flip, sx, sy, rotation, tx, ty = augmentation
     if flip:
         image = ImageOps.mirror(image)
     if (sx, sy, rotation, tx, ty) == (1, 1, 0, 0, 0):

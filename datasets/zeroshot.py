@@ -61,7 +61,7 @@ class TrainingImages(Dataset):
         image = read_rgb(files.root / files.paths[place])
         augmentation = draw_augmentation(np.random.default_rng((self.seed, epoch, index)))
         if augmentation is not None:
-            image = warp(image, *augmentation)
+            image = warp(image, augmentation)
         return resize(image, self.size), int(files.labels[place]), float(files is self.photos)
 
 

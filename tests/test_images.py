@@ -4,13 +4,13 @@ import torch
 from PIL import Image
 
 from datasets.errors import InputError
-from datasets.images import draw_augmentation, normalise, read_rgb, resize, warp
+from datasets.images import Augmentation, draw_augmentation, normalise, read_rgb, resize, warp
 
 
 def test_augmentation_equals_golden(golden):
     z = golden("images")
     for index, params, expected in zip(z["image_index"], z["params"].tolist(), z["warped"], strict=True):
-        warped = np.asarray(warp(Image.fromarray(z["images"][index].numpy()), *params), dtype=int)
+        warped = np.asarray(warp(Image.fromarray(z["images"][index].numpy()), Augmentation(*params)), dtype=int)
         assert (np.abs(warped - expected.numpy().astype(int)) <= 1).mean() >= 0.995
 
 
@@ -44,7 +44,7 @@ def test_augmentation_is_drawn_as_published():
 def test_the_map_turns_about_the_top_left_pixel():
     image = Image.new("RGB", (30, 20))
     image.putpixel((10, 0), (255, 255, 255))
-    turned = np.asarray(warp(image, False, 1, 1, np.pi / 2, 0, 0))  # (10, 0) goes to (0, 10)
+    turned = np.asarray(warp(image, Augmentation(False, 1, 1, np.pi / 2, 0, 0)))  # (10, 0) goes to (0, 10)
     assert turned[10, 0, 0] >= 254 and turned.sum() <= 3 * 256
 
 

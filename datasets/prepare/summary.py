@@ -227,14 +227,14 @@ td[style] { background: linear-gradient(to left, var(--part) var(--share), trans
 # The PNG: what is legible on one picture.
 
 
-def _draw(path, found, odd, unseen=30, seen=10, each=4, lines=6):
+def _draw(path, found, odd, unseen=30, seen=10, each=4):
     """Draw what fits on one picture: at most `unseen` and `seen` classes, `each` sketches and photos of a class.
 
     Raises ImportError without matplotlib.
     """
     from matplotlib.figure import Figure
 
-    told = _wrapped(odd, lines)
+    told = _wrapped(odd, 6)
     each = min(each, max(len(samples) for row in found.classes for samples in row.samples.values()))
     shown = []
     for name, is_seen, most in (("Unseen", False, unseen), ("Seen", True, seen)):

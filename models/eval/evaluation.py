@@ -15,7 +15,6 @@ from models.eval.matching import (
 )
 from models.eval.metrics import RECALL_LEVELS, STANDARD, metric, precision_at_recall, rank
 from models.eval.workers import workers
-from models.parallel import note
 
 # Bytes of one matrix of a chunk of queries × gallery, of which a handful live at a time.
 CPU_CHUNK, GPU_CHUNK = 24 << 20, 256 << 20
@@ -30,45 +29,16 @@ def evaluate(features, codebooks, metrics=STANDARD, nearest=None, device="cpu", 
     halved, and so are later ones, which is said once.
     Returns {key: {name: one value a query}} on the CPU: metrics (Q,), "curve" (Q, 11) and "nearest" (Q, k) int64.
     """
-    metrics, nearest = {name: metric(name) for name in metrics}, nearest or {}
-    gallery, gallery_labels, query_labels = (
-        torch.from_numpy(values).to(device)
-        for values in (features.gallery, features.gallery_labels, features.query_labels)
-    )
-    gallery, query = gallery.to(dtype), torch.from_numpy(features.query)
-    rows = {}
-    for key, codebook in codebooks.items():
-        if codebook is None:
-            rows[key] = None
-            continue
-        codebook = torch.from_numpy(codebook).to(gallery)
-        rows[key] = codebook, code_members(nearest_codes(gallery, codebook), codebook.shape[1]).to(dtype)
-
-    # Filled in place: small results kept between large temporaries would keep the memory of those.
-    measured = {key: {name: torch.empty(len(query), dtype=torch.float64) for name in metrics} for key in rows}
-    for key, values in measured.items():
-        values["curve"] = torch.empty(len(query), len(RECALL_LEVELS), dtype=torch.float64)
-        if key in nearest:
-            values["nearest"] = torch.empty(len(query), min(nearest[key], len(gallery)), dtype=torch.int64)
-    local = threading.local()
-
-    def scratch(count):
-        """Two matrices of count queries × gallery; each thread keeps its own, as making new ones costs page faults."""
-        if len(getattr(local, "matrices", [[]])[0]) < count:
-            local.matrices = [gallery.new_empty(count, len(gallery)) for _ in range(2)]
-        return [matrix[:count] for matrix in local.matrices]
+    functions, nearest = {name: metric(name) for name in metrics}, nearest or {}
+    gallery = _Gallery(features, codebooks, device, dtype)
+    query, labels = torch.from_numpy(features.query), torch.from_numpy(features.query_labels)
+    measured = {key: _space(len(query), functions, min(nearest.get(key, 0), len(gallery))) for key in codebooks}
 
     def measure(chosen):
-        part, labels = query[chosen].to(device, dtype), query_labels[chosen.to(device)]
-        distances, fused = scratch(len(chosen))
-        euclidean_distances(part, gallery, out=distances)
-        for key, codes in rows.items():
-            if codes is None:
-                scores = distances
-            else:
-                scores = fused_scores(cluster_distances(part, *codes, out=fused), distances, out=fused)
-            ranking = rank(scores, labels, gallery_labels, nearest.get(key, 0))
-            values = {name: measure_of(ranking) for name, measure_of in metrics.items()}
+        own_labels = labels[chosen].to(device)
+        for key, scores in gallery.scores(query[chosen].to(device, dtype)):
+            ranking = rank(scores, own_labels, gallery.labels, nearest.get(key, 0))
+            values = {name: function(ranking) for name, function in functions.items()}
             values["curve"] = precision_at_recall(ranking)
             if ranking.nearest is not None:
                 values["nearest"] = ranking.nearest
@@ -76,17 +46,65 @@ def evaluate(features, codebooks, metrics=STANDARD, nearest=None, device="cpu", 
                 measured[key][name][chosen] = value.cpu()
         return len(chosen)
 
-    on_cpu = torch.device(device).type == "cpu"
-    size = (CPU_CHUNK if on_cpu else GPU_CHUNK) // (len(gallery) * gallery.element_size())
     # By class: a chunk of one class has one set of relevant photos.
-    chunks = torch.from_numpy(features.query_labels.argsort(kind="stable")).split(max(1, size))
+    chunks = labels.argsort(stable=True).split(gallery.chunk)
     with (
-        workers(None if on_cpu else 1) as pool,
+        workers(None if gallery.on_cpu else 1) as pool,
         tqdm(total=len(query), desc="matching", unit="sketch", leave=False, disable=parallel.bar()) as progress,
     ):
         for count in pool.map(_halving(measure), chunks):
             progress.update(count)
     return measured
+
+
+def _space(queries, metrics, nearest):
+    """Where the values of a row go. Small results kept between large temporaries would keep the memory of those."""
+    values = {name: torch.empty(queries, dtype=torch.float64) for name in metrics}
+    values["curve"] = torch.empty(queries, len(RECALL_LEVELS), dtype=torch.float64)
+    if nearest:
+        values["nearest"] = torch.empty(queries, nearest, dtype=torch.int64)
+    return values
+
+
+class _Gallery:
+    """The photos on their device, with their codes in each codebook, to be matched with chunks of sketches.
+
+    chunk: how many sketches at a time.
+    """
+
+    def __init__(self, features, codebooks, device, dtype):
+        self.photos = torch.from_numpy(features.gallery).to(device, dtype)
+        self.labels = torch.from_numpy(features.gallery_labels).to(device)
+        self.on_cpu = self.photos.device.type == "cpu"
+        size = CPU_CHUNK if self.on_cpu else GPU_CHUNK
+        self.chunk = max(1, size // (len(self.photos) * self.photos.element_size()))
+        self.codes, self.local = {}, threading.local()
+        for key, codebook in codebooks.items():
+            if codebook is not None:
+                codebook = torch.from_numpy(codebook).to(self.photos)
+                codes = nearest_codes(self.photos, codebook)
+                self.codes[key] = codebook, code_members(codes, codebook.shape[1]).to(dtype)
+            else:
+                self.codes[key] = None
+
+    def __len__(self):
+        return len(self.photos)
+
+    def scores(self, query):
+        """Give (key, scores (Q, N)) for each row; the scores of one row are overwritten by those of the next."""
+        distances, fused = self._scratch(len(query))
+        euclidean_distances(query, self.photos, out=distances)
+        for key, codes in self.codes.items():
+            if codes is None:
+                yield key, distances
+            else:
+                yield key, fused_scores(cluster_distances(query, *codes, out=fused), distances, out=fused)
+
+    def _scratch(self, count):
+        """Two matrices of count queries × gallery; each thread keeps its own, as making new ones costs page faults."""
+        if len(getattr(self.local, "matrices", [[]])[0]) < count:
+            self.local.matrices = [self.photos.new_empty(count, len(self)) for _ in range(2)]
+        return [matrix[:count] for matrix in self.local.matrices]
 
 
 def _halving(measure):
@@ -102,7 +120,9 @@ def _halving(measure):
                 if len(chosen) == 1:
                     raise
                 if fitting is None:
-                    note(f"note: {len(chosen)} sketches at a time do not fit into the device's memory, trying fewer")
+                    parallel.note(
+                        f"note: {len(chosen)} sketches at a time do not fit into the device's memory, trying fewer"
+                    )
                 fitting = (len(chosen) + 1) // 2
         half = (len(chosen) + 1) // 2
         return run(chosen[:half]) + run(chosen[half:])
