@@ -1,5 +1,5 @@
 # make demo   train and test SBKA end to end on the built-in miniature benchmark
-# make test   run the tests
+# make test   run the tests, on all cores
 # make lint   check style
 # make torture   kill a training process a dozen times and compare where it ends
 # Each sets up .venv first; `make PYTHON=python3.12 test` chooses the Python that it is made from.
@@ -20,7 +20,7 @@ demo: .venv/ready
 	$(PY) test_sketchy_ext_zeroshot.py $(MINIATURE) --clusters 6 7 8 9 10 --resume_dir $(DEMO)/checkpoint
 
 test: .venv/ready
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
 torture: .venv/ready
 	$(PY) tests/torture.py

@@ -55,6 +55,15 @@ def fails(capsys):
     return run
 
 
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch, request):
+    """Figures take longer than all else in a tiny run, so only tests marked `draws` have them."""
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr("models.progress.draw_curves", lambda *_: None)
+        monkeypatch.setattr("models.eval.report.draw_precision_recall", lambda *_: None)
+        monkeypatch.setattr("models.eval.report.draw_retrievals", lambda *_: None)
+
+
 class Trap:
     """Makes a file when a pickle of it is trusted; `sprung` tells."""
 

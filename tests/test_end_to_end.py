@@ -48,6 +48,7 @@ def features_of_three_classes(path, width=768, photos=60):
     return gallery, labels[0], query, labels[1]
 
 
+@pytest.mark.draws
 def test_train_then_retrieve(trained, miniature, capsys):
     results = test_sketchy_ext_zeroshot.main(
         [*MODEL, *GRID, "--data_root", str(miniature), "--resume_dir", str(trained)]
@@ -300,6 +301,7 @@ def test_bad_input_to_a_test_ends_in_one_line(trained, miniature, tiny, tmp_path
     assert f"{torn}: " in error(folder=torn)
 
 
+@pytest.mark.draws
 def test_what_a_missing_extra_skips_is_said_in_a_line(miniature, tmp_path, monkeypatch, capsys):
     for module in ("torch.utils.tensorboard", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)

@@ -14,7 +14,7 @@ from torture import torture
 import train_quickdraw_ext
 import train_sketchy_ext
 from datasets.images import normalise
-from models import checkpoints, progress, training
+from models import checkpoints, training
 from models.checkpoints import LAST, PREVIOUS, SaveSchedule, _keep_as_previous, read_checkpoint
 from models.progress import Log
 
@@ -37,13 +37,6 @@ def assert_same(one, two):
     assert one["history"] == two["history"]
     for part in ("state_dict", "teacher"):
         assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())
-
-
-@pytest.fixture(autouse=True)
-def without_curves(monkeypatch, request):
-    """Drawing takes longer than training here."""
-    if request.function is not test_what_a_run_shows:
-        monkeypatch.setattr(progress, "draw_curves", lambda *_: None)
 
 
 @pytest.fixture
@@ -269,6 +262,7 @@ def test_the_log_of_a_resumed_run_has_no_line_twice(tmp_path):
     assert kept == [*lines[:4], {"epoch": 1, "step": 2, "total": 3.0}]
 
 
+@pytest.mark.draws
 def test_what_a_run_shows(tiny, tmp_path, capsys):
     run(tiny, tmp_path, "--eval_every", 2)
     printed = capsys.readouterr().out.splitlines()

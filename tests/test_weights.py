@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from timm.models.convnext import ConvNeXt
 
 from datasets.errors import InputError
 from models.checkpoints import read_checkpoint, save_checkpoint
@@ -156,3 +157,85 @@ def test_timms_hub_out_of_reach_is_named(monkeypatch):
     monkeypatch.setattr("timm.create_model", unreachable)
     with pytest.raises(InputError, match=r"--finetune timm: convnextv2_tiny could not be fetched .no route to host"):
         create_pair("convnextv2_tiny", 3, "timm")
+
+
+SIZES = {  # depths and widths, as ConvNeXt V2's makers publish them
+    "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
+    "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
+    "pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
+    "nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+
+
+def published_shapes(depths, widths):
+    """{name: shape} of a published file."""
+    shapes = {"downsample_layers.0.0.weight": (widths[0], 3, 4, 4), "downsample_layers.0.0.bias": (widths[0],)}
+    norms = {"downsample_layers.0.1": widths[0], "norm": widths[3]}
+    for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+        if stage:
+            norms[f"downsample_layers.{stage}.0"] = widths[stage - 1]
+            shapes[f"downsample_layers.{stage}.1.weight"] = (width, widths[stage - 1], 2, 2)
+            shapes[f"downsample_layers.{stage}.1.bias"] = (width,)
+        for block in range(depth):
+            name = f"stages.{stage}.{block}"
+            norms[f"{name}.norm"] = width
+            shapes |= {
+                f"{name}.dwconv.weight": (width, 1, 7, 7),
+                f"{name}.dwconv.bias": (width,),
+                f"{name}.pwconv1.weight": (4 * width, width),
+                f"{name}.pwconv1.bias": (4 * width,),
+                f"{name}.grn.gamma": (1, 1, 1, 4 * width),
+                f"{name}.grn.beta": (1, 1, 1, 4 * width),
+                f"{name}.pwconv2.weight": (width, 4 * width),
+                f"{name}.pwconv2.bias": (width,),
+            }
+    for name, width in norms.items():
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    return shapes | {"head.weight": (1000, widths[3]), "head.bias": (1000,)}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_published_size_has_its_names_and_shapes_and_is_taken(size):
+    with torch.device("meta"):
+        backbone = create_backbone(f"convnextv2_{size}")
+        state = {name: torch.empty(shape) for name, shape in published_shapes(*SIZES[size]).items()}
+    assert {name: tuple(value.shape) for name, value in published_state(backbone).items()} == {
+        name: tuple(value.shape) for name, value in state.items()
+    }
+
+
+@pytest.mark.parametrize("form", ["linear", "convolution"])
+def test_a_published_file_of_a_small_size_gives_the_same_features(tmp_path, form):
+    """timm has 1×1 convolutions there; with linear layers it computes the same."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = published_shapes(*SIZES["atto"])
+    state = {name: 0.05 * torch.randn(shape, generator=rng) for name, shape in shapes.items()}
+    with_linear = ConvNeXt(
+        depths=SIZES["atto"][0], dims=SIZES["atto"][1], use_grn=True, ls_init_value=None, conv_mlp=False
+    )
+    load_published(with_linear, state, "state")
+    if form == "convolution":  # as earlier versions of this project wrote them
+        state = {
+            name: value[:, :, None, None] if ".pwconv" in name and value.ndim == 2 else value
+            for name, value in state.items()
+        }
+    torch.save({"model": state}, tmp_path / "convnextv2_atto_1k_224_ema.pt")
+    student, _ = create_pair("convnextv2_atto", 3, str(tmp_path / "convnextv2_atto_1k_224_ema.pt"))
+    images = torch.randn(2, 3, 64, 64, generator=rng)
+    with torch.no_grad():
+        expected = with_linear.forward_head(with_linear.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(student.features(images), expected, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_of_a_small_size_has_the_published_shapes(student, tmp_path):
+    save_checkpoint(tmp_path / "c.pth.tar", student)
+    state = torch.load(tmp_path / "c.pth.tar", weights_only=True)["state_dict"]
+    expected = published_shapes(*SIZES["atto"]) | {"head.weight": (12, 320), "head.bias": (12,)}
+    expected |= {"linear.weight": (5, 320), "linear.bias": (5,)}
+    assert {name: tuple(value.shape) for name, value in state.items()} == {
+        f"module.{name}": shape for name, shape in expected.items()
+    }
