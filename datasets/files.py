@@ -55,7 +55,7 @@ def write_json(path, content):
 
 
 def check_writable(folder):
-    """Make `folder` and try a file in it, so that hours of work do not end at a closed door. Raises InputError."""
+    """Make `folder` and try a file in it, before hours of work are lost. Raises InputError if that fails."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

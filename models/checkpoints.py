@@ -26,16 +26,16 @@ LAST, BEST, BEST_AFTER_WARMUP = "checkpoint.pth.tar", "model_best.pth.tar", "bes
 PREVIOUS = "checkpoint.previous.pth.tar"  # what LAST was before, for a disk that tears it
 NAMES = (LAST, PREVIOUS, BEST, BEST_AFTER_WARMUP)
 
-# Options that leave the result of a run as it is, so that a resumed run may change them.
+# Options that do not change the result of a run, so that a resumed run may have others.
 HARMLESS = {
     *("data_root", "savedir", "resume", "overwrite", "workers", "device"),
     *("save_every", "print_freq", "eval_every"),
-    "nb_classes",  # is checked against the class names, and those by their digest
+    "nb_classes",  # is compared with the class names, and a run with others has another data record
 }
 
 
 class SaveSchedule:
-    """When to save: `every` is "10m", "30s", "2h" (and at the end of each epoch), or "3e" for every third epoch.
+    """When to save: "10m", "30s" or "2h" within epochs and after each epoch, or "3e" after every third epoch.
 
     Raises ValueError for any other text.
     """
@@ -150,7 +150,7 @@ def find_checkpoint(folder, kept):
 
 
 def restore(run, savedir, record, defaults):
-    """Bring `run` to where the last checkpoint in `savedir` left it; the one before, if that cannot be read.
+    """Bring `run` to where the last checkpoint in `savedir` left it, or the previous one if the last cannot be read.
 
     record: what the run is now, as in Keeper; defaults: values of options that the checkpoint may not know yet.
     Raises InputError if the checkpoint is of another protocol, other data or other options, or damaged.
@@ -168,7 +168,7 @@ def restore(run, savedir, record, defaults):
         _check_same_data(checkpoint["data"], record["data"])
         for optimizer, key in zip(run.optimizers, ("optimizer", "optimizer_1"), strict=True):
             optimizer.load_state_dict(checkpoint[key])
-        # An entry without these would only be missed at the end of the next epoch.
+        # Without these keys the run would fail only at the end of the next epoch.
         run.history = [{"phase": entry["phase"], "kept": entry["kept"], **entry} for entry in checkpoint["history"]]
         run.step = int(checkpoint.get("step", 0))
         sums = checkpoint.get("sums")
@@ -260,8 +260,8 @@ def check_space(run, savedir):
 def tidy(savedir, source, everything):
     """Delete what a killed process left half-written in `savedir`, and with `everything` an earlier run's results.
 
-    source: the checkpoint that is resumed. It takes the place of a LAST that could not be read, which would otherwise
-    become the one before.
+    source: the checkpoint that is resumed. If it is PREVIOUS, LAST could not be read, and PREVIOUS replaces it; else
+    the next save would keep the damaged file as the previous one.
     """
     ours = (*NAMES, "train.json", "log.jsonl", "curves.png")
     for path in (path for name in ours for path in savedir.glob(f".{name}.*")):
@@ -273,7 +273,7 @@ def tidy(savedir, source, everything):
 
 
 def _keep_as_previous(savedir):
-    """Let PREVIOUS name what LAST names, at no cost; both are whole at any moment."""
+    """Make PREVIOUS a second name of the file LAST, without a copy. At any moment LAST is there, and whole."""
     (savedir / PREVIOUS).unlink(missing_ok=True)
     try:
         os.link(savedir / LAST, savedir / PREVIOUS)

@@ -56,7 +56,7 @@ def train_parser(protocol):
     add("--grad_checkpointing", action="store_true",
         help="compute activations twice rather than keep them: the same step in less memory, more slowly")  # fmt: skip
     add("--save_every", type=_interval, default="1e", metavar="10m|30s|2h|1e",
-        help="save the state this often, within epochs too if it is a time; 2e: every second epoch")  # fmt: skip
+        help="save every 10 minutes (and after each epoch), or, with 2e, after every second epoch")  # fmt: skip
     add("--print_freq", "--print-freq", "-p", type=_positive, default=10, metavar="N",
         help="read and log the losses every N steps")  # fmt: skip
     add("--eval_every", type=_count, default=0, metavar="N",

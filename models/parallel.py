@@ -18,7 +18,7 @@ from datasets.errors import InputError
 
 
 def processes():
-    """How many processes work together."""
+    """The number of processes that work together."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -59,13 +59,14 @@ def own_device(device):
 
 
 def connect(device):
-    """Meet the other processes; once, and after whatever can be wrong with the input has been looked for.
+    """Meet the other processes. Call it after the input has been checked, so that its errors are told only once.
 
-    Raises InputError where there is no meeting them.
+    Raises InputError if they cannot be met.
     """
     if processes() > 1 and not distributed.is_initialized():
-        # Imported later, by timm for one, it would make the group a default of its functions, whose threads would then
-        # outlive `disconnect` and end the process with an abort now and then.
+        # Functions of this module have the process group as a default argument if there is one when it is imported.
+        # Were it imported later (timm does so), the group and its threads would live longer than `disconnect`, and the
+        # process could end with an abort. Now there is no group yet.
         import torch.distributed.nn.functional
 
         on_gpu = torch.device(device).type == "cuda"
@@ -80,7 +81,7 @@ def disconnect():
     """Leave the others, at the end."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
-        gc.collect()  # DistributedDataParallel refers to the group in circles, and its threads live as long as it does
+        gc.collect()  # of DistributedDataParallel, whose circular references would keep the group and its threads alive
 
 
 def share(count):

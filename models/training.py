@@ -86,7 +86,7 @@ def train(run, data, recipe, keeper, watch=None, print_freq=10):
     before it, warm-up included; where none does, the best one after warm-up; without validation, the last.
     """
     is_first = parallel.rank() == 0
-    # Convolutions of backward passes, too, are TF32 unless that is ruled out.
+    # train_step sets the arithmetic of its forward passes; this sets that of the convolutions of backward passes.
     with interrupts.caught() as signals, arithmetic("fp32" if recipe.precision == "fp32" else "tf32", run.device):
         log = _begin(run, data, recipe, keeper) if is_first else None
         run.synchronise()
@@ -98,7 +98,8 @@ def train(run, data, recipe, keeper, watch=None, print_freq=10):
                         keeper.save(run)
                 close_epoch(run, data, recipe, watch)
             except (RuntimeError, EOFError) as error:
-                # A signal to all can end the processes that decode images first; no step is half done then.
+                # A signal to the whole process group may have ended the processes that decode images. No step is half
+                # done then, so the run can be saved.
                 if lost_worker(error) and parallel.processes() == 1:
                     _end_if_asked(run, signals, keeper)
                 raise
@@ -151,7 +152,7 @@ def train_step(run, batch, bidirectional, parts=1, precision="fp32"):
     found = []
     for number, piece in enumerate(pieces):
         with ExitStack() as stack:
-            if number + 1 < len(pieces):  # gradients meet those of other processes once, at the end
+            if number + 1 < len(pieces):  # processes add their gradients once, after the last piece
                 for network in run.called:
                     stack.enter_context(parallel.apart(network))
             found.append(_add_gradients(*run.called, piece, counts, bidirectional, precision))

@@ -17,9 +17,9 @@ from models.parallel import note
 
 
 def fit_codebooks(gallery, grid, seed=123, mixture="torch", device="cpu"):
-    """Codebooks of a grid of (M, K), shared by all processes, each of which fits one row a core.
+    """Fit the codebooks of a grid of (M, K). Processes share the rows; each fits as many at a time as it has cores.
 
-    gallery, seed, mixture, device: as in `fit_codebook`. What did not converge is said.
+    gallery, seed, mixture, device: as in `fit_codebook`. Rows that did not converge are printed.
     Returns ({(M, K): codebook (M, K, D/M)}, {(M, K): why it could not be fitted}), in all processes.
     """
     # Many sub-spaces take longest, as EM needs more iterations in narrow ones, and come first.
@@ -56,7 +56,7 @@ def fit_codebook(gallery, subspaces, clusters, seed=123, mixture="torch", device
     gallery: (N, D) float32 array, D divisible by `subspaces`. The sub-spaces draw their k-means starts from one random
     stream, one after the other, as in the release; scikit-learn 1.3 changed what that stream gives.
     mixture: "torch" for our EM (float64, on `device`), "sklearn" for scikit-learn's in the gallery's dtype, as in the
-    release. Both go on from the same start: tolerance 1e-3, at most 100 iterations, 1e-6 on the diagonal.
+    release. Both start from the same k-means, with tolerance 1e-3, at most 100 iterations and 1e-6 on the diagonal.
     Returns (codebook (M, K, D/M) in the gallery's dtype, sub-spaces whose mixture did not converge).
     Raises ValueError if there are fewer photos than clusters or D is not divisible, and CollapsedComponent, naming the
     sub-space, where a mixture cannot be fitted.

@@ -2,7 +2,7 @@
 
 features_zero.pickle  [gallery features (N, D) float32, gallery labels (N,), query features (Q, D), query labels (Q,),
                       None or a distance matrix, which is not read], as the authors publish it
-features_zero.json    what our own pickle was computed from, so that a stale one is never used silently
+features_zero.json    what our own pickle was computed from, so that an outdated one is never used without a word
 """
 
 import json
@@ -42,8 +42,8 @@ class Features:
 def extract_all(student, images, loading, precision="fp32", keep=None):
     """Features of UnseenImages, each process extracting its share of them; None but in process 0.
 
-    loading: a Loading; precision: see models.networks.arithmetic. keep: a function of (title, its share) that gives an
-    Unfinished for a part of the features, so that a killed extraction goes on; without it nothing is kept.
+    loading: a Loading; precision: see models.networks.arithmetic. keep: a function of (title, slice of this process)
+    that gives an Unfinished to keep features in as they come; without it a killed extraction starts anew.
     Raises FloatingPointError for features that are not finite.
     """
     parts = []
@@ -103,16 +103,16 @@ def compute_features(folder, student, images, loading, precision, source):
             (folder / FEATURES).replace(folder / f"{FEATURES}.old")
             note(f"features: the {FEATURES} that was there is now {FEATURES}.old")
         write_features(folder / FEATURES, features, source)
-    parallel.anyone(False)  # parts are kept until the whole is written
+    parallel.anyone(False)  # wait until process 0 has written the whole
     for part in unfinished:
         part.remove()
     return features or read_features(folder / FEATURES)[0]
 
 
 def stored_features(folder, checkpoint, source):
-    """Features of features_zero.pickle in `folder`, or None where there are none of `source`; what is done is said.
+    """Features of features_zero.pickle in `folder`, or None if there are none, or outdated ones; prints which.
 
-    checkpoint: its path, or None: then the features are taken whatever they come from; source: see `source_of`.
+    checkpoint: its path, or None to take the features whatever they were computed from; source: see `source_of`.
     """
     path = folder / FEATURES
     if not os.path.isfile(path):

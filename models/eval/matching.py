@@ -21,7 +21,8 @@ def euclidean_distances(query, gallery, out=None):
 def nearest_codes(gallery, codebook):
     """Index of the nearest mean for each part of each gallery feature.
 
-    gallery (N, D), codebook (M, K, d) -> (N, M) int64. The release does not code by the mixture's own prediction.
+    gallery (N, D), codebook (M, K, d) -> (N, M) int64. As in the release, this is not the component that the mixture
+    itself predicts.
     """
     return code_distances(gallery, codebook).argmin(dim=2)
 
@@ -42,14 +43,14 @@ def code_distances(features, codebook):
 def cluster_distances(query, codebook, members, out=None):
     """D(q, g) = Σ_m ‖q_m − codeword_m(g)‖²: (Q, N), into `out` if it is given.
 
-    query (Q, D), codebook (M, K, d), members (M·K, N) of code_members, in one dtype. A product with zeros and ones is
-    faster than looking codes up, and rounds alike.
+    query (Q, D), codebook (M, K, d), members (M·K, N) of code_members, in one dtype. Multiplying by
+    zeros and ones is faster than looking the codes up, and rounds in the same way.
     """
     return _product(code_distances(query, codebook).flatten(1), members, out)
 
 
 def fused_scores(cluster, euclidean, out=None):
-    """0.8 · D + 0.2 · d, squared with plain distance: the release does this, so do we. Into `out`, which may be D."""
+    """0.8 · D + 0.2 · d. D is a squared distance and d is not, as in the release. Into `out`, which may be D itself."""
     return torch.mul(cluster, CLUSTER_WEIGHT, out=out).add_(euclidean, alpha=EUCLIDEAN_WEIGHT)
 
 

@@ -15,7 +15,7 @@ class Unfinished:
         """Go on with the file at `path` if it is of the same `source` (JSON), else start anew."""
         self.path, self.width = path, width
         self.header = json.dumps([source, width]).encode() + b"\n"
-        self.done = 0  # whole batches, so that the others are those of an uninterrupted extraction
+        self.done = 0  # in whole batches, so that the batches still to come are the same as without an interruption
         if self._is_same():
             rows = self.read()
             sound = np.abs(np.linalg.norm(rows, axis=1) - 1) < 0.01  # a torn disk can leave zeros
