@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from datasets.errors import InputError
-from datasets.files import digest, read_pickle, write_json, write_whole
+from datasets.files import digest, write_json, write_whole
 from datasets.images import normalise
+from datasets.pickles import read_pickled_list
 from models import parallel
 from models.networks import arithmetic
 
@@ -97,8 +98,8 @@ def read_features(path):
 
     Raises InputError if the file is refused, torn, of another form, or holds a feature that has no direction.
     """
-    content = read_pickle(path)
-    if not isinstance(content, list | tuple) or len(content) < 4:
+    content = read_pickled_list(path, 4)
+    if len(content) < 4:
         raise InputError(f"{path}: expected [gallery features, gallery labels, query features, query labels, ...]")
     parts, rescaled = [], False
     for name, values, labels in (("gallery", *content[:2]), ("query", *content[2:4])):
