@@ -13,6 +13,7 @@ import json
 import pickle
 import pickletools
 import random
+import shutil
 import struct
 import sys
 import tempfile
@@ -172,9 +173,9 @@ class Reader:
         return said
 
 
-def fuzz(count, seed, folder):
+def fuzz(reader, count, seed, folder):
     """Read `count` mutants; returns {"read" or "refused": how many}. `folder` holds the last one."""
-    rng, reader, counts = random.Random(seed), Reader(), collections.Counter()
+    rng, counts = random.Random(seed), collections.Counter()
     files = [(kind, opcodes(content)) for kind, content in sound_files()]
     strange = list(strange_opcodes())
     for _ in tqdm(range(count), desc="fuzz", unit="file", disable=None):
@@ -185,28 +186,20 @@ def fuzz(count, seed, folder):
     return counts
 
 
-def read_all(folder):
-    """Read each <number>/<kind>.pickle of `folder`, and print a line of JSON for it: [number, kind, what was said]."""
-    reader = Reader()
-    for path in sorted(folder.glob("*/*.pickle")):
-        print(json.dumps([path.parent.name, path.stem, reader.read(path.stem, path)]), flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", type=int, default=100_000)
+    parser.add_argument("--files", type=int, default=100_000, help="how many broken files to read")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--read", type=Path, metavar="FOLDER", help="read each pickle of its folders instead")
+    parser.add_argument("--read", type=Path, metavar="FOLDER", help="first read its */KIND.pickle, and say how")
     options = parser.parse_args()
-    if options.read:
-        return read_all(options.read)
+    reader = Reader()
+    for path in sorted(options.read.glob("*/*.pickle")) if options.read else ():
+        print(json.dumps([path.parent.name, path.stem, reader.read(path.stem, path)]), flush=True)
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     print(f"--seed {options.seed}; a crash leaves its file in {folder}", flush=True)
-    counts = fuzz(options.files, options.seed, folder)
-    print(", ".join(f"{number:,} {what}" for what, number in sorted(counts.items())))
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+    counts = fuzz(reader, options.files, options.seed, folder)
+    print(f"{counts['read']:,} read, {counts['refused']:,} refused")
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
