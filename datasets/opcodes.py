@@ -133,7 +133,7 @@ class Machine:
 
     def whole(self, width):
         """A whole number of `width` bytes, without a sign; of a line if that is 0."""
-        return int.from_bytes(self.take(width), "little") if width else _decimal(self.line())
+        return int.from_bytes(self.take(width), "little") if width else int(self.line())
 
     def top(self, count):
         """Take the last `count` values off the stack; those since the last mark if that is None."""
@@ -164,7 +164,7 @@ class Machine:
 
     def push_decimal(self, _):
         line = self.line()
-        self.stack.append(line == b"01" if line in (b"00", b"01") else _decimal(line))
+        self.stack.append(line == b"01" if line in (b"00", b"01") else int(line.rstrip(b"L")))
 
     def push_float(self, _):
         self.stack.append(float(self.line()))
@@ -209,7 +209,7 @@ class Machine:
         self.push_pairs(self.stack.pop(), items)
 
     def push_pairs(self, target, items):
-        if type(target) is not Pairs or len(items) % 2:
+        if type(target) is not Pairs:
             raise unsound("what is no dict gets a key")
         self.count(1 + len(items) // 2)
         target.pairs.extend(zip(items[::2], items[1::2], strict=True))
@@ -262,12 +262,6 @@ def _stranger(code):
         return unsound("it ends in the middle")
     opcode = pickletools.code2op.get(str(code, "latin-1"))
     return _refused(f"holds {opcode.name}") if opcode else unsound(f"no pickle holds the code {code[0]}")
-
-
-def _decimal(line):
-    if not re.fullmatch(rb"-?\d+L?", line):
-        raise unsound("a number that is none")
-    return int(line.rstrip(b"L"))
 
 
 _STEPS = {  # code: (what it does, with which argument); the codes of all else are refused
