@@ -129,7 +129,7 @@ class _Builder:
                 raise InputError("the pickle holds an array with fields; only numbers and strings are read")
         code = code.short(self.file)
         if not _KINDS.fullmatch(code) or order not in ("<", ">", "=", "|"):
-            why = "only numbers and strings are read, and no long doubles"
+            why = "only numbers and strings are read, and no long doubles; save it as float32"
             raise InputError(f"the pickle holds an array of type {code[:20]!r}; {why}")
         return np.dtype(order + code)
 
