@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from datasets.errors import InputError
-from datasets.files import read_pickle, write_whole
+from datasets.files import write_whole
+from datasets.pickles import read_pickled_dict
 from datasets.protocols import PROTOCOLS, Protocol
 
 LISTS = {  # (kind, split) of every list: what it holds
@@ -214,15 +215,14 @@ def read_mask(path, classes, imagenet_classes=1000):
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no semantic mask; {_NEW_MASK}")
-    mask = read_pickle(path)
-    if not isinstance(mask, dict) or set(mask) != set(range(classes)):
+    mask = read_pickled_dict(path)
+    if set(mask) != set(range(classes)):
         raise InputError(f"{path}: not a mask of the {classes} classes in cname_cid.txt; {_NEW_MASK}")
-    try:
+    rows = [mask[label] for label in range(classes)]
+    if sound := all(row is not None and row.shape == (imagenet_classes,) for row in rows):
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
-            rows = np.stack([np.asarray(mask[label], dtype=np.float64) for label in range(classes)]).astype(np.float32)
-    except (TypeError, ValueError, OverflowError):
-        rows = np.full((1, 1), np.nan)
-    if rows.shape != (classes, imagenet_classes) or not np.isfinite(rows).all():
+            rows = np.stack(rows, dtype=np.float64).astype(np.float32)
+    if not sound or not np.isfinite(rows).all():
         raise InputError(
             f"{path}: every class needs a vector of {imagenet_classes} finite numbers (see --imagenet_classes)"
         )

@@ -6,6 +6,7 @@ its traceback.
 
 import argparse
 import functools
+import os
 import re
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -13,6 +14,10 @@ from concurrent.futures.process import BrokenProcessPool
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message names it and the way out."""
+
+
+class OwnError(InputError):
+    """An InputError of this process alone, where several work together: it is always told."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -69,12 +74,12 @@ def ends_in_one_line(speaks=lambda: True):
             try:
                 return command(*args, **kwargs)
             except KeyboardInterrupt:
-                message, status = "interrupted", 130
+                message, status, own = "interrupted", 130, False
             except Exception as error:
                 if (message := _one_line(error)) is None:
                     raise
-                message, status = f"error: {message}", 2
-            if speaks():
+                message, status, own = f"error: {message}", 2, isinstance(error, OwnError)
+            if speaks() or own:
                 print(message, file=sys.stderr)
             raise SystemExit(status)
 
@@ -86,6 +91,13 @@ def ends_in_one_line(speaks=lambda: True):
 def lost_worker(error):
     """Whether an error says that a DataLoader's worker is gone: torch polls for it, or a pipe ends in the middle."""
     return isinstance(error, EOFError) or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error))
+
+
+def lacks_memory(error):
+    """Whether an error says that memory is short, in the words of Python, of torch, or of CUDA's libraries."""
+    return isinstance(error, MemoryError) or bool(
+        re.search(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", str(error))
+    )
 
 
 def _one_line(error):
@@ -102,8 +114,10 @@ def _one_line(error):
     if lost_worker(error):
         return "a process that decodes images was killed, perhaps for memory; lower --workers"
     if isinstance(error, MemoryError | RuntimeError):  # torch knows its own limits only as RuntimeError
-        if re.search(r"gloo|NCCL|[Cc]onnection closed by peer", str(error)):
+        if "NCCL" in str(error):
+            return f"process {os.environ.get('RANK', 0)}: {str(error).strip().splitlines()[0]}"
+        if re.search(r"gloo|[Cc]onnection closed by peer", str(error)):
             return "another process ended, and has told why"
-        if isinstance(error, MemoryError) or "memory" in str(error):
+        if lacks_memory(error):
             return "out of memory; lower --batch_size or --input_size"
     return None

@@ -1,16 +1,11 @@
-"""Files as this project treats them: written whole or not at all, and read as data, never as programs."""
+"""Files as this project treats them: written whole or not at all, and known by their digest."""
 
 import hashlib
 import json
 import os
-import pickle
-import re
 import tempfile
-from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
 
 from datasets.errors import InputError
 
@@ -70,83 +65,3 @@ def digest(path):
         while block := file.read(1 << 20):
             sha256.update(block)
     return sha256.hexdigest()
-
-
-def read_pickle(path):
-    """Read a pickle of arrays and plain containers, from Python 2 or 3, without executing anything in it.
-
-    Arrays hold numbers, truth values or strings. Raises InputError if the file is missing, torn, or asks for more.
-    """
-    try:
-        with open(path, "rb") as file:
-            return _ArrayUnpickler(file, encoding="latin1").load()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except Exception as error:  # a torn or foreign pickle can fail in any way
-        raise InputError(f"{path}: not a readable pickle ({type(error).__name__}: {error}); fetch it again") from error
-
-
-# NumPy's own builders trust a pickle with the memory of objects, so arrays are built by the functions below instead.
-
-
-class _Kind:
-    """Stands for numpy.dtype: a type of numbers, truth values or strings, without fields or objects."""
-
-    def __init__(self, code, *_):
-        if not re.fullmatch(r"[biufcSU]\d+", code):
-            raise InputError(f"the pickle holds an array of type {code!r}; only numbers and strings are read")
-        self.code, self.order = code, "="
-
-    def __setstate__(self, state):
-        _, self.order, *rest = state
-        if rest[:3] != [None, None, None] or self.order not in ("<", ">", "=", "|"):
-            raise InputError("the pickle holds an array with fields; only numbers and strings are read")
-
-    def numpy_type(self):
-        return np.dtype(self.order + self.code)
-
-
-class _Array(np.ndarray):
-    """An array that takes its state from a pickle only with a _Kind for its type."""
-
-    def __setstate__(self, state):
-        *_, shape, kind, fortran, raw = state
-        super().__setstate__((1, shape, kind.numpy_type(), fortran, raw))
-
-
-def _empty_array(*_):
-    return np.ndarray.__new__(_Array, (0,), np.int8)
-
-
-def _scalar(kind, raw):
-    return np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, kind.numpy_type())[0]
-
-
-def _from_buffer(buffer, kind, shape, order):
-    return np.frombuffer(buffer, kind.numpy_type()).reshape(shape, order=order)
-
-
-# All that a pickle of arrays in plain containers calls, as Python 2 and 3 and NumPy 1 and 2 name it.
-_BUILDERS = {
-    ("numpy", "dtype"): _Kind,
-    ("numpy", "ndarray"): None,  # named, never called
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "bytes"): bytes,
-    ("__builtin__", "bytes"): bytes,
-    ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),  # how protocol 2 spells bytes
-}
-for _core in ("numpy.core", "numpy._core"):
-    _BUILDERS[f"{_core}.multiarray", "_reconstruct"] = _empty_array
-    _BUILDERS[f"{_core}.multiarray", "scalar"] = _scalar
-    _BUILDERS[f"{_core}.numeric", "_frombuffer"] = _from_buffer
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds arrays, numbers, strings and plain containers; refuses to look up anything else."""
-
-    def find_class(self, module, name):
-        if (module, name) not in _BUILDERS:
-            raise InputError(f"the pickle asks for {module}.{name}, which no array needs: refused, nothing was run")
-        return _BUILDERS[module, name]

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-PRECISIONS = ("fp32", "tf32", "bf16")
+# Whether CUDA may use TF32 in (convolutions, matrix products) of float32; elsewhere float32 is float32. "tf32" is
+# PyTorch's own default. "bf16" runs the networks in bfloat16.
+PRECISIONS = {"fp32": (False, False), "tf32": (True, False), "tf32_all": (True, True), "bf16": (True, False)}
 
 
 class StudentOutput(NamedTuple):
@@ -75,15 +77,28 @@ def place(student, teacher, device, grad_checkpointing=False, compiled=False):
 
 
 @contextmanager
-def arithmetic(precision, device):
-    """Compute in float32 ("fp32"), with TF32 convolutions on CUDA ("tf32", PyTorch's own default), or in "bf16"."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+def matmul_rules(precision):
+    """Whether CUDA computes float32 convolutions and matrix products in TF32, whatever the environment says.
+
+    These switches hold for the backward passes and for all threads, too.
+    """
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch, allowed in zip(switches, PRECISIONS[precision], strict=True):
+        switch.allow_tf32 = allowed
     try:
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
+        yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
+
+
+@contextmanager
+def arithmetic(precision, device):
+    """Compute forward passes on `device` in one of PRECISIONS."""
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+    with matmul_rules(precision), autocast:
+        yield
 
 
 def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=False):

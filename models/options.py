@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.errors import InputError, OneLineParser, folder_name, number, seed
+from datasets.errors import InputError, OneLineParser, OwnError, folder_name, lacks_memory, number, seed
 from models import parallel
 from models.checkpoints import SaveSchedule
 from models.eval.metrics import metric
@@ -48,8 +48,8 @@ def train_parser(protocol):
     add("--no_validation", action="store_true", default=not protocol.has_validation,
         help="read no validation list and keep the last epoch, as QuickDraw Ext always does")  # fmt: skip
     add("--precision", choices=PRECISIONS, default="tf32",
-        help="arithmetic: float32, but for convolutions on CUDA (tf32, as the authors' runs had); all float32 (fp32); "
-        "bfloat16 in the networks, weights and losses float32 (bf16)")  # fmt: skip
+        help="arithmetic: float32, but TF32 for convolutions on CUDA (tf32, as the authors' runs had) or for matrix "
+        "products, too (tf32_all); all float32 (fp32); bfloat16 in the networks, not in the losses (bf16)")  # fmt: skip
     add("--compile", action="store_true", help="compile the networks with torch.compile; needs a C++ compiler")
     add("--accum_steps", type=_positive, default=1, metavar="N",
         help="take a batch in N parts and sum their gradients: the same step in less memory")  # fmt: skip
@@ -110,7 +110,8 @@ def test_parser(protocol):
         help="photos beside each sketch in the picture of retrievals")  # fmt: skip
     add("--batch_size", type=_positive, default=64, help="images at a time in feature extraction")
     add("--precision", choices=PRECISIONS, default="tf32",
-        help="arithmetic of feature extraction; tf32 is for convolutions on CUDA, and float32 elsewhere")  # fmt: skip
+        help="arithmetic of feature extraction: float32, but TF32 for convolutions on CUDA (tf32) or for matrix "
+        "products, too (tf32_all); all float32 (fp32); bfloat16 (bf16)")  # fmt: skip
     add("--recompute", action="store_true", help="extract the features even if features_zero.pickle is up to date")
     _add_machine(parser)
     _refuse_idle(parser)
@@ -127,9 +128,12 @@ def resolve(options, protocol, folder):
     options.device = parallel.own_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         torch.zeros(1, device=options.device).item()
-    except (RuntimeError, AssertionError):
-        raise InputError(
-            f"--device {options.device}: there is no such device here; use cpu, or cuda with a GPU"
+    except (RuntimeError, AssertionError) as error:
+        of = f"process {parallel.rank()}, " if parallel.processes() > 1 else ""
+        if lacks_memory(error):
+            raise OwnError(f"{of}--device {options.device}: its memory is full; free it, or use another") from None
+        raise OwnError(
+            f"{of}--device {options.device}: there is no such device here; use cpu, or cuda with a GPU"
         ) from None
     for name in protocol.metrics:
         try:

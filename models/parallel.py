@@ -69,9 +69,12 @@ def connect(device):
         # process could end with an abort. Now there is no group yet.
         import torch.distributed.nn.functional
 
-        on_gpu = torch.device(device).type == "cuda"
         try:
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+            if torch.device(device).type == "cuda":
+                torch.cuda.set_device(device)
+                distributed.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device(device))
+            else:
+                distributed.init_process_group("gloo")
         except (ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{processes()} processes cannot meet ({reason}); start them with torchrun") from error

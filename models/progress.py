@@ -58,17 +58,19 @@ class EpochBar:
     def __exit__(self, *_):
         self.bar.close()
 
-    def advance(self, run, values):
-        """Show a step of `run`, and its `values` (MEASURES) if it is time."""
-        if self.log and (run.step % self.every == 0 or run.step == len(self.sizes)):
-            line = dict(zip(MEASURES, values.tolist(), strict=True))
-            shown = {name: f"{line[name]:.3f}" for name in LOSSES} | {"acc": f"{line['train_accuracy']:.0f}"}
-            self.bar.set_postfix(shown)
-            rate = sum(self.sizes[self.shown : run.step]) / (time.perf_counter() - self.begun)
-            place = {"epoch": len(run.history), "step": run.step}
-            self.log.write({**place, **line, "lr": run.rate, "images_per_second": rate})
-            self.begun, self.shown = time.perf_counter(), run.step
-        self.bar.update(self.sizes[run.step - 1])
+    def show(self, run, steps):
+        """Show some steps of the present epoch of `run`: (number from 0, values (MEASURES,) on the CPU) of each."""
+        for number, values in steps:
+            done = number + 1
+            if self.log and (done % self.every == 0 or done == len(self.sizes)):
+                line = dict(zip(MEASURES, values.tolist(), strict=True))
+                shown = {name: f"{line[name]:.3f}" for name in LOSSES} | {"acc": f"{line['train_accuracy']:.0f}"}
+                self.bar.set_postfix(shown)
+                rate = sum(self.sizes[self.shown : done]) / (time.perf_counter() - self.begun)
+                place = {"epoch": len(run.history), "step": done}
+                self.log.write({**place, **line, "lr": run.rate, "images_per_second": rate})
+                self.begun, self.shown = time.perf_counter(), done
+            self.bar.update(self.sizes[number])
 
 
 def tell(entry, epochs):

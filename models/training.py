@@ -1,10 +1,10 @@
 """Two-phase training of SBKA (arXiv:2312.10320): the student learns from the teacher, then both from each other.
 
-`train` is the whole of it; `train_step` is one update. What is random depends on (seed, epoch, step) alone, so a run
-that was interrupted ends with the weights of one that was not.
+`train` is the whole of it; models.step.train_step is one update. What is random depends on (seed, epoch, step) alone,
+so a run that was interrupted ends with the weights of one that was not.
 """
 
-from contextlib import ExitStack
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from datasets.images import normalise
 from datasets.protocols import PROTOCOLS, protocol_of
 from datasets.zeroshot import Loading
 from models import interrupts, parallel
-from models.alignment import Batch, Counts, alignment_losses
+from models.alignment import Batch
 from models.checkpoints import (
     BEST,
     BEST_AFTER_WARMUP,
@@ -29,12 +29,13 @@ from models.checkpoints import (
     tidy,
 )
 from models.data import open_training_data
-from models.finite import FiniteCheck
-from models.networks import StudentOutput, arithmetic, place
+from models.measured import Measured
+from models.networks import matmul_rules, place
 from models.options import defaults_of, resolve, run_record, train_parser
 from models.parallel import note
 from models.progress import EpochBar, Log, show_epoch
 from models.run import MEASURES, Recipe, Run, create_optimizers, set_learning_rates
+from models.step import parts_that_fit, train_step
 from models.testing import watch_unseen
 from models.weights import create_pair
 
@@ -86,16 +87,16 @@ def train(run, data, recipe, keeper, watch=None, print_freq=10):
     before it, warm-up included; where none does, the best one after warm-up; without validation, the last.
     """
     is_first = parallel.rank() == 0
-    # train_step sets the arithmetic of its forward passes; this sets that of the convolutions of backward passes.
-    with interrupts.caught() as signals, arithmetic("fp32" if recipe.precision == "fp32" else "tf32", run.device):
+    with interrupts.caught() as signals:
         log = _begin(run, data, recipe, keeper) if is_first else None
         run.synchronise()
         while len(run.history) < recipe.epochs:
             try:
-                for _ in train_epoch(run, data, recipe, log, print_freq):
-                    _end_if_asked(run, signals, keeper)
-                    if is_first and keeper.schedule.is_due():
-                        keeper.save(run)
+                with closing(train_epoch(run, data, recipe, log, print_freq)) as steps:
+                    for _ in steps:
+                        _end_if_asked(run, signals, keeper)
+                        if is_first and keeper.schedule.is_due():
+                            keeper.save(run)
                 close_epoch(run, data, recipe, watch)
             except (RuntimeError, EOFError) as error:
                 # A signal to the whole process group may have ended the processes that decode images. No step is half
@@ -120,61 +121,27 @@ def train_epoch(run, data, recipe, log=None, print_freq=10):
     batches.epoch, batches.start = epoch, run.step
     set_learning_rates(run.optimizers, recipe.rates(epoch))
     sizes = [batches.size(step) for step in range(batches.stop)]
-    check = FiniteCheck(data.loader, epoch, run.device)
+    measured, parts = Measured(data.loader, epoch), recipe.parts
     with EpochBar(f"epoch {epoch + 1}/{recipe.epochs}", sizes, run.step, log, print_freq) as bar:
-        for step, loaded in enumerate(data.loader, run.step):
-            interrupts.leave_workers_alone()
-            noise = draw_noise(run.student, sizes[step], (recipe.seed, epoch, step))
-            batch = _on_device(loaded, noise, data.mask, run.device)
-            bidirectional = recipe.is_bidirectional(epoch)
-            measures, sound = train_step(run, batch, bidirectional, recipe.parts, recipe.precision)
-            values = parallel.total(torch.stack([measures[name] for name in MEASURES]))
-            check.add(step, values, sound)
-            run.sums = values if run.sums is None else run.sums + values
-            run.step = step + 1
-            bar.advance(run, values)
-            yield values
-    check.finish()
-
-
-def train_step(run, batch, bidirectional, parts=1, precision="fp32"):
-    """One update of `run` with a Batch, this process's share of a batch. Warm-up updates the student alone.
-
-    With `parts` > 1 gradients are summed over that many parts of the batch; with several processes, over the shares of
-    all. Losses, and so gradients, are those of the whole batch.
-    Returns ({name of MEASURES: this process's part of it before the update, detached}, (B,) bool: images of which all
-    outputs are finite).
-    """
-    for optimizer in run.optimizers:
-        optimizer.zero_grad()
-    counts = Counts(*parallel.total(torch.stack(Counts.of(batch))))
-    pieces = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last)).parts(parts)
-    found = []
-    for number, piece in enumerate(pieces):
-        with ExitStack() as stack:
-            if number + 1 < len(pieces):  # processes add their gradients once, after the last piece
-                for network in run.called:
-                    stack.enter_context(parallel.apart(network))
-            found.append(_add_gradients(*run.called, piece, counts, bidirectional, precision))
-    for optimizer in run.optimizers if bidirectional else run.optimizers[:1]:
-        optimizer.step()
-    measures, sound = zip(*found, strict=True)
-    return {name: sum(each[name] for each in measures) for name in measures[0]}, torch.cat(sound)
-
-
-def _add_gradients(student, teacher, batch, counts, bidirectional, precision):
-    """Forward and backward of a part of a batch; see train_step."""
-    with arithmetic(precision, batch.images.device):
-        with torch.set_grad_enabled(bidirectional):
-            teacher_logits = _wide(teacher(batch.images))
-        output = StudentOutput(*map(_wide, student(batch.images)))
-    losses = alignment_losses(output, teacher_logits, batch, bidirectional, counts)
-    parallel.backward(losses["total"])
-    measures = {name: value.detach() for name, value in losses.items()}
-    right = (output.seen_logits.detach().argmax(dim=1) == batch.labels).sum()
-    measures["train_accuracy"] = 100 * right / counts.images
-    outputs = torch.cat([teacher_logits, *output], dim=1).detach()
-    return measures, outputs.isfinite().all(dim=1)
+        try:
+            for step, loaded in enumerate(data.loader, run.step):
+                interrupts.leave_workers_alone()
+                noise = draw_noise(run.student, sizes[step], (recipe.seed, epoch, step))
+                batch = _on_device(loaded, noise, data.mask, run.device)
+                if not run.fits:
+                    parts = parts_that_fit(run, batch, parts, recipe.precision)
+                    draw_noise(run.student, sizes[step], (recipe.seed, epoch, step))  # seeds again what the trial drew
+                bidirectional = recipe.is_bidirectional(epoch)
+                measures, sound = train_step(run, batch, bidirectional, parts, recipe.precision)
+                values = parallel.total(torch.stack([measures[name] for name in MEASURES]))
+                run.sums = values if run.sums is None else run.sums + values
+                run.step = step + 1
+                bar.show(run, measured.add(step, values, sound))
+                yield values
+        except GeneratorExit:  # the run ends after this step
+            bar.show(run, measured.rest())
+            raise
+        bar.show(run, measured.rest())
 
 
 def close_epoch(run, data, recipe, watch=None):
@@ -183,7 +150,8 @@ def close_epoch(run, data, recipe, watch=None):
     entry = {"epoch": epoch, "phase": "bidirectional" if recipe.is_bidirectional(epoch) else "warm-up"}
     entry |= dict(zip(MEASURES, (run.sums / run.step).tolist(), strict=True)) | {"lr": run.rate}
     if data.validation is not None:
-        entry["accuracy"] = validate(run.student, data.validation, data.held_back)
+        with matmul_rules(recipe.precision):
+            entry["accuracy"] = validate(run.student, data.validation, data.held_back)
     if watch is not None:
         entry |= watch(run.student, epoch)
         run.student.train()
@@ -239,7 +207,8 @@ def draw_noise(student, size, place):
     interrupted.
     """
     torch.manual_seed(_seed_of(*place))
-    noise = torch.randn(size, student.linear.in_features)[parallel.share(size)]
+    # Pinned memory is copied to a GPU without waiting.
+    noise = torch.empty(size, student.width, pin_memory=student.linear.weight.is_cuda).normal_()[parallel.share(size)]
     if parallel.rank():  # stochastic depth differs between processes
         torch.manual_seed(_seed_of(*place, parallel.rank()))
     return noise
@@ -270,8 +239,3 @@ def _end_if_asked(run, signals, keeper):
             keeper.save(run)
             note(f"saved after {len(run.history)} epochs and {run.step} steps; --resume goes on from there")
         raise SystemExit(interrupts.status(signals))
-
-
-def _wide(values):
-    """bfloat16 as float32, in which losses are computed."""
-    return values.float() if values.dtype == torch.bfloat16 else values

@@ -5,6 +5,7 @@ import threading
 import torch
 from tqdm import tqdm
 
+from datasets.errors import lacks_memory
 from models import parallel
 from models.eval.matching import (
     cluster_distances,
@@ -15,6 +16,7 @@ from models.eval.matching import (
 )
 from models.eval.metrics import RECALL_LEVELS, STANDARD, metric, precision_at_recall, rank
 from models.eval.workers import workers
+from models.networks import matmul_rules
 
 # Bytes of one matrix of a chunk of queries × gallery, of which a handful live at a time.
 CPU_CHUNK, GPU_CHUNK = 24 << 20, 256 << 20
@@ -49,10 +51,11 @@ def evaluate(features, codebooks, metrics=STANDARD, nearest=None, device="cpu", 
     # By class: a chunk of one class has one set of relevant photos.
     chunks = labels.argsort(stable=True).split(gallery.chunk)
     with (
+        matmul_rules("fp32"),  # distances are float32, whatever the networks were computed in
         workers(None if gallery.on_cpu else 1) as pool,
         tqdm(total=len(query), desc="matching", unit="sketch", leave=False, disable=parallel.bar()) as progress,
     ):
-        for count in pool.map(_halving(measure), chunks):
+        for count in pool.map(_halving(measure, gallery.free), chunks):
             progress.update(count)
     return measured
 
@@ -106,9 +109,16 @@ class _Gallery:
             self.local.matrices = [self.photos.new_empty(count, len(self)) for _ in range(2)]
         return [matrix[:count] for matrix in self.local.matrices]
 
+    def free(self):
+        """Let go of this thread's matrices."""
+        self.local.matrices = [[]]
 
-def _halving(measure):
-    """`measure` for chunks that may not fit into memory, which is found out by trying: a sum of what it returns."""
+
+def _halving(measure, free):
+    """`measure` for chunks that may not fit into memory, which is found out by trying: a sum of what it returns.
+
+    free: makes room before the next try.
+    """
     fitting = None
 
     def run(chosen):
@@ -116,14 +126,15 @@ def _halving(measure):
         if fitting is None or len(chosen) <= fitting:
             try:
                 return measure(chosen)
-            except torch.OutOfMemoryError:
-                if len(chosen) == 1:
+            except RuntimeError as error:
+                if not lacks_memory(error) or len(chosen) == 1:
                     raise
                 if fitting is None:
                     parallel.note(
                         f"note: {len(chosen)} sketches at a time do not fit into the device's memory, trying fewer"
                     )
                 fitting = (len(chosen) + 1) // 2
+            free()  # here, where the error no longer refers to what it could not hold
         half = (len(chosen) + 1) // 2
         return run(chosen[:half]) + run(chosen[half:])
 

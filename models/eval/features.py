@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from datasets.errors import InputError
-from datasets.files import digest, read_pickle, write_json, write_whole
+from datasets.files import digest, write_json, write_whole
 from datasets.images import normalise
+from datasets.pickles import read_pickled_list
 from datasets.zeroshot import evaluation_loader
 from models import parallel
 from models.eval.unfinished import Unfinished
@@ -139,8 +140,8 @@ def read_features(path):
 
     Raises InputError if the file is refused, torn, of another form, or holds a feature that has no direction.
     """
-    content = read_pickle(path)
-    if not isinstance(content, list | tuple) or len(content) < 4:
+    content = read_pickled_list(path, 4)
+    if len(content) < 4:
         raise InputError(f"{path}: expected [gallery features, gallery labels, query features, query labels, ...]")
     parts, rescaled = [], False
     for name, values, labels in (("gallery", *content[:2]), ("query", *content[2:4])):
@@ -210,9 +211,13 @@ def record(path):
     """What `write_features` recorded beside the features at `path`: {"source", "sha256"}, or {}."""
     try:
         content = json.loads(_sidecar(path).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         content = None
-    return content if isinstance(content, dict) else {}
+    content = content if isinstance(content, dict) else {}
+    source = content.get("source")
+    if not isinstance(source, dict) or any(isinstance(value, dict | list) for value in source.values()):
+        content.pop("source", None)  # ours is flat
+    return content
 
 
 def _numbers(values):

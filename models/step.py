@@ -1,0 +1,92 @@
+"""One training step of SBKA (arXiv:2312.10320): forward passes of both networks, their losses, backward, update."""
+
+from contextlib import ExitStack
+
+import torch
+
+from datasets.errors import lacks_memory
+from models import parallel
+from models.alignment import Counts, alignment_losses
+from models.networks import StudentOutput, arithmetic, matmul_rules
+from models.parallel import note
+
+
+def train_step(run, batch, bidirectional, parts=1, precision="fp32"):
+    """One update of `run` with a Batch, this process's share of a batch. Warm-up updates the student alone.
+
+    With `parts` > 1 gradients are summed over that many parts of the batch; with several processes, over the shares of
+    all. Losses, and so gradients, are those of the whole batch.
+    Returns ({name of MEASURES: this process's part of it before the update, detached}, (B,) bool: images of which all
+    outputs are finite).
+    """
+    counts = Counts(*parallel.total(torch.stack(Counts.of(batch))))
+    with matmul_rules(precision):
+        measures, sound = _gradients(run, batch, counts, bidirectional, parts, precision)
+        for optimizer in run.optimizers if bidirectional else run.optimizers[:1]:
+            optimizer.step()
+    return measures, sound
+
+
+def _gradients(run, batch, counts, bidirectional, parts, precision, shared=True):
+    """Forward and backward of a Batch in parts; see train_step. shared: whether processes add their gradients."""
+    for optimizer in run.optimizers:
+        optimizer.zero_grad()
+    pieces = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last)).parts(parts)
+    found = []
+    for number, piece in enumerate(pieces):
+        with ExitStack() as stack:
+            if number + 1 < len(pieces) or not shared:  # processes add their gradients once, after the last piece
+                for network in run.called:
+                    stack.enter_context(parallel.apart(network))
+            found.append(_add_gradients(*run.called, piece, counts, bidirectional, precision))
+    measures, sound = zip(*found, strict=True)
+    return {name: sum(each[name] for each in measures) for name in measures[0]}, torch.cat(sound)
+
+
+def parts_that_fit(run, batch, parts, precision):
+    """In how many parts a step with a Batch fits into the memory of every process's GPU: `parts`, or twice as many, ...
+
+    Found out once a run, by trying forward and backward passes without an update. Raises what torch raises where single
+    images do not fit.
+    """
+    run.fits = run.device.type == "cpu"
+    while not run.fits:
+        failure = None
+        try:
+            with matmul_rules(precision):
+                _gradients(run, batch, Counts.of(batch), True, parts, precision, shared=False)
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            failure = error.with_traceback(None)  # which would keep the activations
+        for optimizer in run.optimizers:
+            optimizer.zero_grad()
+        run.fits = not parallel.anyone(failure is not None)
+        if run.fits:
+            break
+        if parts >= len(batch.images):
+            raise failure or torch.OutOfMemoryError("out of memory in another process")
+        torch.cuda.empty_cache()
+        parts *= 2
+        note(f"note: a batch does not fit into the GPU's memory, so it is taken in parts: --accum_steps {parts}")
+    return parts
+
+
+def _add_gradients(student, teacher, batch, counts, bidirectional, precision):
+    """Forward and backward of a part of a batch; see train_step."""
+    with arithmetic(precision, batch.images.device):
+        with torch.set_grad_enabled(bidirectional):
+            teacher_logits = _wide(teacher(batch.images))
+        output = StudentOutput(*map(_wide, student(batch.images)))
+    losses = alignment_losses(output, teacher_logits, batch, bidirectional, counts)
+    parallel.backward(losses["total"])
+    measures = {name: value.detach() for name, value in losses.items()}
+    right = (output.seen_logits.detach().argmax(dim=1) == batch.labels).sum()
+    measures["train_accuracy"] = 100 * right / counts.images
+    outputs = torch.cat([teacher_logits, *output], dim=1).detach()
+    return measures, outputs.isfinite().all(dim=1)
+
+
+def _wide(values):
+    """bfloat16 as float32, in which losses are computed."""
+    return values.float() if values.dtype == torch.bfloat16 else values

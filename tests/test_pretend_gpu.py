@@ -1,0 +1,206 @@
+"""What runs on a GPU, on one that is pretended: devices never meet, the host does not wait, values are the CPU's."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pretend_gpu import OnGpu, PretendGpu, values
+from timm.models.convnext import ConvNeXt
+
+from datasets.benchmark import open_benchmark
+from datasets.zeroshot import Loading
+from models import step as step_room
+from models.alignment import Batch
+from models.data import TrainingData, open_training_data
+from models.eval.evaluation import evaluate
+from models.eval.features import Features, extract
+from models.eval.metrics import average_precision, rank
+from models.networks import PRECISIONS, Student, Teacher, place
+from models.progress import Log
+from models.run import MEASURES, Recipe, Run, create_optimizers
+from models.step import train_step
+from models.training import train_epoch
+
+
+@pytest.fixture
+def gpu():
+    with PretendGpu() as pretended:
+        yield pretended
+
+
+def create_run(device, seen_classes=5, imagenet_classes=20):
+    torch.manual_seed(0)
+    sizes = dict(
+        num_classes=imagenet_classes, depths=[1, 1, 2, 1], dims=[4, 8, 12, 16], use_grn=True, ls_init_value=None
+    )
+    student, teacher = Student(ConvNeXt(**sizes), seen_classes), Teacher(ConvNeXt(**sizes))
+    teacher.backbone.load_state_dict(student.backbone.state_dict())
+    place(student, teacher, device)
+    return Run(student, teacher, create_optimizers(student, teacher, 1e-3, 1e-3, 5e-4))
+
+
+def create_batch(count=9):
+    generator = torch.Generator().manual_seed(1)
+    images, mask = torch.randn(count, 3, 48, 48, generator=generator), torch.rand(count, 20, generator=generator)
+    noise = torch.randn(count, 16, generator=generator)
+    return Batch(images, torch.arange(count) % 5, (torch.arange(count) > 2).float(), mask, noise)
+
+
+def moved(batch, gpu, device):
+    return Batch(*(gpu.pin(tensor).to(device, non_blocking=True) for tensor in batch))
+
+
+def weights(run):
+    return [values(value) for network in (run.student, run.teacher) for value in network.parameters()]
+
+
+def assert_close(ours, theirs, tolerance=1e-6):
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("device", "parts"), [("cuda", 1), ("cuda:1", 1), ("cuda", 2)])
+def test_a_step_waits_for_nothing_and_is_the_cpus(gpu, precision, device, parts):
+    batch, run, own = create_batch(), create_run(device), create_run("cpu")
+    on_gpu = moved(batch, gpu, device)
+    gpu.reset()
+    for bidirectional in (False, True, True):
+        measures, sound = train_step(run, on_gpu, bidirectional, parts, precision)
+        expected, _ = train_step(own, batch, bidirectional, parts, precision)
+        assert not gpu.waits
+        assert values(sound).all()
+        assert_close([values(measures[name]) for name in expected], expected.values())
+    assert gpu.kernels < 3 * 650 * parts
+    assert_close(weights(run), weights(own))
+    assert all(isinstance(value, OnGpu) for value in run.learnt())
+
+
+class Pinned:
+    """A training loader whose batches lie in pinned memory."""
+
+    def __init__(self, loader, gpu):
+        self.loader, self.gpu = loader, gpu
+        self.batch_sampler, self.dataset = loader.batch_sampler, loader.dataset
+
+    def __iter__(self):
+        for batch in self.loader:
+            yield [self.gpu.pin(tensor) for tensor in batch]
+
+
+def test_an_epoch_waits_once_at_its_end_and_logs_every_step(gpu, tiny, tmp_path):
+    benchmark = open_benchmark("sketchy", tiny)
+    data = open_training_data(benchmark, Loading(48, 3), imagenet_classes=None, validate=False)
+    recipe, own = Recipe(1, -1, 1e-3, 1e-3), create_run("cpu", 2, 1000)
+    expected = [each.clone() for each in train_epoch(own, data, recipe)]
+    run, log = create_run("cuda", 2, 1000), Log(tmp_path, 0, 0, len(expected))
+    loader, mask = Pinned(data.loader, gpu), gpu.pin(data.mask).to("cuda", non_blocking=True)
+    found, waits = [], []
+    gpu.reset()
+    for each in train_epoch(run, TrainingData(loader, mask, data.files), recipe, log, print_freq=1):
+        found.append(values(each))
+        waits.append(sum(gpu.waits.values()))
+    assert waits == [0] * len(expected)
+    assert dict(gpu.waits) == {"an event that nothing follows": 1}
+    assert_close(found, expected)
+    assert_close(weights(run), weights(own))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [[line[name] for name in MEASURES] for line in lines] == [each.tolist() for each in found]
+
+
+def short_of_memory(most):
+    """`_add_gradients` on a GPU that holds `most` images at a time, and the numbers of images that it was given."""
+    add, tried = step_room._add_gradients, []
+
+    def limited(student, teacher, batch, *rest):
+        tried.append(len(batch.images))
+        if len(batch.images) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        return add(student, teacher, batch, *rest)
+
+    return limited, tried
+
+
+def test_a_batch_that_does_not_fit_is_taken_in_parts_and_that_is_said_once(gpu, tiny, monkeypatch, capsys):
+    data = open_training_data(open_benchmark("sketchy", tiny), Loading(48, 6), imagenet_classes=None, validate=False)
+    recipe, own = Recipe(1, -1, 1e-3, 1e-3, parts=4), create_run("cpu", 2, 1000)
+    expected = [each.clone() for each in train_epoch(own, data, recipe)]
+    limited, tried = short_of_memory(2)
+    monkeypatch.setattr(step_room, "_add_gradients", limited)
+    run, recipe = create_run("cuda", 2, 1000), Recipe(1, -1, 1e-3, 1e-3)
+    on_gpu = TrainingData(data.loader, data.mask.to("cuda"), data.files)
+    assert_close([values(each) for each in train_epoch(run, on_gpu, recipe)], expected)
+    assert_close(weights(run), weights(own))
+    assert tried[:3] == [6, 3, 2] and max(tried[3:]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(" ")[2] for line in said] == ["2", "4"] and "--accum_steps" in said[0]
+
+
+def test_single_images_that_do_not_fit_end_the_run(gpu, monkeypatch):
+    limited, _ = short_of_memory(0)
+    monkeypatch.setattr(step_room, "_add_gradients", limited)
+    with pytest.raises(torch.OutOfMemoryError):
+        step_room.parts_that_fit(create_run("cuda"), moved(create_batch(), gpu, "cuda"), 1, "fp32")
+    monkeypatch.setattr(step_room, "_add_gradients", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # what is not a lack of memory is not tried again
+        step_room.parts_that_fit(create_run("cuda"), moved(create_batch(), gpu, "cuda"), 1, "fp32")
+
+
+def test_extraction_waits_once_a_batch(gpu):
+    images = torch.randint(0, 256, (10, 3, 48, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    batches = [(gpu.pin(part.clone()), None) for part in images.split(4)]
+    loader = type("Loader", (), {"dataset": images, "__iter__": lambda self: iter(batches)})()
+    expected = list(extract(create_run("cpu").student, loader, "cpu"))
+    student = create_run("cuda:1").student
+    gpu.reset()
+    found = list(extract(student, loader, "cuda:1"))
+    assert dict(gpu.waits) == {"a copy to the host": len(batches)}
+    for one, two in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+def test_evaluation_waits_a_handful_a_chunk(gpu, golden):
+    z = golden("matching")
+    features = Features(*(z[name].numpy() for name in ("gallery", "gallery_labels", "query", "query_labels")))
+    rows = {None: None, (2, 5): z["M2K5_codebook"].numpy()}
+    expected = evaluate(features, rows, nearest={(2, 5): 7}, dtype=torch.float64)
+    gpu.reset()
+    found = evaluate(features, rows, nearest={(2, 5): 7}, device="cuda", dtype=torch.float64)
+    # One chunk. Copies of its queries, the relevant photos of each row, and the values that come back.
+    assert sum(gpu.waits.values()) < 45
+    for key, row in expected.items():
+        for name, value in row.items():
+            torch.testing.assert_close(found[key][name], value, rtol=0, atol=1e-12)
+
+
+def test_ranks_are_the_cpus(gpu):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 9, (5, 40), generator=generator).float()  # with ties
+    labels, gallery = torch.arange(5) % 3, torch.arange(40) % 3
+    expected = rank(scores, labels, gallery, nearest=4)
+    found = rank(scores.to("cuda"), labels.to("cuda"), gallery.to("cuda"), nearest=4)
+    assert torch.equal(values(found.hits), expected.hits) and torch.equal(values(found.nearest), expected.nearest)
+    assert torch.equal(values(average_precision(found)), average_precision(expected))
+
+
+def test_tensors_of_two_devices_do_not_meet(gpu):
+    one, other, host = torch.ones(2).to("cuda:0"), torch.ones(2).to("cuda:1"), torch.ones(2)
+    for pair in ((one, other), (one, host), (host, one)):
+        with pytest.raises(RuntimeError, match="tensors on"):
+            torch.add(*pair)
+    assert values(one + torch.tensor(2.0)).tolist() == [3, 3]  # a number is passed along
+
+
+def test_what_waits_is_counted(gpu):
+    one = torch.ones(2).to("cuda")
+    assert dict(gpu.waits) == {"a copy from memory that is not pinned": 1}
+    for wait in (one.tolist, one.nonzero, lambda: bool(one.sum() > 1), lambda: one[one > 0], one.cpu):
+        gpu.reset()
+        wait()
+        assert sum(gpu.waits.values()) == 1, gpu.waits
+    gpu.reset()
+    gpu.pin(host := torch.ones(2)).to("cuda", non_blocking=True)
+    assert not gpu.waits
+    host.to("cuda")
+    assert sum(gpu.waits.values()) == 1
