@@ -12,6 +12,7 @@ CPU's. What it cannot show: memory, speed, the rounding of a GPU, and libraries 
 
 import collections
 import contextlib
+import functools
 from unittest import mock
 
 import torch
@@ -83,27 +84,28 @@ class OnGpu(torch.Tensor):
 
 
 def _numbered(device):
-    device = torch.device(device)
-    return torch.device("cuda", 0) if device == torch.device("cuda") else device
+    device = torch.device(device) if isinstance(device, str) else device
+    return FIRST if device == ANY else device
+
+
+ANY, FIRST = torch.device("cuda"), torch.device("cuda", 0)
 
 
 class _Numbered(TorchFunctionMode):
-    """Numbers the device "cuda", of which torch would ask a real GPU."""
+    """Does by hand what torch does with devices before an operation is dispatched: it would ask a real GPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        args, kwargs = tree_map(
-            lambda x: _numbered(x) if isinstance(x, str | torch.device) and x in CUDA else x,
-            (args, kwargs or {}),
-            is_leaf=_is_leaf,
-        )
+        def number(x):
+            return _numbered(x) if isinstance(x, torch.device) or (isinstance(x, str) and x == "cuda") else x
+
+        args, kwargs = tree_map(number, (args, kwargs or {}))
+        if (
+            function is torch.Tensor.to and len(args) > 1 and isinstance(args[1], OnGpu)
+        ):  # the device and type of another
+            args = (args[0], args[1].device, args[1].dtype)
+        if function is torch.tensor and kwargs.get("device") is not None:
+            return torch.tensor(*args, **kwargs | {"device": "cpu"}).to(kwargs["device"])
         return function(*args, **kwargs)
-
-
-CUDA = ("cuda", torch.device("cuda"))
-
-
-def _is_leaf(x):
-    return isinstance(x, torch.Tensor)
 
 
 class Event:
@@ -118,46 +120,51 @@ class Event:
             gpu.waits["an event that nothing follows"] += 1
 
 
-class PretendGpu(TorchDispatchMode):
+class _Dispatch(TorchDispatchMode):
+    """Sends operations that make new tensors to the PretendGpu, too."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return PretendGpu.current.run(function, args, kwargs or {})
+
+
+class PretendGpu:
     """A context in which "cuda" devices are there; see above."""
 
     current = None
 
     def __init__(self):
-        super().__init__()
         self.kernels, self.waits, self.pinned = 0, collections.Counter(), set()
         self.names = collections.Counter()  # kernels by name
 
     def __enter__(self):
         PretendGpu.current = self
-        self.patches = contextlib.ExitStack()
-        for name, value in {
-            "_lazy_init": lambda: None, "Event": Event, "current_stream": lambda device=None: None,
-            "empty_cache": lambda: None,
-        }.items():  # fmt: skip
-            self.patches.enter_context(mock.patch.object(torch.cuda, name, value))
-        autocast = torch.autocast
-        self.patches.enter_context(
-            mock.patch("torch.autocast", lambda device, *args, **kwargs: autocast("cpu", *args, **kwargs))
-        )
+        self.stack, on_cpu = contextlib.ExitStack(), functools.partial(torch.autocast, "cpu")
+        for owner, name, value in (
+            (torch, "autocast", lambda device, *rest, **named: on_cpu(*rest, **named)),
+            (torch.inference_mode, "__enter__", lambda mode: mode.__setattr__("kept", torch.set_grad_enabled(False))),
+            (torch.inference_mode, "__exit__", lambda mode, *error: mode.kept.__exit__(*error)),
+            (torch.cuda, "_lazy_init", lambda: None),
+            (torch.cuda, "Event", Event),
+            (torch.cuda, "current_stream", lambda device=None: None),
+            (torch.cuda, "empty_cache", lambda: None),
+        ):
+            self.stack.enter_context(mock.patch.object(owner, name, value))
         # Parameters that move become other objects of their class, so that they can be OnGpu.
-        self.swapped = torch.__future__.get_swap_module_params_on_conversion()
+        swapped = torch.__future__.get_swap_module_params_on_conversion()
+        self.stack.callback(torch.__future__.set_swap_module_params_on_conversion, swapped)
         torch.__future__.set_swap_module_params_on_conversion(True)
-        return super().__enter__()
+        self.stack.enter_context(_Numbered())
+        self.stack.enter_context(_Dispatch())
+        return self
 
     def __exit__(self, *error):
-        self.patches.close()
-        torch.__future__.set_swap_module_params_on_conversion(self.swapped)
-        return super().__exit__(*error)
+        self.stack.close()
 
     def reset(self):
         """Count from 0 again."""
         self.kernels = 0
         self.waits.clear()
         self.names.clear()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return self.run(function, args, kwargs or {})
 
     def run(self, function, args, kwargs):
         """Run an operation on the CPU, and count what it would be on a GPU."""
@@ -178,7 +185,7 @@ class PretendGpu(TorchDispatchMode):
     def _decomposed(self, function, args, kwargs):
         if not function._can_decompose():
             return NotImplemented
-        with self:
+        with _Dispatch():
             return function.decompose(*args, **kwargs)
 
     def _device(self, function, name, args, kwargs, tensors):

@@ -1,6 +1,7 @@
 """Matching and metrics of all rows of a grid in one pass over the queries, in memory that does not grow with them."""
 
 import threading
+from contextlib import nullcontext
 
 import torch
 from tqdm import tqdm
@@ -52,10 +53,10 @@ def evaluate(features, codebooks, metrics=STANDARD, nearest=None, device="cpu", 
     chunks = labels.argsort(stable=True).split(gallery.chunk)
     with (
         matmul_rules("fp32"),  # distances are float32, whatever the networks were computed in
-        workers(None if gallery.on_cpu else 1) as pool,
+        workers(None) if gallery.on_cpu else nullcontext() as pool,
         tqdm(total=len(query), desc="matching", unit="sketch", leave=False, disable=parallel.bar()) as progress,
     ):
-        for count in pool.map(_halving(measure, gallery.free), chunks):
+        for count in (pool.map if pool else map)(_halving(measure, gallery.free), chunks):
             progress.update(count)
     return measured
 
