@@ -20,6 +20,7 @@ from datasets.files import check_writable, digest, write_json, write_whole
 from models import parallel
 from models.networks import Student
 from models.run import MEASURES
+from models.saved import check_saved, plain_options
 from models.weights import UnreadableFile, backbone_of, gist, load_published, published_state, read_torch
 
 LAST, BEST, BEST_AFTER_WARMUP = "checkpoint.pth.tar", "model_best.pth.tar", "best_after_warmup.pth.tar"
@@ -135,8 +136,10 @@ def load_student(path, model, classes, imagenet_classes=1000):
     student = Student(backbone_of(model, imagenet_classes), classes)
     checkpoint = read_checkpoint(path)
     load_published(student, checkpoint["state_dict"], path)
-    options = checkpoint.get("options")
-    return student, options if isinstance(options, dict) else {}
+    try:
+        return student, plain_options(checkpoint.get("options"))
+    except ValueError:  # the authors' have none
+        return student, {}
 
 
 def find_checkpoint(folder, kept):
@@ -162,28 +165,17 @@ def restore(run, savedir, record, defaults):
     load_published(run.student, checkpoint["state_dict"], path)
     load_published(run.teacher, checkpoint["teacher"], path)
     try:
-        if checkpoint["protocol"] != record["protocol"]:
-            raise InputError(f"--resume: {path} was trained for {checkpoint['protocol']}, not {record['protocol']}")
-        _check_same_options(defaults | _renamed(checkpoint["options"]), record["options"], path)
-        _check_same_data(checkpoint["data"], record["data"])
-        for optimizer, key in zip(run.optimizers, ("optimizer", "optimizer_1"), strict=True):
-            optimizer.load_state_dict(checkpoint[key])
-        # Without these keys the run would fail only at the end of the next epoch.
-        run.history = [{"phase": entry["phase"], "kept": entry["kept"], **entry} for entry in checkpoint["history"]]
-        run.step = int(checkpoint.get("step", 0))
-        sums = checkpoint.get("sums")
-        if isinstance(sums, list):  # earlier versions of this project wrote them without names
-            sums = dict(zip(_SUMS_WITHOUT_NAMES, sums, strict=True))
-        run.sums = None if sums is None else torch.tensor([sums[name] for name in MEASURES], device=run.device)
-    except InputError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"{path}: damaged, it cannot be resumed ({type(error).__name__}: {error}); start anew"
-        ) from error
-
-
-_SUMS_WITHOUT_NAMES = ("cls", "ka_student", "ma", "ka_teacher", "student", "total", "train_accuracy")
+        saved = check_saved(checkpoint, run.optimizers)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: damaged, it cannot be resumed ({error}); start anew") from error
+    if saved["protocol"] != record["protocol"]:
+        raise InputError(f"--resume: {path} was trained for {saved['protocol']}, not {record['protocol']}")
+    _check_same_options(defaults | _renamed(saved["options"]), record["options"], path)
+    _check_same_data(saved["data"], record["data"])
+    for optimizer, state in zip(run.optimizers, saved["adam"], strict=True):
+        optimizer.load_state_dict(state)
+    run.history, run.step = saved["history"], saved["step"]
+    run.sums = None if saved["sums"] is None else torch.tensor(saved["sums"], device=run.device)
 
 
 def _read_last(savedir):

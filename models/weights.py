@@ -83,7 +83,7 @@ def load_published(module, state, source):
     expected = published_state(module)
     for name, value in expected.items():
         found = state.get(name, value)
-        if not isinstance(found, torch.Tensor) or found.layout != torch.strided or found.is_meta:
+        if not is_plain_tensor(found):
             raise InputError(f"{source}: {name} is no ordinary tensor; fetch the file again")
         as_convolution = _POINTWISE.search(name) and found.shape == (*value.shape, 1, 1)  # earlier versions wrote these
         if found.shape != value.shape and not as_convolution:
@@ -96,6 +96,16 @@ def load_published(module, state, source):
         )
     own = module.state_dict()
     module.load_state_dict({name: state[published_name(name)].reshape(value.shape) for name, value in own.items()})
+
+
+def is_plain_tensor(value):
+    """Whether a value from a file is an ordinary tensor of real floating-point numbers, with values."""
+    return (
+        type(value) in (torch.Tensor, torch.nn.Parameter)
+        and value.layout == torch.strided
+        and value.is_floating_point()
+        and not (value.is_meta or value.is_quantized or value.is_nested)
+    )
 
 
 def read_torch(path):
