@@ -1,8 +1,10 @@
 """Files as this project treats them: written whole or not at all, and known by their digest."""
 
+import errno
 import hashlib
 import json
 import os
+import platform
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,3 +67,57 @@ def digest(path):
         while block := file.read(1 << 20):
             sha256.update(block)
     return sha256.hexdigest()
+
+
+@contextmanager
+def sole_writer(folder, work):
+    """Hold `folder` for this process and its `work`: others that want to do the same there are refused.
+
+    The system frees it when this process ends, however it ends, and processes that it has started do not hold it. That
+    is so on local disks and on network disks that know POSIX locks (NFS does, between machines, too). On disks that
+    do not, and on Windows, nothing is held. work: one word, such as "training".
+    Raises InputError if another process holds it.
+    """
+    path = Path(folder) / f".{work}"
+    file = _locked(path)
+    try:
+        yield
+    finally:
+        if file is not None:
+            path.unlink(missing_ok=True)
+            file.close()
+
+
+def _locked(path):
+    """The file at `path`, open and locked; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        file = open(path, "a+")  # noqa: SIM115, it stays open as long as it is locked
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read(200) or "another process"
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return None
+            raise InputError(
+                f"{path.parent}: {holder} is {path.name[1:]} there; wait until it ends, or choose another folder"
+            ) from None
+        if _is_at(file, path):
+            break
+        file.close()  # the last holder has just taken it away
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def _is_at(file, path):
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from datasets.errors import InputError
-from datasets.files import check_writable, digest, write_json, write_whole
+from datasets.files import digest, write_json, write_whole
 from models import parallel
 from models.networks import Student
 from models.run import MEASURES
@@ -223,7 +223,7 @@ def _check_same_data(before, now):
 
 
 def check_savedir(savedir, resume=False, overwrite=False):
-    """Raise InputError if `savedir` holds what would be lost, lacks what is to be resumed, or cannot be written."""
+    """Raise InputError if `savedir` holds what would be lost, or lacks what is to be resumed."""
     found = [name for name in NAMES if os.path.exists(savedir / name)]
     if resume and LAST not in found and PREVIOUS not in found:
         raise InputError(f"{savedir}: holds no {LAST} to resume; see --savedir, or start without --resume")
@@ -232,7 +232,6 @@ def check_savedir(savedir, resume=False, overwrite=False):
             f"{savedir}: already holds {found[0]}; --resume goes on with it, --overwrite replaces it, "
             "--savedir starts elsewhere"
         )
-    check_writable(savedir)
 
 
 def check_space(run, savedir):

@@ -15,6 +15,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets.errors import InputError
+from datasets.files import sole_writer
 
 
 def processes():
@@ -51,6 +52,11 @@ def note(message):
     """Tell the user something worth a line; of several processes the first does."""
     if rank() == 0:
         print(message, file=sys.stderr, flush=True)
+
+
+def first_holds(folder, work):
+    """A context in which the first process holds `folder` against other runs, see datasets.files.sole_writer."""
+    return sole_writer(folder, work) if rank() == 0 else nullcontext()
 
 
 def own_device(device):

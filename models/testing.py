@@ -38,27 +38,28 @@ def main(protocol_name, argv=None):
     subject = find_subject(protocol, options.resume_dir, options.data_root, options.zero_version)
     if subject.benchmark:
         subject.benchmark.check_seen_classes(options.nb_classes)
-    loading = Loading(options.input_size, options.batch_size, options.workers, options.device)
-    network = options.model, options.imagenet_classes
-    features = features_of(subject, *network, loading, options.precision, options.recompute)
-    rows = [(m, k) for m in options.subspaces for k in options.clusters] if options.mode == 2 else []
-    with parallel.in_all():  # all processes have the same features
-        features = name_classes(features, subject.benchmark)
-        check_features(features, rows)
-    grid = Grid(rows, options.mixture_seeds, options.mixture, options.nearest)
-    metrics = tuple(dict.fromkeys((*STANDARD, *protocol.metrics)))
-    measured, shown = measure(features, grid, metrics, options.device, getattr(torch, options.distances))
-    parallel.disconnect()
-    if parallel.rank() != 0:
-        return None
-    title = subject.benchmark.title if subject.benchmark else protocol.title
-    results = {"benchmark": title, "protocol": protocol.name, "metrics": list(protocol.metrics)}
-    results |= summarise(features, metrics, measured, run_record(options)) | features_record(subject.folder)
-    print_table(results)
-    if options.per_class:
-        print_classes(results)
-    write_report(subject.folder, results, features, shown, subject.images)
-    return results
+    with parallel.first_holds(subject.folder, "testing"):
+        loading = Loading(options.input_size, options.batch_size, options.workers, options.device)
+        network = options.model, options.imagenet_classes
+        features = features_of(subject, *network, loading, options.precision, options.recompute)
+        rows = [(m, k) for m in options.subspaces for k in options.clusters] if options.mode == 2 else []
+        with parallel.in_all():  # all processes have the same features
+            features = name_classes(features, subject.benchmark)
+            check_features(features, rows)
+        grid = Grid(rows, options.mixture_seeds, options.mixture, options.nearest)
+        metrics = tuple(dict.fromkeys((*STANDARD, *protocol.metrics)))
+        measured, shown = measure(features, grid, metrics, options.device, getattr(torch, options.distances))
+        parallel.disconnect()
+        if parallel.rank() != 0:
+            return None
+        title = subject.benchmark.title if subject.benchmark else protocol.title
+        results = {"benchmark": title, "protocol": protocol.name, "metrics": list(protocol.metrics)}
+        results |= summarise(features, metrics, measured, run_record(options)) | features_record(subject.folder)
+        print_table(results)
+        if options.per_class:
+            print_classes(results)
+        write_report(subject.folder, results, features, shown, subject.images)
+        return results
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from datasets.benchmark import open_benchmark
 from datasets.errors import ends_in_one_line, lost_worker
+from datasets.files import check_writable
 from datasets.images import normalise
 from datasets.protocols import PROTOCOLS, protocol_of
 from datasets.zeroshot import Loading
@@ -55,27 +56,33 @@ def main(protocol_name, argv=None):
         validate=not options.no_validation, max_steps=options.max_steps,
     )  # fmt: skip
     watch = watch_unseen(benchmark, loading, options.precision, options.eval_every)
-    check_savedir(options.savedir, options.resume, options.overwrite)
-    record = {"protocol": benchmark.protocol.title, "data": data_record(data.files, benchmark), **run_record(options)}
-    torch.manual_seed(options.seed)
-    finetune = "none" if options.resume else options.finetune
-    seen_classes = len(benchmark.seen_names)
-    pair = create_pair(options.model, seen_classes, finetune, options.imagenet_classes, options.drop_path)
-    place(*pair, options.device, options.grad_checkpointing, options.compile)
-    run = Run(*pair, create_optimizers(*pair, options.lr, options.teacher_lr, options.weight_decay))
-    if options.resume:
-        restore(run, options.savedir, record, run_record(defaults_of(parser))["options"])
-    check_space(run, options.savedir)
-    recipe = Recipe(
-        options.epochs, options.warmup_epochs, options.lr, options.teacher_lr,
-        options.seed, options.accum_steps, options.precision,
-    )  # fmt: skip
-    keeper = Keeper(options.savedir, record, options.save_every, options.overwrite)
-    parallel.connect(options.device)
-    try:
-        return train(run, data, recipe, keeper, watch, options.print_freq)
-    finally:
-        parallel.disconnect()
+    check_writable(options.savedir)
+    with parallel.first_holds(options.savedir, "training"):
+        check_savedir(options.savedir, options.resume, options.overwrite)
+        record = {
+            "protocol": benchmark.protocol.title,
+            "data": data_record(data.files, benchmark),
+            **run_record(options),
+        }
+        torch.manual_seed(options.seed)
+        finetune = "none" if options.resume else options.finetune
+        seen_classes = len(benchmark.seen_names)
+        pair = create_pair(options.model, seen_classes, finetune, options.imagenet_classes, options.drop_path)
+        place(*pair, options.device, options.grad_checkpointing, options.compile)
+        run = Run(*pair, create_optimizers(*pair, options.lr, options.teacher_lr, options.weight_decay))
+        if options.resume:
+            restore(run, options.savedir, record, run_record(defaults_of(parser))["options"])
+        check_space(run, options.savedir)
+        recipe = Recipe(
+            options.epochs, options.warmup_epochs, options.lr, options.teacher_lr,
+            options.seed, options.accum_steps, options.precision,
+        )  # fmt: skip
+        keeper = Keeper(options.savedir, record, options.save_every, options.overwrite)
+        parallel.connect(options.device)
+        try:
+            return train(run, data, recipe, keeper, watch, options.print_freq)
+        finally:
+            parallel.disconnect()
 
 
 def train(run, data, recipe, keeper, watch=None, print_freq=10):

@@ -5,14 +5,14 @@ are averaged over the queries of a class, then over classes. Other tools mean ot
 Only the ranks of a query's relevant photos matter, so a ranking is kept as those. Stands alone.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 
-CACHE = 1 << 20  # bytes of scores sorted at a time on a CPU
-MANY_TIES = 32  # of a sketch, above which its gallery is put in order rather than searched for each
+CACHE = 1 << 20  # bytes of keys sorted at a time on a CPU
 RECALL_LEVELS = torch.linspace(0, 1, 11, dtype=torch.float64)
 
 
@@ -39,7 +39,7 @@ def rank(scores, query_labels, gallery_labels, nearest=0):
     """
     in_gallery = gallery_labels.bincount(minlength=int(query_labels.max()) + 1)[query_labels]
     nearest = min(nearest, scores.shape[1])
-    if scores.device.type == "cpu" and scores.numpy().min() >= 0:
+    if scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.numpy().min() >= 0:
         arrays = (values.numpy() for values in (scores, query_labels, gallery_labels))
         hits, near = map(torch.from_numpy, _rank_by_keys(*arrays, nearest))
     else:
@@ -48,7 +48,7 @@ def rank(scores, query_labels, gallery_labels, nearest=0):
 
 
 def _rank_by_order(scores, query_labels, gallery_labels, nearest):
-    """(hits, nearest) by sorting the gallery: the plain way, and a GPU's."""
+    """(hits, nearest) by sorting the gallery: the plain way, of float64 and of a GPU."""
     order = scores.sort(dim=1, stable=True).indices
     query, place = (gallery_labels[order] == query_labels[:, None]).nonzero(as_tuple=True)
     counts = query.bincount(minlength=len(scores))
@@ -59,76 +59,26 @@ def _rank_by_order(scores, query_labels, gallery_labels, nearest):
 
 
 def _rank_by_keys(scores, query_labels, gallery_labels, nearest):
-    """(hits, nearest) by sorting values alone, several times as fast on a CPU.
+    """(hits, nearest) of float32 scores of 0 or more by sorting integers, several times as fast on a CPU.
 
-    A score of 0 or more leaves its sign bit free. Moved to the other end, it says which photos are not relevant, so
-    the sorted keys tell the ranks of those that are.
+    Such scores are in the order of their bits. So one integer of 64 bits holds all that counts: first the score but for
+    its sign, then the photo's place in the gallery, which breaks ties, and at the end a 1 if the photo is not relevant.
     """
-    unsigned = {4: np.uint32, 8: np.uint64}[scores.itemsize]
+    photos = scores.shape[1]
     counts = np.bincount(gallery_labels, minlength=query_labels.max() + 1)
     hits = np.full((len(scores), counts[query_labels].max()), np.inf)
     near = np.empty((len(scores), nearest), np.int64)
-    block = max(1, CACHE // (scores.shape[1] * scores.itemsize))
-    buffer = np.empty((block, scores.shape[1]), unsigned)
+    block = max(1, CACHE // (8 * photos))
     for label in np.unique(query_labels):
-        rows, relevant = np.flatnonzero(query_labels == label), gallery_labels == label
-        irrelevant = (~relevant).astype(unsigned)
+        rows = np.flatnonzero(query_labels == label)
+        ends = np.arange(photos, dtype=np.uint64) << 1 | (gallery_labels != label)
         for part in np.split(rows, range(block, len(rows), block)):
-            together = part[-1] - part[0] == len(part) - 1
-            own, keys = scores[part[0] : part[-1] + 1] if together else scores[part], buffer[: len(part)]
-            np.left_shift(own.view(unsigned), 1, out=keys)
-            keys |= irrelevant
+            keys = scores[part].view(np.uint32).astype(np.uint64) << 33 | ends
             keys.sort(axis=1)
-            places = np.flatnonzero(keys & 1 == 0).reshape(len(part), -1)
-            places -= np.arange(len(part))[:, None] * keys.shape[1]
-            _break_ties(places, keys, own, relevant)
-            hits[part, : places.shape[1]] = places + 1
-            if nearest:
-                limits = (keys[:, nearest - 1] >> 1).view(own.dtype)
-                near[part] = [_nearest(one, limit, nearest) for one, limit in zip(own, limits, strict=True)]
+            ranks = np.flatnonzero(keys & 1 == 0) % photos + 1
+            hits[part, : counts[label]] = ranks.reshape(len(part), -1)
+            near[part] = (keys[:, :nearest] >> 1).astype(np.uint32)
     return hits, near
-
-
-def _break_ties(places, keys, scores, relevant):
-    """Correct, in place, the places of relevant photos that tie with others: sorted keys have them first."""
-    every = np.arange(len(keys))[:, None]
-    following = keys[every, np.minimum(places + 1, keys.shape[1] - 1)]
-    # The last relevant photo of each tie.
-    rows, last = _nonzero(following == keys[every, places] + 1)
-    many = np.bincount(rows, minlength=len(keys)) > MANY_TIES
-    for row in np.flatnonzero(many):
-        places[row] = np.flatnonzero(relevant[_order(scores[row])])
-    rows, last = rows[~many[rows]], last[~many[rows]]
-    values = (keys[rows, places[rows, last]] >> 1).view(scores.dtype)
-    members = [np.flatnonzero(scores[row] == value) for row, value in zip(rows, values, strict=True)]
-    photo, tie = np.concatenate([*members, rows[:0]]), np.repeat(np.arange(len(rows)), list(map(len, members)))
-    starts = tie.searchsorted(np.arange(len(rows)))  # ties are in order
-    within = (np.arange(len(tie)) - starts[tie])[relevant[photo]]
-    tie = tie[relevant[photo]]
-    counts = np.bincount(tie, minlength=len(rows))
-    first = last + 1 - counts
-    number = first[tie] + np.arange(len(tie)) - (counts.cumsum() - counts)[tie]
-    places[rows[tie], number] = places[rows, first][tie] + within
-
-
-def _order(scores):
-    """scores.argsort(kind="stable") of scores (N,), 0 or more; of float32 by sorting scores joined to places."""
-    if scores.dtype != np.float32:
-        return scores.argsort(kind="stable")
-    keys = scores.view(np.uint32).astype(np.uint64) << np.uint64(32)
-    keys |= np.arange(len(scores), dtype=np.uint64)
-    keys.sort()
-    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
-
-
-def _nonzero(mask):
-    """np.nonzero of a matrix, several times as fast."""
-    return np.divmod(np.flatnonzero(mask), mask.shape[1])
-
-
-def _nearest(scores, limit, count):
-    found = np.flatnonzero(scores <= limit)
-    return found[scores[found].argsort(kind="stable")[:count]]
 
 
 def average_precision(ranking, top=None):
@@ -157,6 +107,30 @@ def precision_at(ranking, k):
     return (ranking.hits[:, :k] <= k).sum(dim=1).double() / min(k, ranking.gallery_size)
 
 
+MEASURES = {"mAP": average_precision, "Prec": precision_at}
+STANDARD = ("mAP@all", "mAP@200", "Prec@100", "Prec@200")  # what every results.json holds
+
+
+def metric(name):
+    """The metric of that name: a function of a Ranking that returns (Q,) float64, to be averaged over classes.
+
+    name: one of MEASURES, @ and the cut of the ranking; "all" is no cut. Raises ValueError for any other name.
+
+    >>> ranking = rank(torch.tensor([[0.1, 0.2, 0.3]]), torch.tensor([1]), torch.tensor([1, 0, 1]))
+    >>> metric("Prec@2")(ranking), metric("mAP@all")(ranking)
+    (tensor([0.5000], dtype=torch.float64), tensor([0.8333], dtype=torch.float64))
+    """
+    kind, _, cut = name.partition("@")
+    # A measure that has a default for its cut can do without one.
+    uncut = [f"{known}@all" for known, measure in MEASURES.items() if measure.__defaults__]
+    if name in uncut:
+        return MEASURES[kind]
+    if kind not in MEASURES or not re.fullmatch("[1-9][0-9]*", cut):
+        possible = ", ".join([*uncut, *(f"{known}@k" for known in MEASURES)])
+        raise ValueError(f"there is no metric {name!r}; there are {possible} with a whole number k from 1 on")
+    return lambda ranking: MEASURES[kind](ranking, int(cut))
+
+
 def precision_at_recall(ranking):
     """Interpolated precision at the RECALL_LEVELS 0, 0.1, ..., 1: (Q, 11) float64; 0 where nothing is relevant."""
     if not ranking.hits.shape[1]:
@@ -170,15 +144,6 @@ def _best_precision(hits):
     """Best precision at each hit or any later one."""
     precision = torch.arange(1, hits.shape[1] + 1, dtype=torch.float64, device=hits.device) / hits
     return precision.flip(1).cummax(dim=1).values.flip(1) if hits.shape[1] else precision
-
-
-MEASURES = {"mAP": average_precision, "Prec": precision_at}
-STANDARD = ("mAP@all", "mAP@200", "Prec@100", "Prec@200")
-
-
-def metric(name):
-    kind, _, cut = name.partition("@")
-    return lambda ranking: MEASURES[kind](ranking, None if cut == "all" else int(cut))
 
 
 def class_means(values, labels):

@@ -3,10 +3,12 @@ import torch
 
 from models.eval import metrics
 from models.eval.metrics import (
+    STANDARD,
     Ranking,
     _rank_by_order,
     average_precision,
     class_means,
+    metric,
     precision_at,
     precision_at_recall,
     rank,
@@ -64,9 +66,9 @@ def test_precision_at_recall_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("levels", [2, 7, 1000])
 @pytest.mark.parametrize("shift", [0, -3])
-@pytest.mark.parametrize("many", [0, 3, 100])
-def test_ranks_with_ties_equal_the_definition(dtype, levels, shift, many, monkeypatch):
-    monkeypatch.setattr(metrics, "MANY_TIES", many)
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_ranks_with_ties_equal_the_definition(dtype, levels, shift, rows, monkeypatch):
+    monkeypatch.setattr(metrics, "CACHE", rows * 90 * 8)
     generator = torch.Generator().manual_seed(levels)
     scores = (torch.randint(levels, (13, 90), generator=generator) / levels + shift).to(dtype)
     gallery_labels = torch.randint(4, (90,), generator=generator)
@@ -81,12 +83,26 @@ def test_ranks_with_ties_equal_the_definition(dtype, levels, shift, many, monkey
 
 
 def test_a_tie_at_the_very_end_and_across_queries():
-    # The last score of a row and the first of the next one differ by the last bit of their keys.
     scores = torch.tensor([[0.0, 1.0, 1.0], [1.0, 1.0, 2.0]])
     ranking = rank(scores, torch.tensor([1, 1]), torch.tensor([0, 0, 1]))
     assert ranking.hits.tolist() == [[3], [3]]
     ranking = rank(scores, torch.tensor([1, 1]), torch.tensor([0, 1, 0]))
     assert ranking.hits.tolist() == [[2], [2]]
+
+
+def test_five_photos_of_which_three_tie():
+    # In order: photo 1, then the tie of 0, 2 and 4 as they stand in the gallery, then photo 3.
+    scores = torch.tensor([[0.5, 0.25, 0.5, 2.0, 0.5]])
+    for label, ranks in ((0, [1, 3]), (1, [2, 4]), (2, [5])):
+        ranking = rank(scores, torch.tensor([label]), torch.tensor([1, 0, 0, 2, 1]), nearest=4)
+        assert ranking.hits.tolist() == [ranks]
+        assert ranking.nearest.tolist() == [[1, 0, 2, 4]]
+
+
+def test_minus_zero_ties_with_zero():
+    ranking = rank(torch.tensor([[0.0, -0.0, 0.0, -0.0]]), torch.tensor([1]), torch.tensor([0, 1, 0, 1]), nearest=4)
+    assert ranking.hits.tolist() == [[2, 4]]
+    assert ranking.nearest.tolist() == [[0, 1, 2, 3]]
 
 
 def test_shuffling_the_gallery_changes_nothing_without_ties():
@@ -105,3 +121,32 @@ def test_classes_count_alike_whatever_their_number_of_queries():
     assert means.tolist() == pytest.approx([0, 0.5])
     _, curves = class_means(torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 5.0]]), torch.tensor([0, 0, 1]))
     assert curves.tolist() == [[2, 4], [5, 5]]
+
+
+def test_metrics_by_name():
+    ranking = ranking_of([2, 3, 5], 5)
+    for name, value in (
+        ("mAP@all", average_precision(ranking)),
+        ("mAP@2", average_precision(ranking, 2)),
+        ("mAP@200", average_precision(ranking, 200)),
+        ("Prec@3", precision_at(ranking, 3)),
+    ):
+        assert torch.equal(metric(name)(ranking), value), name
+    assert metric("mAP@2")(ranking) != metric("mAP@all")(ranking)
+    assert [metric(name)(ranking).shape for name in STANDARD] == [(1,)] * 4
+
+
+@pytest.mark.parametrize(
+    "name", ["Prec@all", "mAP@0", "mAP@-5", "Prec@ten", "mAP@", "mAP", "", "Recall@5", "map@all", "mAP@2.5", "mAP@ 5"]
+)
+def test_a_metric_that_is_none_is_named_and_so_are_those_there_are(name):
+    with pytest.raises(ValueError) as error:
+        metric(name)
+    assert str(error.value) == (
+        f"there is no metric {name!r}; there are mAP@all, mAP@k, Prec@k with a whole number k from 1 on"
+    )
+
+
+def test_a_metric_is_added_in_one_line(monkeypatch):
+    monkeypatch.setitem(metrics.MEASURES, "First", lambda ranking, top=1: (ranking.hits[:, 0] <= top).double())
+    assert [metric(name)(ranking_of([2], 5)).item() for name in ("First@all", "First@2")] == [0, 1]
