@@ -102,6 +102,7 @@ def test_parser(protocol):
     )
     add("--mixture", choices=("torch", "sklearn"), default="torch",
         help="fits the clusters: our EM in float64, or scikit-learn's in float32, as the release does")  # fmt: skip
+    add("--mixture_device", help="where our EM runs (default: a GPU that is fast in float64, else cpu)")
     add("--mixture_seeds", type=seed, nargs="+", default=[123], metavar="SEED",
         help="seeds of the mixtures; with several, each row is their mean, with deviation and range")  # fmt: skip
     add("--distances", choices=("float32", "float64"), default="float32", help="type of distances and scores")

@@ -15,7 +15,7 @@ from datasets.protocols import PROTOCOLS, protocol_of
 from datasets.zeroshot import Loading
 from models import parallel
 from models.checkpoints import find_checkpoint, load_student
-from models.eval.codebooks import fit_codebooks
+from models.eval.codebooks import fit_codebooks, mixture_device
 from models.eval.evaluation import evaluate
 from models.eval.features import FEATURES, compute_features, extract_all, features_record, source_of, stored_features
 from models.eval.metrics import STANDARD, class_means
@@ -46,7 +46,8 @@ def main(protocol_name, argv=None):
         with parallel.in_all():  # all processes have the same features
             features = name_classes(features, subject.benchmark)
             check_features(features, rows)
-        grid = Grid(rows, options.mixture_seeds, options.mixture, options.nearest)
+        fitted_on = options.mixture_device or mixture_device(options.device) if rows else "cpu"
+        grid = Grid(rows, options.mixture_seeds, options.mixture, fitted_on, options.nearest)
         metrics = tuple(dict.fromkeys((*STANDARD, *protocol.metrics)))
         measured, shown = measure(features, grid, metrics, options.device, getattr(torch, options.distances))
         parallel.disconnect()
@@ -179,6 +180,7 @@ class Grid:
     rows: list[tuple[int, int]]  # (M, K); none: one-to-one matching alone
     seeds: tuple[int, ...] = (123,)
     mixture: str = "torch"  # see models.eval.codebooks.fit_codebook
+    mixture_device: str = "cpu"
     nearest: int = 10  # photos beside each sketch of the row to show
 
 
@@ -204,7 +206,7 @@ def measure(features, grid, metrics=STANDARD, device="cpu", dtype=torch.float32)
     own = replace(features, query=features.query[share], query_labels=features.query_labels[share])
     labels = torch.from_numpy(features.query_labels)
     for seed in grid.seeds if grid.rows else [None]:
-        codebooks, failures = fit_codebooks(features.gallery, grid.rows, seed, grid.mixture, device)
+        codebooks, failures = fit_codebooks(features.gallery, grid.rows, seed, grid.mixture, grid.mixture_device)
         for row, reason in failures.items():
             found[row][str(seed)] = reason
         if shown is None:  # one-to-one matching is the same for every seed

@@ -14,9 +14,12 @@ from datasets.zeroshot import Loading
 from models import step as step_room
 from models.alignment import Batch
 from models.data import TrainingData, open_training_data
+from models.eval import codebooks
+from models.eval.codebooks import fit_codebooks
 from models.eval.evaluation import evaluate
 from models.eval.features import Features, extract
 from models.eval.metrics import average_precision, rank
+from models.eval.mixture import fit_mixture
 from models.networks import PRECISIONS, Student, Teacher, place
 from models.progress import Log
 from models.run import MEASURES, Recipe, Run, create_optimizers
@@ -208,3 +211,35 @@ def test_what_waits_is_counted(gpu):
     assert not gpu.waits
     host.to("cuda")
     assert sum(gpu.waits.values()) == 1
+
+
+def test_a_mixture_is_the_cpus_and_waits_once_an_iteration(gpu):
+    generator = np.random.default_rng(0)
+    points = generator.normal(size=(5, 12))[generator.integers(5, size=600)] + 0.7 * generator.normal(size=(600, 12))
+    points, start = torch.from_numpy(points), torch.arange(600) % 5
+    expected = fit_mixture(points, start, 5)
+    on_gpu = points.to("cuda:1")
+    gpu.reset()
+    found = fit_mixture(on_gpu, start, 5)
+    assert found.iterations == expected.iterations > 3
+    torch.testing.assert_close(values(found.means), expected.means, rtol=0, atol=1e-9)
+    # Before the first iteration the start goes there, and the first components are known to be sound.
+    assert sum(gpu.waits.values()) <= found.iterations + 3, gpu.waits
+    assert gpu.kernels < 60 * (found.iterations + 1)
+
+
+def test_codebooks_are_the_cpus_and_k_means_stays_on_the_cpu(gpu, golden):
+    gallery = golden("matching")["gallery"].numpy()
+    expected, _ = fit_codebooks(gallery, [(2, 5), (4, 6)])
+    found, failures = fit_codebooks(gallery, [(2, 5), (4, 6)], device="cuda")
+    assert not failures and found.keys() == expected.keys()
+    for key, codebook in expected.items():
+        np.testing.assert_allclose(found[key], codebook, atol=1e-6)
+
+
+@pytest.mark.parametrize(("on_gpu", "device"), [(0.01, "cuda"), (0.5, "cpu")])
+def test_a_gpu_that_is_slow_in_float64_leaves_mixtures_to_the_cpu(monkeypatch, on_gpu, device):
+    monkeypatch.setattr(codebooks, "_seconds_of_a_product", {"cpu": 1.0, "cuda": on_gpu}.get)
+    codebooks.mixture_device.cache_clear()
+    assert codebooks.mixture_device("cuda") == device and codebooks.mixture_device("cpu") == "cpu"
+    codebooks.mixture_device.cache_clear()

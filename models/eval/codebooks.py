@@ -1,5 +1,7 @@
 """Codebooks of one-to-many matching: the component means of a Gaussian mixture in each sub-space of the gallery."""
 
+import functools
+import time
 import warnings
 from concurrent.futures import as_completed
 
@@ -15,27 +17,34 @@ from models.eval.mixture import CollapsedComponent, fit_mixture
 from models.eval.workers import workers
 from models.parallel import note
 
+SPARED = 8  # the share of EM that a CPU leaves out, about, as one over what it computes
+
 
 def fit_codebooks(gallery, grid, seed=123, mixture="torch", device="cpu"):
     """Fit the codebooks of a grid of (M, K). Processes share the rows; each fits as many at a time as it has cores.
 
-    gallery, seed, mixture, device: as in `fit_codebook`. Rows that did not converge are printed.
+    gallery, seed, mixture, device: as in `fit_codebook`. Only k-means runs side by side if `device` is a GPU, which
+    then takes the rows one after the other. Rows that did not converge are printed.
     Returns ({(M, K): codebook (M, K, D/M)}, {(M, K): why it could not be fitted}), in all processes.
     """
     # Many sub-spaces take longest, as EM needs more iterations in narrow ones, and come first.
     own, fitted = sorted(grid, reverse=True)[parallel.rank() :: parallel.processes()], {}
+    on_gpu = mixture == "torch" and torch.device(device).type != "cpu"
     with (
         workers() as pool,
         tqdm(total=len(own), desc="mixtures", unit="row", leave=False, disable=parallel.bar()) as progress,
     ):
-        jobs = {key: pool.submit(fit_codebook, gallery, *key, seed, mixture, device) for key in own}
-        for _ in as_completed(jobs.values()):
+        if on_gpu:
+            jobs = {pool.submit(_starts, gallery, *key, np.random.RandomState(seed)): key for key in own}
+        else:
+            jobs = {pool.submit(fit_codebook, gallery, *key, seed, mixture, device): key for key in own}
+        for job in as_completed(jobs):
+            key = jobs[job]
+            try:
+                fitted[key] = _fit_from(gallery, job.result(), key[1], device) if on_gpu else job.result()
+            except CollapsedComponent as error:
+                fitted[key] = str(error)
             progress.update()
-    for key, job in jobs.items():
-        try:
-            fitted[key] = job.result()
-        except CollapsedComponent as error:
-            fitted[key] = str(error)
     fitted = parallel.merged(fitted)
     codebooks, failures = {}, {}
     for key in grid:
@@ -66,29 +75,48 @@ def fit_codebook(gallery, subspaces, clusters, seed=123, mixture="torch", device
         raise ValueError(f"{clusters} clusters need as many gallery photos, there are {count}")
     if width % subspaces:
         raise ValueError(f"{width}-dimensional features cannot be cut into {subspaces} equal sub-spaces")
-    fit = {"torch": _fit_torch, "sklearn": _fit_sklearn}[mixture]
     random = np.random.RandomState(seed)
-    means, unconverged = [], []
-    for index, part in enumerate(np.split(gallery, subspaces, axis=1)):
-        try:
-            fitted, converged = fit(np.ascontiguousarray(part), clusters, random, device)
-        except CollapsedComponent as error:
-            raise CollapsedComponent(f"sub-space {index}: {error}") from None
-        means.append(fitted)
-        if not converged:
-            unconverged.append(index)
-    return np.stack(means).astype(gallery.dtype), unconverged
+    if mixture == "sklearn":
+        parts = np.split(gallery, subspaces, axis=1)
+        return _joined((_fit_sklearn(np.ascontiguousarray(part), clusters, random) for part in parts), gallery.dtype)
+    return _fit_from(gallery, _starts(gallery, subspaces, clusters, random), clusters, device)
 
 
-def _fit_torch(part, clusters, random, device):
+def _starts(gallery, subspaces, clusters, random):
+    """The k-means cluster (N,) of each photo in each sub-space."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct photos than clusters
-        start = KMeans(clusters, n_init=1, random_state=random).fit(part).labels_
-    fitted = fit_mixture(torch.from_numpy(part).to(device), torch.from_numpy(start), clusters)
+        parts = map(np.ascontiguousarray, np.split(gallery, subspaces, axis=1))
+        return [KMeans(clusters, n_init=1, random_state=random).fit(part).labels_ for part in parts]
+
+
+def _fit_from(gallery, starts, clusters, device):
+    """What fit_codebook returns, from the k-means clusters in each sub-space."""
+    parts = np.split(gallery, len(starts), axis=1)
+    return _joined(
+        (_fit_torch(part, start, clusters, device) for part, start in zip(parts, starts, strict=True)), gallery.dtype
+    )
+
+
+def _joined(fits, dtype):
+    """(codebook, sub-spaces that did not converge) of (means, whether it converged) of each sub-space."""
+    means, unconverged, index = [], [], 0
+    try:
+        for fitted, converged in fits:
+            means.append(fitted)
+            unconverged += [] if converged else [index]
+            index += 1
+    except CollapsedComponent as error:
+        raise CollapsedComponent(f"sub-space {index}: {error}") from None
+    return np.stack(means).astype(dtype), unconverged
+
+
+def _fit_torch(part, start, clusters, device):
+    fitted = fit_mixture(torch.from_numpy(np.ascontiguousarray(part)).to(device), torch.from_numpy(start), clusters)
     return fitted.means.cpu().numpy(), fitted.converged
 
 
-def _fit_sklearn(part, clusters, random, _):
+def _fit_sklearn(part, clusters, random):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         try:
@@ -98,3 +126,25 @@ def _fit_sklearn(part, clusters, random, _):
                 raise
             raise CollapsedComponent("a component collapsed onto too few photos") from None
     return fitted.means_, fitted.converged_
+
+
+@functools.cache
+def mixture_device(device):
+    """Where mixtures are fitted fastest: on `device`, or on the CPU where that GPU is slow in float64, as most are.
+
+    Found out by timing a product once. A CPU leaves out most of EM, which is why a GPU must be that much faster.
+    """
+    if torch.device(device).type == "cpu":
+        return device
+    seconds = {each: _seconds_of_a_product(each) for each in ("cpu", device)}
+    return device if seconds[device] * SPARED < seconds["cpu"] else "cpu"
+
+
+def _seconds_of_a_product(device, size=1024):
+    """Seconds of a float64 product of size³, the best of three."""
+    matrix, times = torch.rand(size, size, dtype=torch.float64, device=device), []
+    for _ in range(4):  # the first one warms up
+        began = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])

@@ -124,8 +124,8 @@ def _begin(points, start, count):
     """(points less their mean, as sums about a distant origin would lose digits; the mean; the first shares)."""
     points = points.double()
     centre = points.mean(dim=0)
-    shares = torch.nn.functional.one_hot(start.to(points.device).long(), count).T.double()
-    return points - centre, centre, shares.contiguous()
+    components = torch.arange(count, device=points.device)
+    return points - centre, centre, (start.to(points.device) == components[:, None]).double()
 
 
 def _constants(totals, roots):
