@@ -21,7 +21,8 @@ from models import parallel
 from models.networks import Student
 from models.run import MEASURES
 from models.saved import check_saved, plain_options
-from models.weights import UnreadableFile, backbone_of, gist, load_published, published_state, read_torch
+from models.torchfiles import UnreadableFile, gist, read_torch
+from models.weights import backbone_of, load_published, published_state
 
 LAST, BEST, BEST_AFTER_WARMUP = "checkpoint.pth.tar", "model_best.pth.tar", "best_after_warmup.pth.tar"
 PREVIOUS = "checkpoint.previous.pth.tar"  # what LAST was before, for a disk that tears it

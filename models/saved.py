@@ -5,7 +5,7 @@ import math
 import torch
 
 from models.run import MEASURES
-from models.weights import is_plain_tensor
+from models.torchfiles import is_plain_tensor
 
 _PLAIN = (str, int, float, bool, type(None))
 # Earlier versions of this project wrote the sums without names, in this order.

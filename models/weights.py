@@ -2,21 +2,15 @@
 
     pretrained_model/convnextv2_*_1k_224_ema.pt     {'model': state dict}, as ConvNeXt V2's makers publish it
 
-Checkpoints (models.checkpoints) hold the same names. Torch files are read as data: tensors, numbers and plain
-containers, never code.
+Checkpoints (models.checkpoints) hold the same names.
 """
 
-import argparse
 import os
-import pathlib
-import pickle
 import re
-
-import numpy as np
-import torch
 
 from datasets.errors import InputError
 from models.networks import Student, Teacher, create_backbone
+from models.torchfiles import gist, is_plain_tensor, read_torch
 
 _TO_PUBLISHED = [  # timm's name of a parameter, published name
     (r"^backbone\.", ""),
@@ -35,14 +29,6 @@ _TO_PUBLISHED = [  # timm's name of a parameter, published name
 _POINTWISE = re.compile(r"\.pwconv[12]\.weight$")
 
 _STEM_WIDTHS = {40: "atto", 48: "femto", 64: "pico", 80: "nano", 96: "tiny", 128: "base", 192: "large", 352: "huge"}
-
-
-class UnreadableFile(InputError):
-    """A file is torn, or no file of its kind: `what` is wrong, without the way out that the message ends with."""
-
-    def __init__(self, what, way_out):
-        super().__init__(f"{what}; {way_out}")
-        self.what = what
 
 
 def published_name(name):
@@ -98,44 +84,6 @@ def load_published(module, state, source):
     module.load_state_dict({name: state[published_name(name)].reshape(value.shape) for name, value in own.items()})
 
 
-def is_plain_tensor(value):
-    """Whether a value from a file is an ordinary tensor of real floating-point numbers, with values."""
-    return (
-        type(value) in (torch.Tensor, torch.nn.Parameter)
-        and value.layout == torch.strided
-        and value.is_floating_point()
-        and not (value.is_meta or value.is_quantized or value.is_nested)
-    )
-
-
-def read_torch(path):
-    """Read a torch file of tensors, numbers and plain containers, on the CPU, without executing anything in it.
-
-    Raises InputError if the file is missing or holds anything else, and UnreadableFile if it is torn.
-    """
-    scalar = np.float64(0).__reduce__()[0]  # NumPy's builder of scalars, by either of its names
-    harmless = [
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
-        argparse.Namespace,  # the options that some published files carry along, paths among them
-        (pathlib.PurePosixPath, "pathlib.PosixPath"),
-        (pathlib.PureWindowsPath, "pathlib.WindowsPath"),
-    ]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks for {asked[1]}" if asked else "it is torn or no torch file"
-        raise InputError(f"{path}: refused, {reason}; only tensors and plain data are read, nothing was run") from error
-    except Exception as error:  # a torn file can fail in any way
-        raise UnreadableFile(f"{path}: not a readable torch file ({gist(error)})", "fetch it again") from error
-
-
 def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
     """Student of `classes` seen classes and Teacher, both starting from the same weights.
 
@@ -181,8 +129,3 @@ def _other_shape(name, found, expected):
     size = _STEM_WIDTHS.get(found[0]) if found and name.startswith("downsample_layers.0.") else None
     holds = f"the file holds a convnextv2_{size}" if size else "the file holds another network"
     return f"{name} is {found}, expected {expected}: {holds}, see --model"
-
-
-def gist(error):
-    """The first sentence of an error's message."""
-    return re.split(r"\n|\. ", str(error).strip())[0][:160] or type(error).__name__

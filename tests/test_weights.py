@@ -10,7 +10,8 @@ from timm.models.convnext import ConvNeXt
 from datasets.errors import InputError
 from models.checkpoints import read_checkpoint, save_checkpoint
 from models.networks import Student, Teacher, create_backbone
-from models.weights import create_pair, load_published, published_state, read_torch
+from models.torchfiles import read_torch
+from models.weights import create_pair, load_published, published_state
 
 
 @pytest.fixture(scope="module")
