@@ -70,17 +70,15 @@ def fit_dense(points, start, count):
     points, centre, shares = _begin(points, start, count)
     totals, means, roots, failed = _maximise(points, centre, shares)
     _refuse_collapse(failed.tolist())
-    bound = -math.inf
-    for iteration in range(1, ITERATIONS + 1):  # noqa: B007, it is returned
-        previous = bound
+    bound, iteration, converged = -math.inf, 0, False
+    while iteration < ITERATIONS and not converged:
+        iteration, previous = iteration + 1, bound
         shares, evidence = _expect(points, totals, means, roots)
         totals, means, roots, failed = _maximise(points, centre, shares)
         evidence, *failed = torch.cat([evidence[None], failed]).tolist()  # the only time that a GPU is waited for
         _refuse_collapse(failed)
         bound = evidence / len(points)
         converged = abs(bound - previous) < TOLERANCE
-        if converged:
-            break
     return Mixture(means + centre, totals / totals.sum(), bound, iteration, converged)
 
 
@@ -150,15 +148,13 @@ def _fit_screened(points, start, count):
     points, centre = points @ turn, centre @ turn
     components, screen = _Components(points, centre, count), Screen(points, shares.argmax(dim=0), count)
     components.maximise(shares)
-    bound = -math.inf
-    for iteration in range(1, ITERATIONS + 1):  # noqa: B007, it is returned
-        previous = bound
+    bound, iteration, converged = -math.inf, 0, False
+    while iteration < ITERATIONS and not converged:
+        iteration, previous = iteration + 1, bound
         shares, evidence = _expect_screened(components, screen)
         components.maximise(shares)
         bound = evidence.item() / len(points)
         converged = abs(bound - previous) < TOLERANCE
-        if converged:
-            break
     weights = components.totals / components.totals.sum()
     return Mixture((components.means + centre) @ turn.T, weights, bound, iteration, converged)
 
@@ -175,8 +171,9 @@ def _expect_screened(components, screen):
     held = old > math.exp(-NEGLIGIBLE)
     is_open = held.sum(dim=0) > 1
     held &= is_open
-    doubtful = is_open | screen.near(screen.limits(constants, NEGLIGIBLE)).any(dim=0)
-    components.compute(squares, held.scatter(0, likeliest[None], doubtful[None]))
+    doubtful = screen.near(screen.limits(constants, NEGLIGIBLE)).any(dim=0)
+    theirs = torch.zeros_like(held).scatter_(0, likeliest[None], doubtful[None])  # the doubtful points' own component
+    components.compute(squares, held | theirs)
     screen.settle(likeliest, squares)
 
     # With that known of their own components, the screen tells which others matter to doubtful points.

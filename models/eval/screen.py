@@ -46,9 +46,10 @@ class Screen:
         self.bounds = self.points.new_zeros(count, len(points))
 
     def age(self, drifts, shifts):
-        """Allow for a step of EM: drifts (K,) are ‖A − 1‖, shifts (K,) ‖shift‖. 1e-5 is more than rounding adds."""
-        self.own.mul_((1 + 1e-5 + drifts)[self.likeliest]).add_(shifts[self.likeliest])
-        self.bounds.mul_((1 - 1e-5 - drifts).clamp(min=0).float()[:, None]).sub_(shifts.float()[:, None])
+        """Allow for a step of EM: drifts (K,) are ‖A − 1‖, shifts (K,) ‖shift‖. 1e-5 is for rounding, with room."""
+        self.own.mul_((1 + drifts)[self.likeliest]).add_(shifts[self.likeliest])
+        kept, lost = (1 - 1e-5 - drifts).float(), shifts.float()
+        self.bounds.mul_(kept[:, None]).sub_(lost[:, None]).clamp_(min=0)
 
     def limits(self, constants, negligible):
         """Squared distances (K, N) float32 from which on a log-probability is `negligible` below the likeliest's.
@@ -69,11 +70,10 @@ class Screen:
         means: (K, d); roots: (K, d, d); norms: (K,) those of roots; all float64.
         """
         near = self.near(limits)
-        # The usual bounds of a product and of a sum of squares in float32: a length is off by a margin and a factor.
-        margins = (means.shape[1] + 8) * 2**-24 * norms * (self.longest + means.norm(dim=1))
-        margins, shrink = margins.float()[:, None], 1 - 1e-4
-        # A sum of squares beyond this shows a bound beyond the limit.
-        enough = limits.sqrt().add_(margins).div_(shrink).square_()
+        # Twice the usual bound of a product's rounding in float32: room for that of the sum of squares.
+        margins = 2 * (means.shape[1] + 8) * 2**-24 * norms * (self.longest + means.norm(dim=1))
+        margins = margins.float()[:, None]
+        enough = (limits.sqrt() + margins).square_()  # a sum of squares from which on the bound is above the limit
         squares, survived = torch.zeros_like(self.bounds), torch.zeros_like(near)
         for component, (mean, root) in enumerate(zip(means.float(), roots.float(), strict=True)):
             for part in near[component].nonzero()[:, 0].split(BLOCK):
@@ -85,7 +85,7 @@ class Screen:
                     kept = (found < needed).nonzero()[:, 0]
                     part, found, needed = (values.index_select(0, kept) for values in (part, found, needed))
                 survived[component].index_fill_(0, part, True)
-        self.bounds = torch.where(near, squares.sqrt_().mul_(shrink).sub_(margins), self.bounds)
+        self.bounds = torch.where(near, squares.sqrt_().sub_(margins), self.bounds)
         return survived
 
     def settle(self, likeliest, squares):

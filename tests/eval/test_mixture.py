@@ -108,6 +108,27 @@ def test_screened_em_equals_dense_em_from_any_start(kind, seed, monkeypatch):
         assert screened.lower_bound == pytest.approx(dense.lower_bound, abs=tolerance)
 
 
+@pytest.mark.parametrize("width", [1, 2, 97, 200])
+def test_screened_em_equals_dense_em_in_any_width(width):
+    rng = np.random.default_rng(0)
+    centres = 6 * np.arange(3)[:, None] / np.sqrt(width)
+    points = torch.from_numpy(centres[rng.integers(3, size=700)] + rng.normal(size=(700, width)))
+    start = torch.arange(700) * 3 // 700
+    screened, dense = fit_mixture(points, start, 3), fit_dense(points, start, 3)
+    assert screened.iterations == dense.iterations
+    torch.testing.assert_close(screened.means, dense.means, rtol=0, atol=1e-9)
+    assert screened.lower_bound == pytest.approx(dense.lower_bound, abs=1e-9)
+
+
+def test_narrow_clusters_far_from_each_other_keep_their_digits():
+    rng = np.random.default_rng(0)
+    start = rng.integers(4, size=300)
+    points = 1000 * rng.normal(size=(4, 6))[start] + rng.normal(size=(300, 6)) / 100
+    points, start = torch.from_numpy(points), torch.from_numpy(start)
+    screened, dense = fit_mixture(points, start, 4), fit_dense(points, start, 4)
+    assert screened.lower_bound == pytest.approx(dense.lower_bound, abs=1e-9)
+
+
 def test_an_empty_component_feels_many_negligible_shares():
     # Component 2 begins empty at the origin. The points of component 0 lie so that its share of each is just below
     # what is left out elsewhere; together they are what moves it.
@@ -190,9 +211,41 @@ def test_settled_points_cost_nothing(monkeypatch):
     points, components = cloud("far apart", np.random.default_rng(1))
     start = KMeans(components, n_init=1, random_state=0).fit(points).labels_
     monkeypatch.setattr(mixture, "TOLERANCE", 0)
-    counts = computed_in(monkeypatch)
+    counts, factorised, factorise = computed_in(monkeypatch), [], mixture._Components._factorise
+    monkeypatch.setattr(
+        mixture._Components, "_factorise", lambda *arguments: (factorised.append(arguments[1]), factorise(*arguments))
+    )
     fit_mixture(torch.from_numpy(points), torch.from_numpy(start), components)
     assert counts == [len(points)] + [0] * (len(counts) - 1)
+    assert sorted(factorised) == list(range(components))
+
+
+def test_points_that_found_their_component_cost_less(monkeypatch):
+    points, components = cloud("far from the origin", np.random.default_rng(1))
+    monkeypatch.setattr(mixture, "TOLERANCE", 0)
+    counts = computed_in(monkeypatch)
+    fit_mixture(torch.from_numpy(points), torch.arange(len(points)) % components, components)
+    assert counts[0] == components * len(points)
+    assert counts[-1] < counts[0] / 3
+
+
+def test_what_a_step_did_to_distances_is_measured(monkeypatch):
+    points, components = cloud("one cloud", np.random.default_rng(0))
+    maximise, measured = mixture._Components.maximise, []
+
+    def check(fitted, shares):
+        means, roots = fitted.means.clone(), fitted.roots.clone()
+        maximise(fitted, shares)
+        if roots.any():
+            step = fitted.roots @ roots.inverse() - torch.eye(points.shape[1])
+            shifts = (fitted.roots @ (fitted.means - means)[:, :, None]).norm(dim=(1, 2))
+            torch.testing.assert_close(fitted.drifts, step.norm(dim=(1, 2)), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(fitted.shifts, shifts, rtol=1e-9, atol=1e-9)
+            measured.append(fitted.drifts.min().item())
+
+    monkeypatch.setattr(mixture._Components, "maximise", check)
+    fit_mixture(torch.from_numpy(points), torch.arange(len(points)) % components, components)
+    assert len(measured) > 5 and min(measured) > 1e-6
 
 
 @both
