@@ -2,6 +2,8 @@
 # make test   run the tests, on all cores
 # make lint   check style
 # make torture   kill a training process a dozen times and compare where it ends
+# make fuzz   read 100,000 damaged features and masks
+# make gpu    check and measure what runs on a GPU, in ten minutes; writes gpu_report.md
 # Each sets up .venv first; `make PYTHON=python3.12 test` chooses the Python that it is made from.
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ TRAIN ?=
 PY := .venv/bin/python
 MINIATURE := --data_root $(DEMO)/data --model convnextv2_atto --input_size 48
 
-.PHONY: demo test torture lint lock
+.PHONY: demo test torture fuzz gpu lint lock
 
 demo: .venv/ready
 	test -e $(DEMO)/data/zeroshot1/cid_mask.pickle || $(PY) -m datasets.prepare miniature $(DEMO)/data
@@ -24,6 +26,12 @@ test: .venv/ready
 
 torture: .venv/ready
 	$(PY) tests/torture.py
+
+fuzz: .venv/ready
+	$(PY) tests/fuzz.py
+
+gpu: .venv/ready
+	$(PY) benchmarks/gpu.py
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -44,12 +44,13 @@ def main():
     add("--device", default="cpu", help="of ours; everything else runs on the CPU")
     add("--queries", type=int, help="of the comparison with peers (default: all)")
     add("--plain_queries", type=int, default=40, help="on which the plain definition is measured")
+    add("--only_ours", action="store_true", help="leave out what the protocol is compared with")
     add("--job", help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         name, *arguments = options.job.split(":")
-        print(json.dumps(JOBS[name](options, *arguments)))
+        print(json.dumps(JOBS[name](options, *arguments) | device_memory(options.device)))
         return
     import torch
 
@@ -63,6 +64,15 @@ def main():
             run("make", options, kind)
         for task in options.tasks:
             TASKS[task](options)
+
+
+def device_memory(device):
+    """{"device_peak": GB that torch held on a GPU}."""
+    if device == "cpu":
+        return {}
+    import torch
+
+    return {"device_peak": torch.cuda.max_memory_allocated(device) / 1e9}
 
 
 def run(job, options, *arguments):
@@ -136,6 +146,11 @@ def protocol(options):
     row = PROTOCOLS[options.benchmark]
     grid, queries = [(m, k) for m in row.subspaces for k in row.clusters], SIZES[options.benchmark][0]
     ours, matching = run("ours_protocol", options), run("ours_matching", options, "float32")
+    if options.only_ours:
+        print("\n| ours | seconds | peak memory, GB | of the device, GB |\n|---|---|---|---|")
+        for name, result, seconds in (("whole protocol", ours, "wall"), ("matching and metrics", matching, "seconds")):
+            print(f"| {name} | {result[seconds]:.1f} | {result['peak']:.2f} | {result.get('device_peak', 0):.2f} |")
+        return
     plain = run("plain_matching", options)
     mixtures = sum(run("plain_mixture", options, m)["seconds"] for m in row.subspaces) * len(row.clusters)
     one = plain["distances"] + plain["ap"] + plain["prec"]

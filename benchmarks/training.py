@@ -30,7 +30,7 @@ from datasets.benchmark import FileList, open_benchmark  # noqa: E402
 from datasets.images import IMAGENET_MEAN, IMAGENET_STD, draw_augmentation, normalise  # noqa: E402
 from datasets.zeroshot import Loading, TrainingImages, training_loader  # noqa: E402
 from models.alignment import Batch, alignment_losses  # noqa: E402
-from models.networks import Student, Teacher, create_backbone, place  # noqa: E402
+from models.networks import Student, Teacher, arithmetic, create_backbone, matmul_rules, place  # noqa: E402
 from models.run import Run, create_optimizers  # noqa: E402
 from models.training import train_step  # noqa: E402
 
@@ -176,7 +176,7 @@ def plain_case(network, batch, options):
         values = normalise(batch.images)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with matmul_rules("fp32"):
             losses = alignment_losses(student(values), teacher(values), batch, bidirectional=True)
             losses["total"].backward()
         for optimizer in optimizers:
@@ -201,11 +201,12 @@ def timm_case(network, batch, options, precision):
     images = normalise(batch.images).contiguous(memory_format=torch.channels_last)
 
     def run():
-        with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = F.cross_entropy(model(images), batch.labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        with matmul_rules(precision):
+            with arithmetic(precision, options.device):
+                loss = F.cross_entropy(model(images), batch.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
     return run
 
@@ -231,7 +232,7 @@ def take_turns(cases, options):
 
 def finish(options):
     if options.device != "cpu":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(options.device)
 
 
 MEMORY = {  # parts, checkpointing, precision
@@ -264,7 +265,7 @@ def one_memory(options):
     finish(options)
     seconds = time.perf_counter() - start
     resident = 1000 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = torch.cuda.max_memory_allocated() if options.device != "cpu" else resident
+    peak = torch.cuda.max_memory_allocated(options.device) if options.device != "cpu" else resident
     print(f"{peak / 1e9:.2f} | {seconds:.2f}")
 
 

@@ -19,18 +19,20 @@ def train_step(run, batch, bidirectional, parts=1, precision="fp32"):
     Returns ({name of MEASURES: this process's part of it before the update, detached}, (B,) bool: images of which all
     outputs are finite).
     """
-    counts = Counts(*parallel.total(torch.stack(Counts.of(batch))))
     with matmul_rules(precision):
-        measures, sound = _gradients(run, batch, counts, bidirectional, parts, precision)
+        measures, sound = _gradients(run, batch, bidirectional, parts, precision)
         for optimizer in run.optimizers if bidirectional else run.optimizers[:1]:
             optimizer.step()
     return measures, sound
 
 
-def _gradients(run, batch, counts, bidirectional, parts, precision, shared=True):
+def _gradients(run, batch, bidirectional, parts, precision, shared=True):
     """Forward and backward of a Batch in parts; see train_step. shared: whether processes add their gradients."""
     for optimizer in run.optimizers:
         optimizer.zero_grad()
+    counts = Counts.of(batch)
+    if shared:
+        counts = Counts(*parallel.total(torch.stack(counts)))
     pieces = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last)).parts(parts)
     found = []
     for number, piece in enumerate(pieces):
@@ -54,7 +56,7 @@ def parts_that_fit(run, batch, parts, precision):
         failure = None
         try:
             with matmul_rules(precision):
-                _gradients(run, batch, Counts.of(batch), True, parts, precision, shared=False)
+                _gradients(run, batch, True, parts, precision, shared=False)
         except RuntimeError as error:
             if not lacks_memory(error):
                 raise

@@ -1,0 +1,121 @@
+"""Every check and figure that needs a GPU, within ten minutes on one card, in one report.
+
+    make gpu
+    .venv/bin/python benchmarks/gpu.py --device cuda:1 --report gpu_report.md
+
+Checks: a training step, features, mixtures, matching and metrics give what the CPU gives. Figures: the whole test of
+Sketchy Ext and of QuickDraw Ext from stored features, the training step in each precision beside timm's own, memory.
+"""
+
+import argparse
+import contextlib
+import io
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.models.convnext import ConvNeXt
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models.alignment import Batch  # noqa: E402
+from models.eval.codebooks import fit_codebooks, mixture_device  # noqa: E402
+from models.eval.evaluation import evaluate  # noqa: E402
+from models.eval.features import Features  # noqa: E402
+from models.networks import Student, Teacher, place  # noqa: E402
+from models.run import Run, create_optimizers  # noqa: E402
+from models.step import train_step  # noqa: E402
+
+# Figures, each a script of this folder with its options.
+FIGURES = [
+    ("training.py", "--tasks step memory --batch_size 64 --rounds 3 --precisions fp32 tf32_all bf16 --no_compile"),
+    ("evaluation.py", "--tasks protocol --benchmark sketchy --only_ours"),
+    ("evaluation.py", "--tasks protocol --benchmark quickdraw --only_ours"),
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--report", type=Path, default=Path("gpu_report.md"))
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: there is no CUDA device here; the tests (make test) check the same on a pretended one")
+        raise SystemExit(2)
+    began, properties = time.monotonic(), torch.cuda.get_device_properties(options.device)
+    lines = [
+        f"{properties.name}, {properties.total_memory / 1e9:.0f} GB; torch {torch.__version__}, CUDA {torch.version.cuda}",
+        f"mixtures are fitted on: {mixture_device(options.device)}",
+        "",
+        "| check against the CPU | largest difference | allowed |",
+        "|---|---|---|",
+    ]
+    passed = True
+    for name, check, allowed in CHECKS:
+        difference = check(options.device)
+        passed &= difference <= allowed
+        lines.append(f"| {name} | {difference:.1e} | {allowed:.0e}{'' if difference <= allowed else ', FAILED'} |")
+        print(lines[-1], flush=True)
+    for script, arguments in FIGURES:
+        command = [sys.executable, f"benchmarks/{script}", *arguments.split(), "--device", options.device]
+        print(" ".join(command[1:]), flush=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        lines += ["", f"`{' '.join(command[1:])}`", "", done.stdout.strip() or done.stderr.strip()[-2000:]]
+    lines.append(f"\n{time.monotonic() - began:.0f} s in all")
+    options.report.write_text("\n".join(lines) + "\n")
+    print(f"report: {options.report}")
+    raise SystemExit(0 if passed else 1)
+
+
+def step(device, precision="fp32"):
+    """Weights of student and teacher after four steps in both phases."""
+    torch.manual_seed(0)
+    sizes = dict(num_classes=50, depths=[1, 1, 2, 1], dims=[16, 32, 48, 64], use_grn=True, ls_init_value=None)
+    student, teacher = Student(ConvNeXt(**sizes), 5), Teacher(ConvNeXt(**sizes))
+    place(student, teacher, device)
+    run = Run(student, teacher, create_optimizers(student, teacher, 1e-4, 1e-4, 5e-4))
+    labels = torch.arange(12) % 5
+    batch = [torch.randn(12, 3, 64, 64), labels, (labels > 1).float(), torch.rand(12, 50), torch.randn(12, 64)]
+    for bidirectional in (False, False, True, True):
+        train_step(run, Batch(*(tensor.to(device) for tensor in batch)), bidirectional, 2, precision)
+    return torch.cat([value.detach().cpu().flatten() for value in run.learnt()])
+
+
+def differ_steps(device):
+    return (step(device) - step("cpu")).abs().max().item()
+
+
+def example():
+    """Features of ten classes, as hard as real ones."""
+    rng = np.random.default_rng(0)
+    centres, labels = rng.normal(size=(10, 96)), (np.arange(3000) % 10, np.arange(800) % 10)
+    parts = [centres[each] + 1.5 * rng.normal(size=(len(each), 96)) for each in labels]
+    gallery, query = ((part / np.linalg.norm(part, axis=1, keepdims=True)).astype(np.float32) for part in parts)
+    return Features(gallery, labels[0], query, labels[1])
+
+
+def differ_mixtures(device):
+    one, two = (fit_codebooks(example().gallery, [(2, 10), (4, 12)], device=each)[0] for each in ("cpu", device))
+    return max(float(np.abs(one[row] - two[row]).max()) for row in one)
+
+
+def differ_metrics(device):
+    features = example()
+    rows = {None: None} | fit_codebooks(features.gallery, [(2, 10), (4, 12)])[0]
+    with contextlib.redirect_stderr(io.StringIO()):
+        one, two = (evaluate(features, rows, device=each) for each in ("cpu", device))
+    return max((one[row][name].mean() - two[row][name].mean()).abs().item() for row in rows for name in one[row])
+
+
+CHECKS = [
+    ("weights after four training steps, fp32", differ_steps, 1e-5),
+    ("codebooks", differ_mixtures, 1e-6),
+    ("mAP and Prec of every row, float32", differ_metrics, 1e-5),
+]
+
+if __name__ == "__main__":
+    main()
