@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 from datasets import errors
-from datasets.prepare.check import as_json, check_benchmark, print_checked
-from datasets.errors import InputError
 from datasets.benchmark import LISTS, MASK, check_root, find_layout, list_text, open_benchmark, write_list, write_mask
+from datasets.errors import InputError
 from datasets.files import write_json
+from datasets.prepare.check import as_json, check_benchmark, print_checked
 from datasets.prepare.layouts import lists_from_images, lists_from_lists
 from datasets.prepare.miniature import SEEN, UNSEEN, write_miniature
 from datasets.protocols import PROTOCOLS, protocol_of

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.errors import InputError
 from datasets.benchmark import LISTS, Benchmark
+from datasets.errors import InputError
 from datasets.images import read_rgb
 
 TILE = 96  # pixels of a thumbnail's longer side
