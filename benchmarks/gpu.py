@@ -48,7 +48,7 @@ def main():
         raise SystemExit(2)
     began, properties = time.monotonic(), torch.cuda.get_device_properties(options.device)
     lines = [
-        f"{properties.name}, {properties.total_memory / 1e9:.0f} GB; torch {torch.__version__}, CUDA {torch.version.cuda}",
+        f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, torch {torch.__version__}",
         f"mixtures are fitted on: {mixture_device(options.device)}",
         "",
         "| check against the CPU | largest difference | allowed |",

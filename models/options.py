@@ -21,9 +21,9 @@ def train_parser(protocol):
     _add_data(parser, protocol)
     _add_model(parser, protocol)
     add = parser.add_argument
-    add("--savedir", "-s", type=Path, metavar="DIR", help="where checkpoints and train.json go "
+    add("--savedir", "-s", type=_path, metavar="DIR", help="where checkpoints and train.json go "
         f"(default: {_checkpoint_folder(protocol)})")  # fmt: skip
-    add("--finetune", default="pretrained_model/convnextv2_tiny_1k_224_ema.pt", metavar="FILE|timm|none",
+    add("--finetune", type=_text, default="pretrained_model/convnextv2_tiny_1k_224_ema.pt", metavar="FILE|timm|none",
         help="ImageNet weights of both networks: a downloaded file, timm's hub, or random")  # fmt: skip
     add("--drop_path", type=_share, default=0.0, help="stochastic depth of the student")
     add("--epochs", type=_positive, default=20, help="epochs in all")
@@ -80,7 +80,7 @@ def test_parser(protocol):
     _add_data(parser, protocol)
     _add_model(parser, protocol)
     add = parser.add_argument
-    add("--resume_dir", "-s", type=Path, metavar="DIR|FILE", help="checkpoint to test, or its folder, which also "
+    add("--resume_dir", "-s", type=_path, metavar="DIR|FILE", help="checkpoint to test, or its folder, which also "
         f"takes the results and may hold features_zero.pickle (default: {_checkpoint_folder(protocol)})")  # fmt: skip
     add(
         "--mode",
@@ -102,7 +102,7 @@ def test_parser(protocol):
     )
     add("--mixture", choices=("torch", "sklearn"), default="torch",
         help="fits the clusters: our EM in float64, or scikit-learn's in float32, as the release does")  # fmt: skip
-    add("--mixture_device", help="where our EM runs (default: a GPU that is fast in float64, else cpu)")
+    add("--mixture_device", type=_text, help="where our EM runs (default: a GPU that is fast in float64, else cpu)")
     add("--mixture_seeds", type=seed, nargs="+", default=[123], metavar="SEED",
         help="seeds of the mixtures; with several, each row is their mean, with deviation and range")  # fmt: skip
     add("--distances", choices=("float32", "float64"), default="float32", help="type of distances and scores")
@@ -170,14 +170,14 @@ def _checkpoint_folder(protocol, zero_version=None):
 
 
 def _add_data(parser, protocol):
-    parser.add_argument("--data_root", type=Path, default=Path(protocol.data_root), metavar="DIR", help="the data set")
+    parser.add_argument("--data_root", type=_path, default=Path(protocol.data_root), metavar="DIR", help="the data set")
     parser.add_argument(
         "--zero_version", type=folder_name, default=protocol.zero_version, metavar="NAME", help="its folder of lists"
     )
 
 
 def _add_model(parser, protocol):
-    parser.add_argument("--model", default="convnextv2_tiny", help="any convnextv2_* of timm")
+    parser.add_argument("--model", type=_text, default="convnextv2_tiny", help="any convnextv2_* of timm")
     parser.add_argument("--nb_classes", type=_positive, metavar="C", help="seen classes; refused if cname_cid.txt "
         f"lists another number ({protocol.title} has {protocol.seen_classes}; default: what it lists)")  # fmt: skip
     parser.add_argument("--imagenet_classes", type=_positive, default=1000, help="outputs of the ImageNet head")
@@ -188,7 +188,17 @@ def _add_machine(parser):
     parser.add_argument(
         "--workers", type=_count, default=min(4, available_cores()), help="processes that decode images"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--device", type=_text, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+
+
+def _text(text):
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty text is no value; leave the option out for its default")
+    return text
+
+
+def _path(text):
+    return Path(_text(text))
 
 
 _positive = number(int, 1, 10**6, "a whole number from 1 to a million")

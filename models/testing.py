@@ -166,7 +166,8 @@ def check_features(features, rows):
         raise InputError("--mode 2: a mixture needs two gallery photos or more; use --mode 1")
     for subspaces, clusters in rows:
         if clusters > count:
-            raise InputError(f"--clusters {clusters}: the gallery has only {count} photos; use fewer")
+            row = f"row M {subspaces}, K {clusters}"
+            raise InputError(f"--clusters {clusters}: the gallery has only {count} photos ({row}); use fewer")
         if width % subspaces:
             raise InputError(
                 f"--subspaces {subspaces}: features of {width} values cannot be cut into {subspaces} equal parts"

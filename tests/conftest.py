@@ -94,7 +94,11 @@ def miniature(tmp_path_factory):
 @pytest.fixture
 def tiny(tmp_path):
     """A benchmark of plain squares in the layout of Sketchy Ext: 2 seen and 2 unseen classes, to break in tests."""
-    root = tmp_path / "data"
+    return write_tiny(tmp_path / "data")
+
+
+def write_tiny(root):
+    """Write the benchmark of the fixture `tiny` into `root`, and return that."""
     lists = root / "zeroshot1"
     for kind, list_name, splits in (
         ("sketch", "sketch_tx_000000000000_ready_filelist_{}.txt", ("train", "test", "zero")),

@@ -17,6 +17,7 @@ from models.eval.mixture import CollapsedComponent, fit_mixture
 from models.eval.workers import workers
 from models.parallel import note
 
+PATIENCE = 120  # seconds
 SPARED = 8  # the share of EM that a CPU leaves out, about, as one over what it computes
 
 
@@ -30,21 +31,18 @@ def fit_codebooks(gallery, grid, seed=123, mixture="torch", device="cpu"):
     # Many sub-spaces take longest, as EM needs more iterations in narrow ones, and come first.
     own, fitted = sorted(grid, reverse=True)[parallel.rank() :: parallel.processes()], {}
     on_gpu = mixture == "torch" and torch.device(device).type != "cpu"
-    with (
-        workers() as pool,
-        tqdm(total=len(own), desc="mixtures", unit="row", leave=False, disable=parallel.bar()) as progress,
-    ):
+    with workers() as pool, _Progress(sum(subspaces for subspaces, _ in own)) as progress:
         if on_gpu:
-            jobs = {pool.submit(_starts, gallery, *key, np.random.RandomState(seed)): key for key in own}
+            jobs = {pool.submit(_starts, gallery, *row, np.random.RandomState(seed)): row for row in own}
         else:
-            jobs = {pool.submit(fit_codebook, gallery, *key, seed, mixture, device): key for key in own}
+            jobs = {pool.submit(_fit_row, gallery, row, seed, mixture, progress.add): row for row in own}
         for job in as_completed(jobs):
-            key = jobs[job]
+            row = jobs[job]
             try:
-                fitted[key] = _fit_from(gallery, job.result(), key[1], device) if on_gpu else job.result()
+                result = job.result()
+                fitted[row] = _fit_from(gallery, result, row[1], device, progress.add) if on_gpu else result
             except CollapsedComponent as error:
-                fitted[key] = str(error)
-            progress.update()
+                fitted[row] = str(error)
     fitted = parallel.merged(fitted)
     codebooks, failures = {}, {}
     for key in grid:
@@ -75,11 +73,18 @@ def fit_codebook(gallery, subspaces, clusters, seed=123, mixture="torch", device
         raise ValueError(f"{clusters} clusters need as many gallery photos, there are {count}")
     if width % subspaces:
         raise ValueError(f"{width}-dimensional features cannot be cut into {subspaces} equal sub-spaces")
-    random = np.random.RandomState(seed)
-    if mixture == "sklearn":
-        parts = np.split(gallery, subspaces, axis=1)
-        return _joined((_fit_sklearn(np.ascontiguousarray(part), clusters, random) for part in parts), gallery.dtype)
-    return _fit_from(gallery, _starts(gallery, subspaces, clusters, random), clusters, device)
+    if mixture == "torch":
+        return _fit_from(gallery, _starts(gallery, subspaces, clusters, np.random.RandomState(seed)), clusters, device)
+    return _fit_row(gallery, (subspaces, clusters), seed, mixture)
+
+
+def _fit_row(gallery, row, seed, mixture, done=None):
+    """fit_codebook on the CPU; done: see `_joined`."""
+    (subspaces, clusters), random = row, np.random.RandomState(seed)
+    if mixture == "torch":
+        return _fit_from(gallery, _starts(gallery, subspaces, clusters, random), clusters, "cpu", done)
+    parts = map(np.ascontiguousarray, np.split(gallery, subspaces, axis=1))
+    return _joined((_fit_sklearn(part, clusters, random) for part in parts), gallery.dtype, done)
 
 
 def _starts(gallery, subspaces, clusters, random):
@@ -90,22 +95,25 @@ def _starts(gallery, subspaces, clusters, random):
         return [KMeans(clusters, n_init=1, random_state=random).fit(part).labels_ for part in parts]
 
 
-def _fit_from(gallery, starts, clusters, device):
-    """What fit_codebook returns, from the k-means clusters in each sub-space."""
-    parts = np.split(gallery, len(starts), axis=1)
-    return _joined(
-        (_fit_torch(part, start, clusters, device) for part, start in zip(parts, starts, strict=True)), gallery.dtype
-    )
+def _fit_from(gallery, starts, clusters, device, done=None):
+    """What fit_codebook returns, from the k-means clusters in each sub-space; done: see `_joined`."""
+    parts = zip(np.split(gallery, len(starts), axis=1), starts, strict=True)
+    return _joined((_fit_torch(part, start, clusters, device) for part, start in parts), gallery.dtype, done)
 
 
-def _joined(fits, dtype):
-    """(codebook, sub-spaces that did not converge) of (means, whether it converged) of each sub-space."""
+def _joined(fits, dtype, done=None):
+    """(codebook, sub-spaces that did not converge) of (means, whether it converged) of each sub-space.
+
+    done: is called after each sub-space.
+    """
     means, unconverged, index = [], [], 0
     try:
         for fitted, converged in fits:
             means.append(fitted)
             unconverged += [] if converged else [index]
             index += 1
+            if done:
+                done()
     except CollapsedComponent as error:
         raise CollapsedComponent(f"sub-space {index}: {error}") from None
     return np.stack(means).astype(dtype), unconverged
@@ -148,3 +156,26 @@ def _seconds_of_a_product(device, size=1024):
         (matrix @ matrix)[0, 0].item()
         times.append(time.perf_counter() - began)
     return min(times[1:])
+
+
+class _Progress:
+    """The bar of the mixtures; says once how long they take, where that is minutes and there is no bar to see it."""
+
+    def __init__(self, total):
+        self.total, self.count, self.began, self.told = total, 0, time.monotonic(), False
+
+    def __enter__(self):
+        self.bar = tqdm(total=self.total, desc="mixtures", unit="mixture", leave=False, disable=parallel.bar())
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def add(self):
+        """One mixture is fitted. Called by several threads."""
+        self.bar.update()
+        self.count += 1
+        seconds = (time.monotonic() - self.began) * (self.total / self.count - 1)
+        if self.bar.disable and not self.told and seconds > PATIENCE:
+            self.told = True
+            note(f"note: the other {self.total - self.count} mixtures take about {seconds / 60:.0f} minutes")

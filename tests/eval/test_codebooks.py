@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.eval import codebooks
 from models.eval.codebooks import fit_codebook
 from models.eval.matching import cluster_distances, code_members, euclidean_distances, fused_scores, nearest_codes
 from models.eval.metrics import average_precision, class_means, precision_at, rank
@@ -60,3 +61,14 @@ def test_the_collapsed_sub_space_is_named(mixture, monkeypatch):
     gallery[:, 4:] = 1e6 * gallery[:, 4:5]  # so flat that 1e-6 on the diagonal is lost in rounding
     with pytest.raises(CollapsedComponent, match=r"^sub-space 1: (a )?component .*collapsed onto too few photos"):
         fit_codebook(gallery, 2, 2, mixture=mixture)
+
+
+def test_long_work_without_a_bar_says_once_how_long_it_takes(monkeypatch, capsys):
+    monkeypatch.setattr(codebooks, "PATIENCE", 0)
+    gallery = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    codebooks.fit_codebooks(gallery, [(2, 3), (4, 2)])
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "minutes" in line] == ["note: the other 5 mixtures take about 0 minutes"]
+    monkeypatch.setattr(codebooks, "PATIENCE", 1e9)
+    codebooks.fit_codebooks(gallery, [(2, 3), (4, 2)])
+    assert "minutes" not in capsys.readouterr().err

@@ -1,0 +1,16 @@
+"""Bad input ends in one line with status 2, and leaves nothing half-written; the rows are those of bad_inputs.py."""
+
+import bad_inputs
+import pytest
+from conftest import write_tiny
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "data")
+
+
+@pytest.mark.parametrize(("name", "script", "arguments", "damage"), bad_inputs.rows())
+def test_bad_input_ends_in_one_line(name, script, arguments, damage, tmp_path, benchmark):
+    ended = bad_inputs.run(script, arguments, damage, tmp_path, benchmark)
+    assert bad_inputs.is_good(*ended), ended
