@@ -300,7 +300,7 @@ class _Components:
 def _inverse(factor):
     """Inverse of a lower triangular (d, d), by halves, which spares the zeros."""
     half = len(factor) // 2
-    if half < 48:
+    if half < 64:
         return torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False)
     root = torch.zeros_like(factor)
     root[:half, :half], root[half:, half:] = _inverse(factor[:half, :half]), _inverse(factor[half:, half:])
