@@ -9,10 +9,11 @@ import zipfile
 import numpy as np
 import pytest
 
-from datasets import prepare, semantics
 from datasets.benchmark import FileList, read_mask, write_list
 from datasets.classes import SKETCHY_IDS
 from datasets.errors import InputError
+from datasets.prepare import __main__ as prepare
+from datasets.prepare import semantics
 from datasets.prepare.semantics import imagenet_ids, photo_ids, semantic_mask
 
 nltk = pytest.importorskip("nltk", reason="NLTK is not installed: pip install -r requirements-wordnet.txt")
