@@ -7,12 +7,41 @@ its traceback.
 import argparse
 import functools
 import re
+import signal
 import sys
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message names it and the way out."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM as an exception, see `sigterm_raises`."""
+
+
+@contextmanager
+def sigterm_raises():
+    """Within this block SIGTERM raises Terminated, so that worker processes and unfinished files are cleaned up."""
+
+    def end(*_):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def signals_wait():
+    """Within this block Ctrl-C and SIGTERM have no effect; they take effect at its end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -68,6 +97,8 @@ def ends_in_one_line(speaks=lambda: True):
         def wrapped(*args, **kwargs):
             try:
                 return command(*args, **kwargs)
+            except Terminated:
+                message, status = "terminated", 143
             except KeyboardInterrupt:
                 message, status = "interrupted", 130
             except Exception as error:
@@ -97,7 +128,7 @@ def _one_line(error):
         return str(error)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({str(error).splitlines()[0]}); train without --compile"
-    if isinstance(error, BrokenProcessPool):
+    if type(error).__name__ == "BrokenProcessPool":  # importing the class here would make every command start later
         return "a process that works on images was killed, perhaps for memory; make room and try again"
     if lost_worker(error):
         return "a process that decodes images was killed, perhaps for memory; lower --workers"

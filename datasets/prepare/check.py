@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from datasets.errors import InputError
 from datasets.benchmark import CLASS_NAMES, LISTS, MASK, Benchmark, check_root, find_layout, open_benchmark, spelling
+from datasets.errors import InputError
 from datasets.prepare.pool import on_all_cores
 from datasets.protocols import PROTOCOLS
 

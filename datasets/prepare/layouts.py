@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.errors import InputError
 from datasets.benchmark import CLASS_NAMES, read_class_names, read_list, spelling
+from datasets.errors import InputError
 from datasets.protocols import PROTOCOLS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from datasets.prepare.drawings import CATEGORIES, box, line, oval
+from datasets.benchmark import CLASS_NAMES, MASK, TITLE, write_list, write_mask
 from datasets.errors import InputError
 from datasets.files import write_whole
-from datasets.benchmark import CLASS_NAMES, MASK, TITLE, write_list, write_mask
+from datasets.prepare.drawings import CATEGORIES, box, line, oval
 from datasets.prepare.pool import on_all_cores
 from datasets.protocols import PROTOCOLS
 

@@ -1,7 +1,7 @@
 """A page, HTML and PNG, on which to look at a benchmark folder before trusting it.
 
-Counts, image sizes, samples of every class and what is odd, as `datasets.prepare.survey` finds them. The HTML is one file and
-has no scripts; the same folder gives the same bytes.
+It shows counts, image sizes, samples of every class and oddities, as `datasets.prepare.survey` finds them. The HTML is
+one file without scripts. The same folder gives the same bytes.
 """
 
 import base64

@@ -5,16 +5,15 @@ Of the images only samples are looked at, the same ones every time, so that it t
 
 import io
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from datasets.errors import InputError
 from datasets.benchmark import LISTS, Benchmark
+from datasets.errors import InputError
 from datasets.images import read_rgb
+from datasets.prepare.pool import on_all_cores
 
 TILE = 96  # pixels of a thumbnail's longer side
 KINDS = {"sketch": "sketches", "photo": "photos"}
@@ -88,14 +87,8 @@ def _look_at_samples(benchmark, lists):
             paths.setdefault((split != "zero", label, kind), []).append(path)
     jobs = [(key, benchmark.root, path) for key in sorted(paths) for path in evenly(paths[key], each)]
     samples = {}
-    with ThreadPoolExecutor() as pool:  # decoding leaves Python to other threads
-        try:
-            done = tqdm(pool.map(_look, jobs), "looking", len(jobs), unit="image", leave=False, disable=None)
-            for (key, *_), sample in zip(jobs, done, strict=True):
-                samples.setdefault(key, []).append(sample)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for (key, *_), sample in zip(jobs, on_all_cores(_look, jobs, "looking", chunk=4), strict=True):
+        samples.setdefault(key, []).append(sample)
     numbers = {key: np.bincount(files.labels, minlength=total).tolist() for key, files in lists.items()}
     rows = []
     for seen, names in ((False, benchmark.unseen_names), (True, benchmark.seen_names)):
