@@ -6,6 +6,7 @@ its traceback.
 
 import argparse
 import functools
+import io
 import re
 import signal
 import sys
@@ -95,6 +96,8 @@ def ends_in_one_line(speaks=lambda: True):
     def decorate(command):
         @functools.wraps(command)
         def wrapped(*args, **kwargs):
+            if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+                sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
             try:
                 return command(*args, **kwargs)
             except Terminated:
@@ -124,6 +127,8 @@ def _one_line(error):
     if isinstance(error, InputError):
         # A DataLoader worker wraps the message in its own traceback, of which the last line is ours.
         return re.sub(r"^[\w.]*InputError: ", "", str(error).strip().split("\n")[-1])
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename}: {error.strerror}; change its permissions, or choose another"
     if isinstance(error, OSError):  # what the machine refuses: too many open files, a closed pipe
         return str(error)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

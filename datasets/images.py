@@ -5,6 +5,8 @@ Images stay 8-bit from the file to the device; `normalise` turns a batch into wh
 
 import functools
 import math
+import warnings
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -17,14 +19,22 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+@contextmanager
+def without_warnings():
+    """Within this block no warning is printed: Pillow warns of large images and of errors that it can pass over."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def read_rgb(path):
     """Decode an image file of any mode as 8-bit RGB (PIL.Image).
 
-    16-bit grey is scaled, not clipped, and transparency shows white paper; both would come out black or white
-    under a plain conversion. Raises InputError naming the file if it is missing, torn or no image.
+    16-bit grey is scaled to 8 bits, and transparent parts become white. Pillow's own conversion would turn both into
+    black or white. Raises InputError naming the file if it does not exist, may not be read, is damaged or is no image.
     """
     try:
-        with Image.open(path) as image:
+        with without_warnings(), Image.open(path) as image:
             image.load()
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16-bit grey
                 grey = np.asarray(image).astype(np.float64) / 257
@@ -36,6 +46,8 @@ def read_rgb(path):
             return image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{path}: no such image; unpack the data again, or take it out of its list") from None
+    except PermissionError as error:
+        raise InputError(f"{path}: {error.strerror}; change its permissions, or take it out of its list") from None
     except Exception as error:  # a damaged image can fail in any way
         raise InputError(
             f"{path}: not a readable image ({error}); fetch it again, or take it out of its list"

@@ -2,12 +2,13 @@
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from datasets import errors
-from datasets.benchmark import LISTS, MASK, check_root, find_layout, list_text, open_benchmark, write_list, write_mask
-from datasets.errors import InputError
-from datasets.files import write_json
+from datasets.benchmark import LISTS, MASK, check_root, find_layout, list_text, open_benchmark, write_mask
+from datasets.errors import InputError, signals_wait
+from datasets.files import check_writable, write_json, write_whole
 from datasets.prepare.check import as_json, check_benchmark, print_checked
 from datasets.prepare.layouts import lists_from_images, lists_from_lists
 from datasets.prepare.miniature import SEEN, UNSEEN, write_miniature
@@ -33,7 +34,7 @@ def create_parser():
     lists.add_argument("--held_back", type=errors.number(int, 0, 10**6, "a whole number, 0 or more"), metavar="N",
         help="sketches a seen class in the validation list, 0 for none (default: 50 for Sketchy, 10 for TU-Berlin Ext, "
         "0 for QuickDraw Ext)")  # fmt: skip
-    lists.add_argument("--seed", type=errors.seed, default=0, help="chooses the sketches that are held back")
+    lists.add_argument("--seed", type=errors.seed, help="chooses the sketches that are held back (default: 0)")
     lists.add_argument("--convert", type=errors.folder_name, metavar="NAME", help="take over the "
         "lists in this folder of another release, such as zeroshot0, whatever they are called")  # fmt: skip
     lists.add_argument("--force", action="store_true", help="replace lists that are there")
@@ -75,18 +76,38 @@ def _add_zero_version(parser, default):
 
 
 def make_lists(options):
-    """Write the lists of a protocol, from images or from those of another release, once all are found to be sound."""
+    """Write the lists of a protocol: from its image folders, or from the lists of another release (--convert).
+
+    All lists are made before the first one is written, and they are written together.
+    """
     protocol = PROTOCOLS[options.protocol]
     check_root(options.root)
     if options.convert:
+        if options.held_back is not None or options.seed is not None:
+            raise InputError("--convert takes over what is held back: leave out --held_back and --seed")
         lists, notes = lists_from_lists(protocol, options.root, options.convert)
     else:
         held_back = protocol.held_back if options.held_back is None else options.held_back
-        lists, notes = lists_from_images(protocol, options.root, held_back, options.seed)
+        lists, notes = lists_from_images(protocol, options.root, held_back, options.seed or 0)
     folder = options.root / (options.zero_version or protocol.zero_version)
     new = {name: rows for name, rows in lists.items() if _content(folder / name) != list_text(rows)}
-    if there := [name for name in new if (folder / name).exists() and not options.force]:
-        raise InputError(f"{folder / there[0]}: is there and says something else; replace it with --force")
+    _check_old_lists(folder, protocol, lists, new, options)
+    for line in notes:
+        print(line, file=sys.stderr)
+    _write_together(folder, new)
+    for name, rows in lists.items():
+        published = _published(protocol, name)
+        beside = f" (published: {published:,})" if published else ""
+        print(f"{folder / name}: {len(rows):,}{beside}{'' if name in new else ', as it was'}")
+
+
+def _check_old_lists(folder, protocol, lists, new, options):
+    """Raise InputError if a list in `folder` would be replaced without --force, or would be left but not fit."""
+    for name in new:
+        if os.path.isdir(folder / name):
+            raise InputError(f"{folder / name}: is a folder where a list belongs; move it away")
+        if os.path.lexists(folder / name) and not options.force:
+            raise InputError(f"{folder / name}: is there and says something else; replace it with --force")
     for key in LISTS if options.convert is None and not options.force else ():
         for other in protocol.list_names(*key)[1:]:
             if (folder / other).exists():
@@ -94,14 +115,16 @@ def make_lists(options):
     held_back = folder / protocol.list_names("sketch", "test")[0]
     if held_back.exists() and held_back.name not in lists:
         raise InputError(f"{held_back}: is there, but nothing is held back; move it away, or see --held_back")
-    for line in notes:
-        print(line, file=sys.stderr)
-    for name, rows in lists.items():
-        if name in new:
-            write_list(folder / name, rows)
-        published = _published(protocol, name)
-        beside = f" (published: {published:,})" if published else ""
-        print(f"{folder / name}: {len(rows):,}{beside}{'' if name in new else ', as it was'}")
+
+
+def _write_together(folder, lists):
+    """Write {name: rows} into `folder`. No list changes before all new ones are on the disk under temporary names."""
+    with signals_wait(), ExitStack() as renames:
+        for name, rows in lists.items():
+            file = renames.enter_context(write_whole(folder / name))
+            file.write(list_text(rows))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _content(path):
@@ -115,15 +138,32 @@ def _published(protocol, name):
 
 def check(options):
     """Print a table of the lists and what was found; raise InputError unless the scripts will run."""
+    target = _findings_file(options.json) if options.json else None
     checked = check_benchmark(options.root, options.protocol, options.zero_version, options.images)
     print_checked(checked)
-    if options.json:
-        write_json(options.json, as_json(checked))
+    if target:
+        write_json(target, as_json(checked))
         print(f"findings: {options.json}")
     if count := sum(map(len, checked.findings.faults.values())):
         faults = "a fault" if count == 1 else f"{count:,} faults"
         raise InputError(f"{options.root}: not ready, {faults} (see above); mend, and check again")
     print("ready" if options.images else "ready, as far as names tell; --images decodes every image, too")
+
+
+def _findings_file(path):
+    """The file that --json `path` writes: `path`, or what it leads to if it is a link.
+
+    Raises InputError unless that is a new file in a writable folder, an empty file, or a file of earlier findings.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target):
+        if not target.is_file():
+            raise InputError(f"--json {path}: is not a file (a folder, a device or a broken link); name a file")
+        with open(target, "rb") as file:
+            if file.read(1) not in (b"", b"{"):
+                raise InputError(f"--json {path}: holds something other than findings; name another file")
+    check_writable(target.parent)
+    return target
 
 
 def make_mask(options):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from datasets.benchmark import LISTS
 from datasets.files import check_writable, write_whole
+from datasets.images import without_warnings
 from datasets.prepare.survey import KINDS, TILE, evenly, survey
 
 SPLITS = {"train": "training", "test": "validation", "zero": "unseen"}
@@ -35,7 +36,8 @@ def write_summary(benchmark, lists, folder, odd=()):
     with write_whole(page) as file:
         file.write(_html(found, odd).encode())
     try:
-        _draw(picture, found, odd)
+        with without_warnings():  # of letters that no font of matplotlib has; the HTML shows them
+            _draw(picture, found, odd)
     except ImportError:
         picture.unlink(missing_ok=True)
         return [page]

@@ -12,7 +12,8 @@ from PIL import Image
 
 from datasets.benchmark import LISTS, Benchmark
 from datasets.errors import InputError
-from datasets.images import read_rgb
+from datasets.images import read_rgb, without_warnings
+from datasets.prepare.listed_images import LARGE, SMALL
 from datasets.prepare.pool import on_all_cores
 
 TILE = 96  # pixels of a thumbnail's longer side
@@ -104,7 +105,7 @@ def _look(job):
     (_, _, kind), root, path = job
     try:
         image = read_rgb(root / path)
-        with Image.open(root / path) as file:
+        with without_warnings(), Image.open(root / path) as file:
             form = f"{file.format}, {file.mode}"
     except (InputError, OSError):
         return Sample(path, None, None, "", frozenset(["broken" if os.path.isfile(root / path) else "missing"]))
@@ -118,7 +119,8 @@ def _look(job):
         "inverted": kind == "sketch" and not blank and dark > 0.5,
         "like a photo": kind == "sketch" and not blank and dark <= 0.5 and light < 0.5,
         "like a sketch": kind == "photo" and not blank and colour < 2 and light > 0.6,
-        "tiny": min(size) < 32,
+        "tiny": min(size) < SMALL,
+        "huge": size[0] * size[1] > LARGE,
         "elongated": max(size) > 4 * min(size),
     }
     stored = io.BytesIO()
@@ -137,7 +139,8 @@ _ADVICE = {  # of a sample: (what it is, what to do)
         "Grey on white, like sketches",
         "A few may be drawings or things on white; many are sketches in a list of photos.",
     ),
-    "tiny": ("Under 32 pixels high or wide", "The networks see a blur; look for larger originals."),
+    "tiny": (f"Under {SMALL} pixels high or wide", "The networks see a blur; look for larger originals."),
+    "huge": (f"Over {LARGE // 10**6} million pixels", "They are slow to decode: reduce them."),
     "elongated": ("Over 4 times as long as wide", "They are squeezed into a square: crop or pad them."),
 }
 
