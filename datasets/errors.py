@@ -1,7 +1,7 @@
-"""How command lines fail: `InputError` is what a user can cause and mend.
+"""How command lines fail: `InputError` is an error that a user can cause and put right.
 
-Every command line of the project ends such an error in one line with exit status 2. Anything else is a bug and keeps
-its traceback.
+Every command line of the project prints such an error in one line and ends with exit status 2. Any other error is a bug
+and keeps its traceback.
 """
 
 import argparse
@@ -14,16 +14,16 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message names it and the way out."""
+    """The user gave something that cannot be used. The message names it and says what to do."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM as an exception, see `sigterm_raises`."""
+    """SIGTERM as an exception; see `sigterm_raises`."""
 
 
 @contextmanager
 def sigterm_raises():
-    """Within this block SIGTERM raises Terminated, so that worker processes and unfinished files are cleaned up."""
+    """Within this block SIGTERM raises Terminated, so that worker processes end and unfinished files are removed."""
 
     def end(*_):
         raise Terminated
@@ -46,7 +46,7 @@ def signals_wait():
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises InputError for a wrong command line, and whose help names the defaults."""
+    """An ArgumentParser that raises InputError for a wrong command line. Its help names the defaults."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
@@ -62,7 +62,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def number(kind, low, high, wanted):
-    """An argparse type: a number of `kind` from `low` to `high`, described as `wanted` where it is not."""
+    """An argparse type: a number of `kind` from `low` to `high`. The message about any other text calls it `wanted`."""
 
     def parse(text):
         try:
@@ -88,16 +88,18 @@ def folder_name(text):
 
 
 def ends_in_one_line(speaks=lambda: True):
-    """A decorator: the command line ends what a user can mend in one line (status 2), Ctrl-C in one word (status 130).
+    """A decorator for command lines: they end in one line instead of a traceback.
 
-    speaks: tells whether this process prints that line; of several processes that meet the same error one is enough.
+    The exit status is 2 after an error that a user can put right, 130 after Ctrl-C and 143 after SIGTERM (see
+    `sigterm_raises`). A bug keeps its traceback.
+    speaks: says whether this process prints the line. If several processes meet the same error, one of them is enough.
     """
 
     def decorate(command):
         @functools.wraps(command)
         def wrapped(*args, **kwargs):
             if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-                sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+                sys.stdout.reconfigure(errors="backslashreplace")  # file names can hold any bytes
             try:
                 return command(*args, **kwargs)
             except Terminated:
@@ -118,28 +120,28 @@ def ends_in_one_line(speaks=lambda: True):
 
 
 def lost_worker(error):
-    """Whether an error says that a DataLoader's worker is gone: torch polls for it, or a pipe ends in the middle."""
+    """Whether an error means that a worker of a DataLoader died: torch noticed it, or the worker's pipe broke off."""
     return isinstance(error, EOFError) or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error))
 
 
 def _one_line(error):
-    """What to tell of an error that a user can mend, or None for a bug."""
+    """The message for an error that a user can put right; None for a bug."""
     if isinstance(error, InputError):
-        # A DataLoader worker wraps the message in its own traceback, of which the last line is ours.
+        # A worker of a DataLoader puts a traceback before the message; the last line is the message.
         return re.sub(r"^[\w.]*InputError: ", "", str(error).strip().split("\n")[-1])
     if isinstance(error, PermissionError) and error.filename:
         return f"{error.filename}: {error.strerror}; change its permissions, or choose another"
-    if isinstance(error, OSError):  # what the machine refuses: too many open files, a closed pipe
+    if isinstance(error, OSError):  # the machine refuses something: too many open files, a closed pipe
         return str(error)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({str(error).splitlines()[0]}); train without --compile"
-    if type(error).__name__ == "BrokenProcessPool":  # importing the class here would make every command start later
-        return "a process that works on images was killed, perhaps for memory; make room and try again"
+    if type(error).__name__ == "BrokenProcessPool":  # its class takes long to import
+        return "a process that works on images was killed, perhaps for memory; free some memory and try again"
     if lost_worker(error):
         return "a process that decodes images was killed, perhaps for memory; lower --workers"
-    if isinstance(error, MemoryError | RuntimeError):  # torch knows its own limits only as RuntimeError
+    if isinstance(error, MemoryError | RuntimeError):  # torch raises RuntimeError when memory runs out
         if re.search(r"gloo|NCCL|[Cc]onnection closed by peer", str(error)):
-            return "another process ended, and has told why"
+            return "another process ended, and its message says why"
         if isinstance(error, MemoryError) or "memory" in str(error):
             return "out of memory; lower --batch_size or --input_size"
     return None
