@@ -34,9 +34,7 @@ class Protocol:
     teacher_lr: float
     clusters: tuple[int, ...]  # K
     subspaces: tuple[int, ...]  # M
-    metrics: tuple[
-        str, ...
-    ]  # columns of its table (see models.eval.metrics); classes and pictures are sorted by the first
+    metrics: tuple[str, ...]  # columns of its table (see models.eval.metrics); the first one sorts classes and pictures
 
     @property
     def seen_classes(self):
