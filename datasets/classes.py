@@ -83,8 +83,9 @@ QUICKDRAW_UNSEEN = _names("""
     cake, hamburger, fan
 """)
 
-# The WordNet ids (without their n) of the photos of Sketchy's seen classes that have several, in the order of the
-# published list of training photos, which is that of nothing else and which the published mask follows.
+# The WordNet ids (without their n) of Sketchy's seen classes whose photos have more than one id. The ids of a class
+# stand in the order in which the published list of training photos names them. No other file has this order, and the
+# published mask depends on it.
 SKETCHY_IDS = _names("""
     02738535 03001627, 02139199 02147328 02149420 02147947 02142407, 02958343 04166281, 03541923 02782093, 04086273
     03948459, 02411705 02412080 02413131 02414290 02412210, 07697313 07697100, 07768230 07767847 12651611, 01594787

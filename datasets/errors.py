@@ -1,19 +1,49 @@
-"""How command lines fail: `InputError` is what a user can cause and mend.
+"""How command lines fail: `InputError` is an error that a user can cause and put right.
 
-Every command line of the project ends such an error in one line with exit status 2. Anything else is a bug and keeps
-its traceback.
+Every command line of the project prints such an error in one line and ends with exit status 2. Any other error is a bug
+and keeps its traceback.
 """
 
 import argparse
 import functools
+import io
 import os
 import re
+import signal
 import sys
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message names it and the way out."""
+    """The user gave something that cannot be used. The message names it and says what to do."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM as an exception; see `sigterm_raises`."""
+
+
+@contextmanager
+def sigterm_raises():
+    """Within this block SIGTERM raises Terminated, so that worker processes end and unfinished files are removed."""
+
+    def end(*_):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def signals_wait():
+    """Within this block Ctrl-C and SIGTERM have no effect; they take effect at its end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class OwnError(InputError):
@@ -21,7 +51,7 @@ class OwnError(InputError):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises InputError for a wrong command line, and whose help names the defaults."""
+    """An ArgumentParser that raises InputError for a wrong command line. Its help names the defaults."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
@@ -37,7 +67,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def number(kind, low, high, wanted):
-    """An argparse type: a number of `kind` from `low` to `high`, described as `wanted` where it is not."""
+    """An argparse type: a number of `kind` from `low` to `high`. The message about any other text calls it `wanted`."""
 
     def parse(text):
         try:
@@ -63,16 +93,22 @@ def folder_name(text):
 
 
 def ends_in_one_line(speaks=lambda: True):
-    """A decorator: the command line ends what a user can mend in one line (status 2), Ctrl-C in one word (status 130).
+    """A decorator for command lines: they end in one line instead of a traceback.
 
-    speaks: tells whether this process prints that line; of several processes that meet the same error one is enough.
+    The exit status is 2 after an error that a user can put right, 130 after Ctrl-C and 143 after SIGTERM (see
+    `sigterm_raises`). A bug keeps its traceback.
+    speaks: says whether this process prints the line. If several processes meet the same error, one of them is enough.
     """
 
     def decorate(command):
         @functools.wraps(command)
         def wrapped(*args, **kwargs):
+            if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+                sys.stdout.reconfigure(errors="backslashreplace")  # file names can hold any bytes
             try:
                 return command(*args, **kwargs)
+            except Terminated:
+                message, status, own = "terminated", 143, False
             except KeyboardInterrupt:
                 message, status, own = "interrupted", 130, False
             except Exception as error:
@@ -89,7 +125,7 @@ def ends_in_one_line(speaks=lambda: True):
 
 
 def lost_worker(error):
-    """Whether an error says that a DataLoader's worker is gone: torch polls for it, or a pipe ends in the middle."""
+    """Whether an error means that a worker of a DataLoader died: torch noticed it, or the worker's pipe broke off."""
     return isinstance(error, EOFError) or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error))
 
 
@@ -101,23 +137,25 @@ def lacks_memory(error):
 
 
 def _one_line(error):
-    """What to tell of an error that a user can mend, or None for a bug."""
+    """The message for an error that a user can put right; None for a bug."""
     if isinstance(error, InputError):
-        # A DataLoader worker wraps the message in its own traceback, of which the last line is ours.
+        # A worker of a DataLoader puts a traceback before the message; the last line is the message.
         return re.sub(r"^[\w.]*InputError: ", "", str(error).strip().split("\n")[-1])
-    if isinstance(error, OSError):  # what the machine refuses: too many open files, a closed pipe
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename}: {error.strerror}; change its permissions, or choose another"
+    if isinstance(error, OSError):  # the machine refuses something: too many open files, a closed pipe
         return str(error)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({str(error).splitlines()[0]}); train without --compile"
-    if isinstance(error, BrokenProcessPool):
-        return "a process that works on images was killed, perhaps for memory; make room and try again"
+    if type(error).__name__ == "BrokenProcessPool":  # its class takes long to import
+        return "a process that works on images was killed, perhaps for memory; free some memory and try again"
     if lost_worker(error):
         return "a process that decodes images was killed, perhaps for memory; lower --workers"
-    if isinstance(error, MemoryError | RuntimeError):  # torch knows its own limits only as RuntimeError
+    if isinstance(error, MemoryError | RuntimeError):  # torch raises RuntimeError when memory runs out
         if "NCCL" in str(error):
             return f"process {os.environ.get('RANK', 0)}: {str(error).strip().splitlines()[0]}"
         if re.search(r"gloo|[Cc]onnection closed by peer", str(error)):
-            return "another process ended, and has told why"
+            return "another process ended, and its message says why"
         if lacks_memory(error):
             return "out of memory; lower --batch_size or --input_size"
     return None

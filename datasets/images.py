@@ -1,10 +1,13 @@
-"""Decoding, the training augmentation (the release's: scikit-image's affine warp) and tensors.
+"""Images from the file to the network: decoding, the augmentation of training, tensors.
 
-Images stay 8-bit from the file to the device; `normalise` turns a batch into what the networks see.
+The augmentation is that of the release, an affine warp as scikit-image computes it. Images stay 8-bit until they are on
+the device; there `normalise` makes them the floating-point batch that the networks take.
 """
 
 import functools
 import math
+import warnings
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -17,14 +20,22 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+@contextmanager
+def without_warnings():
+    """Within this block no warning is printed. Pillow warns of large images, and of damage that does not stop it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def read_rgb(path):
     """Decode an image file of any mode as 8-bit RGB (PIL.Image).
 
-    16-bit grey is scaled, not clipped, and transparency shows white paper; both would come out black or white
-    under a plain conversion. Raises InputError naming the file if it is missing, torn or no image.
+    16-bit grey is scaled to 8 bits, and transparent parts become white. Pillow's own conversion would turn both into
+    black or white. Raises InputError naming the file if it does not exist, may not be read, is damaged or is no image.
     """
     try:
-        with Image.open(path) as image:
+        with without_warnings(), Image.open(path) as image:
             image.load()
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16-bit grey
                 grey = np.asarray(image).astype(np.float64) / 257
@@ -36,6 +47,8 @@ def read_rgb(path):
             return image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{path}: no such image; unpack the data again, or take it out of its list") from None
+    except PermissionError as error:
+        raise InputError(f"{path}: {error.strerror}; change its permissions, or take it out of its list") from None
     except Exception as error:  # a damaged image can fail in any way
         raise InputError(
             f"{path}: not a readable image ({error}); fetch it again, or take it out of its list"
@@ -54,7 +67,7 @@ class Augmentation(NamedTuple):
 
 
 def draw_augmentation(rng):
-    """Draw the Augmentation of one image, or None for the 30 % left as they are.
+    """Draw the Augmentation of one image. For 30 % of the images it is None: they stay unchanged.
 
     rng: numpy Generator.
     """
@@ -68,9 +81,10 @@ def draw_augmentation(rng):
 
 
 def warp(image, augmentation):
-    """Apply an Augmentation to an RGB image, about the centre of its top-left pixel, black outside.
+    """Apply an Augmentation to an RGB image (bilinear). The size stays the same; what lies outside the image is black.
 
-    x' = sx·cos·x − sy·sin·y + tx and y' = sx·sin·x + sy·cos·y + ty take input to output; bilinear, the size is kept.
+    A flipped image is mirrored first. Then the point (x, y) moves to x' = sx·cos·x − sy·sin·y + tx and
+    y' = sx·sin·x + sy·cos·y + ty, where (0, 0) is the centre of the top-left pixel.
     """
     flip, sx, sy, rotation, tx, ty = augmentation
     if flip:
@@ -82,8 +96,9 @@ def warp(image, augmentation):
     a, b = cos / sx, sin / sx
     d, e = -sin / sy, cos / sy
     c, f = -(a * tx + b * ty), -(d * tx + e * ty)
-    # It also counts from pixel corners (half a pixel more on both sides) and ends an image hard; one black pixel all
-    # around lets the picture's edge fade into the outside as it does in scikit-image.
+    # Pillow also counts from the corner of a pixel, not from its centre: half a pixel more on both sides. Pillow cuts
+    # an image off at its edge, while scikit-image lets it fade into the black outside; a black border of one pixel has
+    # the same effect.
     c, f = c + 0.5 - 0.5 * (a + b) + 1, f + 0.5 - 0.5 * (d + e) + 1
     return ImageOps.expand(image, 1).transform(
         image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR
@@ -91,17 +106,17 @@ def warp(image, augmentation):
 
 
 def resize(image, size):
-    """Resize to size × size (bilinear, antialiased) and return (3, size, size) uint8, channels last in memory."""
+    """Resize a PIL.Image (bilinear, antialiased); returns a (3, size, size) uint8 tensor, channels last in memory."""
     image = image.resize((size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def normalise(images):
-    """Map (B, 3, H, W) uint8 to float32 with the mean and deviation of ImageNet, on the device it is on."""
+    """Turn (B, 3, H, W) uint8 into float32, normalised with the mean and deviation of ImageNet, on the same device."""
     mean, std = _mean_and_std(images.device)
     return (images / 255 - mean) / std
 
 
-@functools.cache  # making them anew would have the host wait for the device
+@functools.cache  # making these tensors for every batch would have the host wait for the device
 def _mean_and_std(device):
     return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -1,6 +1,6 @@
 """The four benchmarks as data: folders, lists, batches, schedule and metrics, as in arXiv:2312.10320 and its release.
 
-Everything else is shared by all of them: two benchmarks differ only in their rows here.
+Two benchmarks differ only in their rows of this table. All other code is the same for all four.
 """
 
 from dataclasses import dataclass
@@ -12,42 +12,42 @@ from datasets import classes
 class Protocol:
     """What differs between benchmarks."""
 
-    name: str  # what --protocol calls it
+    name: str  # the value of --protocol
     title: str
-    data_root: str  # where its download goes
+    data_root: str  # folder of its download
     zero_version: str  # folder of the lists, inside data_root
-    checkpoint: str  # where its checkpoints go
-    sketch_lists: tuple[str, ...]  # file names with {} for train, test or zero; the first that exists is read
+    checkpoint: str  # folder of its checkpoints
+    sketch_lists: tuple[str, ...]  # possible file names, with {} for train, test or zero; the first that exists is read
     photo_lists: tuple[str, ...]
-    sketch_folders: tuple[tuple[str, ...], ...]  # of class folders: all of them, each by the first name that exists
+    sketch_folders: tuple[tuple[str, ...], ...]  # every folder of class folders, each with its possible names
     photo_folders: tuple[tuple[str, ...], ...]
-    has_mask: bool  # cid_mask.pickle, the semantic mask
-    has_validation: bool  # a list of held-back sketches; without one the last epoch is kept
-    held_back: int  # sketches a seen class in that list
+    has_mask: bool  # whether training uses cid_mask.pickle, the semantic mask
+    has_validation: bool  # whether some sketches are held back for validation; if not, the last epoch is kept
+    held_back: int  # validation sketches of each seen class
     seen_names: tuple[str, ...]  # in the order of their labels
     unseen_names: tuple[str, ...]
-    published: dict[tuple[str, str], int]  # images in the lists of (kind, split), where a release tells
-    sketch_share: int  # of a batch: sketches to photos, as sketch_share to photo_share
+    published: dict[tuple[str, str], int]  # {(kind, split): number of images}, of the lists whose number is published
+    sketch_share: int  # a batch has sketch_share sketches for every photo_share photos
     photo_share: int
     batch_size: int
     last_warmup_epoch: int  # E_w: in epochs 0..E_w only the student learns
     teacher_lr: float
     clusters: tuple[int, ...]  # K
     subspaces: tuple[int, ...]  # M
-    metrics: tuple[str, ...]  # of its table, as models.eval.metrics.metric takes them; the first one sorts pictures
+    metrics: tuple[str, ...]  # columns of its table (see models.eval.metrics); the first one sorts classes and pictures
 
     @property
     def seen_classes(self):
-        """How many seen classes it has."""
+        """Number of seen classes."""
         return len(self.seen_names)
 
     @property
     def unseen_classes(self):
-        """How many unseen classes it has."""
+        """Number of unseen classes."""
         return len(self.unseen_names)
 
     def list_names(self, kind, split):
-        """Names that the list of `kind` ("sketch" or "photo") and `split` may have, its own first."""
+        """File names that the list of `kind` ("sketch" or "photo") and `split` can have; the usual name comes first."""
         patterns = self.sketch_lists if kind == "sketch" else self.photo_lists
         return [pattern.format(split) for pattern in patterns]
 
@@ -190,7 +190,10 @@ PROTOCOLS = {row.name: row for row in _ROWS}
 
 
 def protocol_of(name, zero_version):
-    """Name of the protocol whose lists `zero_version` names in the data set of protocol `name`; else `name` itself."""
+    """Name of the protocol whose lists are in the folder `zero_version` of the data set of protocol `name`.
+
+    For a folder that belongs to no protocol, this is `name` itself.
+    """
     data_root = PROTOCOLS[name].data_root
     split = (
         other for other, row in PROTOCOLS.items() if (row.data_root, row.zero_version) == (data_root, zero_version)

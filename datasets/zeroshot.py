@@ -1,7 +1,7 @@
 """torch datasets over lists of images, and the paired loader of a training step.
 
-Everything random is a function of (seed, epoch, place in the list), so neither the number of workers nor a restart
-changes a run.
+All randomness depends only on the seed, the epoch and the place in the list. So a run gives the same result with any
+number of workers, and after a restart.
 """
 
 import signal
@@ -20,12 +20,12 @@ class Loading:
 
     size: int = 224  # side of an input image, in pixels
     batch_size: int = 64
-    workers: int = 0  # processes that decode; 0: the caller's own
+    workers: int = 0  # processes that decode images; with 0 the calling process decodes them
     device: str = "cpu"  # where batches go
 
 
 class ImageList(Dataset):
-    """Images of a FileList in order, from `start` to before `stop`, as they are: ((3, size, size) uint8, label)."""
+    """The images start..stop-1 of a FileList, in order, without augmentation: ((3, size, size) uint8, label)."""
 
     def __init__(self, files, size, start=0, stop=None):
         self.files, self.size = files, size
@@ -41,7 +41,7 @@ class ImageList(Dataset):
 
 
 class TrainingImages(Dataset):
-    """Augmented sketches and photos, indexed by (epoch, index): sketches first, then photos.
+    """Augmented sketches and photos, indexed by (epoch, index). Indices count the sketches first, then the photos.
 
     An item is ((3, size, size) uint8, label, 1.0 for a photo or 0.0 for a sketch).
     """
@@ -51,7 +51,7 @@ class TrainingImages(Dataset):
         self.size, self.seed = size, seed
 
     def file(self, index):
-        """(FileList, place in it) of an index."""
+        """The FileList that holds image `index`, and the place of the image in it."""
         is_photo = index >= len(self.sketches)
         return (self.photos, index - len(self.sketches)) if is_photo else (self.sketches, index)
 
@@ -66,10 +66,11 @@ class TrainingImages(Dataset):
 
 
 class PairedBatches(Sampler):
-    """Batches of n_s sketches and n_p photos, joined and shuffled, in the order of (seed, epoch).
+    """Batches of sketches_per_batch sketches and photos_per_batch photos, joined and shuffled.
 
-    The epoch ends when the shorter list does; the last batch of either list may be short. Yields the batches from
-    `start` to before `stop`, of each the part share(length), as lists of (epoch, index) for TrainingImages.
+    Seed and epoch decide the order. The epoch ends when one list has no images left; the last batch of a list may have
+    fewer. Yields batches start..stop-1 as lists of (epoch, index) for TrainingImages, of each only the part
+    share(length).
     """
 
     def __init__(self, sketches, photos, sketches_per_batch, photos_per_batch, seed, share=slice):
@@ -83,7 +84,7 @@ class PairedBatches(Sampler):
         return max(0, self.stop - self.start)
 
     def size(self, step):
-        """Images in the whole batch of `step`."""
+        """Number of images in the whole batch of `step`."""
         pairs = zip(self.counts, self.per_batch, strict=True)
         return sum(len(range(count)[step * size : (step + 1) * size]) for count, size in pairs)
 
@@ -93,7 +94,7 @@ class PairedBatches(Sampler):
                 yield [(self.epoch, int(index)) for index in batch[self.share(len(batch))]]
 
     def batches(self):
-        """Indices of each whole batch of the epoch, whatever part of it is asked for."""
+        """The indices of every whole batch of the epoch; `start`, `stop` and `share` do not matter here."""
         rng = np.random.default_rng((self.seed, self.epoch))
         sketches, photos = rng.permutation(self.counts[0]), self.counts[0] + rng.permutation(self.counts[1])
         for step in range(self.stop):
@@ -104,9 +105,9 @@ class PairedBatches(Sampler):
 def training_loader(sketches, photos, loading, split, seed=0, share=slice):
     """Loader of (images uint8, labels int64, is_photo float32) batches.
 
-    loading: a Loading; split: (sketches, photos) in a batch; share: which part of each batch is this process's, as a
-    function from its length to a slice. Before each epoch set `loader.batch_sampler.epoch`, and `start` and `stop` for
-    a part of it.
+    sketches, photos: FileLists. loading: a Loading. split: (sketches, photos) in a batch. share: a function that takes
+    the length of a batch and gives the slice of it that this process trains on.
+    Before each epoch set `loader.batch_sampler.epoch`; to run only a part of an epoch, set its `start` and `stop`, too.
     """
     return DataLoader(
         TrainingImages(sketches, photos, loading.size, seed),
@@ -118,7 +119,7 @@ def training_loader(sketches, photos, loading, split, seed=0, share=slice):
 
 
 def evaluation_loader(files, loading, start=0, stop=None):
-    """Loader of (images uint8, labels int64) batches of a FileList in order, from index `start` to before `stop`."""
+    """Loader of (images uint8, labels int64) batches of a FileList: its images start..stop-1, in order."""
     return DataLoader(
         ImageList(files, loading.size, start, stop),
         batch_size=loading.batch_size,
@@ -138,7 +139,7 @@ def _collate_evaluation(items):
 
 
 def _stack(images):
-    """Images (3, H, W) as one (B, 3, H, W), channels last in memory, as they come and as the networks take them."""
+    """Stack images (3, H, W) as one (B, 3, H, W), channels last in memory, which is what the networks take."""
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 

@@ -1,1 +1,1 @@
-"""What makes, checks and shows a benchmark folder: `python -m datasets.prepare`, see `__main__`."""
+"""From raw downloads to a checked benchmark: lists, semantic masks, checks, a page to look at, the miniature."""

@@ -1,15 +1,13 @@
 """Is a benchmark folder ready? Lists, class names, images and masks, every fault at once with file and line."""
 
-import collections
 import os
-import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from datasets.benchmark import CLASS_NAMES, LISTS, MASK, Benchmark, check_root, find_layout, open_benchmark, spelling
 from datasets.errors import InputError
-from datasets.prepare.pool import on_all_cores
+from datasets.prepare.listed_images import decode_all, find_missing
 from datasets.protocols import PROTOCOLS
 
 SHOWN = 3  # messages of one kind that are printed; all are in the JSON
@@ -75,12 +73,8 @@ def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
     for (_, split), files in lists.items():
         _check_labels(files, benchmark, split, findings)
     _check_repeats(lists, findings)
-    missing = {key: _missing(files, findings) for key, files in lists.items()}
-    if any(missing.values()):
-        for path in sorted(benchmark.root.iterdir()):
-            if path.suffix in (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"):
-                findings.note("archives", f"{path}: an archive; images are missing, so unpack it again")
-    unreadable, opened = _decode(lists, missing, findings) if decode else ({}, None)
+    missing = find_missing(lists, benchmark.root, findings)
+    unreadable, opened = decode_all(lists, missing, findings) if decode else ({}, None)
     _check_mask(benchmark, custom, findings)
     rows = [
         {
@@ -193,93 +187,6 @@ def _check_repeats(lists, findings):
             if first != place:
                 twice = f"{files.source}:{files.lines[index]}: {path!r} is in {first[0].name}:{first[1]} already"
                 findings.fault("repeats", f"{twice}; take one out")
-
-
-def _missing(files, findings):
-    """Indices of images of FileList `files` that are not there."""
-    folders, missing = {}, []
-    root = os.path.join(os.path.realpath(files.root), "")
-    for index, path in enumerate(files.paths):
-        folder, _, name = path.rpartition("/")
-        if folder not in folders:
-            folders[folder] = _names(files.root / folder)
-            _note_links(files.root / folder, folders[folder], root, findings)
-        names = folders[folder]
-        if name in names.links:
-            continue
-        missing.append(index)
-        message = f"{files.source}:{files.lines[index]}: no image {files.root / path}"
-        if not names.links:
-            way_out = "nor any other in that folder; unpack the data there"
-        elif alike := names.stems.get(_stem(name)):
-            way_out = f"but {alike!r}; rename it"
-        else:
-            way_out = "others of its folder are there; unpack it, or take the line out"
-        findings.fault("missing images", f"{message}, {way_out}")
-    return missing
-
-
-@dataclass
-class _Names:
-    """Files in a folder."""
-
-    links: dict  # {name: whether it is a link}
-    stems: dict  # {name without ending and case: name}
-
-
-def _names(folder):
-    try:
-        with os.scandir(folder) as entries:
-            links = {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
-    except OSError:  # there is no such folder
-        links = {}
-    return _Names(links, {_stem(name): name for name in links})
-
-
-def _stem(name):
-    return os.path.splitext(name)[0].casefold()
-
-
-def _note_links(folder, names, root, findings):
-    """Note where `folder`, or the first file in it that does, leads out of `root`."""
-    for path in (folder, *(folder / name for name in [name for name, is_link in names.links.items() if is_link][:1])):
-        target = os.path.realpath(path)
-        if not os.path.join(target, "").startswith(root):
-            findings.note("links", f"{path}: leads out of the data folder, to {target}; images must stay there")
-            return
-
-
-def _decode(lists, missing, findings):
-    """Decode what is there: ({key: images that cannot be read}, (images, seconds))."""
-    import datasets.images  # noqa: F401, which brings torch: seconds, here once for all processes, and only if needed
-
-    jobs, places = [], []
-    for key, files in lists.items():
-        absent = set(missing[key])
-        for index, path in enumerate(files.paths):
-            if index not in absent:
-                jobs.append(files.root / path)
-                places.append((key, index))
-    began, unreadable = time.monotonic(), collections.Counter()
-    for (key, index), result in zip(places, on_all_cores(_size, jobs, "decoding"), strict=True):
-        files = lists[key]
-        if isinstance(result, str):
-            unreadable[key] += 1
-            findings.fault("unreadable images", f"{files.source}:{files.lines[index]}: {result}")
-        elif min(result) < 32:
-            small = f"{files.root / files.paths[index]}: only {result[0]} x {result[1]} pixels"
-            findings.note("small images", f"{files.source}:{files.lines[index]}: {small}")
-    return {key: unreadable[key] for key in lists}, (len(jobs), time.monotonic() - began)
-
-
-def _size(path):
-    """(width, height) of a decoded image, or why it cannot be decoded."""
-    from datasets.images import read_rgb
-
-    try:
-        return read_rgb(path).size
-    except InputError as error:
-        return str(error)
 
 
 def _check_mask(benchmark, custom, findings):

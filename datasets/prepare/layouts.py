@@ -12,6 +12,7 @@ import numpy as np
 
 from datasets.benchmark import CLASS_NAMES, read_class_names, read_list, spelling
 from datasets.errors import InputError
+from datasets.prepare.listed_images import is_file
 from datasets.protocols import PROTOCOLS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -75,7 +76,7 @@ def _class_folders(source, classes, notes):
     """{class: name of its folder in `source`}."""
     wanted, folders, others = {spelling(name): name for name in classes}, {}, []
     for entry in _entries(source):
-        if not entry.is_dir():
+        if not os.path.isdir(entry.path):  # unlike entry.is_dir(), no error for a link that leads back to itself
             continue
         name = wanted.get(spelling(entry.name))
         if name is None:
@@ -105,7 +106,7 @@ def _images(folder, notes):
     """Sorted names of the images in `folder`."""
     names, others, entries = [], [], _entries(folder)
     for entry in entries:
-        if not entry.name.lower().endswith(SUFFIXES) or not entry.is_file():
+        if not entry.name.lower().endswith(SUFFIXES) or not is_file(entry):
             others.append(entry.name)
             continue
         _check_name(entry.name, folder)

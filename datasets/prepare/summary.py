@@ -1,7 +1,7 @@
 """A page, HTML and PNG, on which to look at a benchmark folder before trusting it.
 
-Counts, image sizes, samples of every class and what is odd, as `datasets.prepare.survey` finds them. The HTML is one file and
-has no scripts; the same folder gives the same bytes.
+It shows counts, image sizes, samples of every class and oddities, as `datasets.prepare.survey` finds them. The HTML is
+one file without scripts. The same folder gives the same bytes.
 """
 
 import base64
@@ -16,6 +16,7 @@ from PIL import Image
 
 from datasets.benchmark import LISTS
 from datasets.files import check_writable, write_whole
+from datasets.images import without_warnings
 from datasets.prepare.survey import KINDS, TILE, evenly, survey
 
 SPLITS = {"train": "training", "test": "validation", "zero": "unseen"}
@@ -35,7 +36,8 @@ def write_summary(benchmark, lists, folder, odd=()):
     with write_whole(page) as file:
         file.write(_html(found, odd).encode())
     try:
-        _draw(picture, found, odd)
+        with without_warnings():  # of letters that no font of matplotlib has; the HTML shows them
+            _draw(picture, found, odd)
     except ImportError:
         picture.unlink(missing_ok=True)
         return [page]

@@ -5,16 +5,16 @@ Of the images only samples are looked at, the same ones every time, so that it t
 
 import io
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from datasets.benchmark import LISTS, Benchmark
 from datasets.errors import InputError
-from datasets.images import read_rgb
+from datasets.images import read_rgb, without_warnings
+from datasets.prepare.listed_images import LARGE, SMALL
+from datasets.prepare.pool import on_all_cores
 
 TILE = 96  # pixels of a thumbnail's longer side
 KINDS = {"sketch": "sketches", "photo": "photos"}
@@ -88,14 +88,8 @@ def _look_at_samples(benchmark, lists):
             paths.setdefault((split != "zero", label, kind), []).append(path)
     jobs = [(key, benchmark.root, path) for key in sorted(paths) for path in evenly(paths[key], each)]
     samples = {}
-    with ThreadPoolExecutor() as pool:  # decoding leaves Python to other threads
-        try:
-            done = tqdm(pool.map(_look, jobs), "looking", len(jobs), unit="image", leave=False, disable=None)
-            for (key, *_), sample in zip(jobs, done, strict=True):
-                samples.setdefault(key, []).append(sample)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for (key, *_), sample in zip(jobs, on_all_cores(_look, jobs, "looking", chunk=4), strict=True):
+        samples.setdefault(key, []).append(sample)
     numbers = {key: np.bincount(files.labels, minlength=total).tolist() for key, files in lists.items()}
     rows = []
     for seen, names in ((False, benchmark.unseen_names), (True, benchmark.seen_names)):
@@ -111,7 +105,7 @@ def _look(job):
     (_, _, kind), root, path = job
     try:
         image = read_rgb(root / path)
-        with Image.open(root / path) as file:
+        with without_warnings(), Image.open(root / path) as file:
             form = f"{file.format}, {file.mode}"
     except (InputError, OSError):
         return Sample(path, None, None, "", frozenset(["broken" if os.path.isfile(root / path) else "missing"]))
@@ -125,7 +119,8 @@ def _look(job):
         "inverted": kind == "sketch" and not blank and dark > 0.5,
         "like a photo": kind == "sketch" and not blank and dark <= 0.5 and light < 0.5,
         "like a sketch": kind == "photo" and not blank and colour < 2 and light > 0.6,
-        "tiny": min(size) < 32,
+        "tiny": min(size) < SMALL,
+        "huge": size[0] * size[1] > LARGE,
         "elongated": max(size) > 4 * min(size),
     }
     stored = io.BytesIO()
@@ -144,7 +139,8 @@ _ADVICE = {  # of a sample: (what it is, what to do)
         "Grey on white, like sketches",
         "A few may be drawings or things on white; many are sketches in a list of photos.",
     ),
-    "tiny": ("Under 32 pixels high or wide", "The networks see a blur; look for larger originals."),
+    "tiny": (f"Under {SMALL} pixels high or wide", "The networks see a blur; look for larger originals."),
+    "huge": (f"Over {LARGE // 10**6} million pixels", "They are slow to decode: reduce them."),
     "elongated": ("Over 4 times as long as wide", "They are squeezed into a square: crop or pad them."),
 }
 

@@ -1,17 +1,23 @@
 """Every planted fault is found, with file and line, and a sound benchmark has none."""
 
+import contextlib
+import errno
 import json
 import os
 import pickle
 import re
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from datasets.benchmark import find_layout, read_mask, write_list, write_mask
+from datasets.errors import InputError
+from datasets.images import read_rgb
 from datasets.prepare import __main__ as prepare
+from datasets.prepare import commands
 from datasets.prepare.check import check_benchmark
 from datasets.protocols import PROTOCOLS
 
@@ -62,6 +68,12 @@ def edit(name, change):
 
 def replaced(index, line):
     return lambda lines: [*lines[:index], line, *lines[index + 1 :]]
+
+
+def loop(path):
+    """Put a link to itself in the place of `path`."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.symlink_to(path)
 
 
 def plant_outside_link(root):
@@ -129,6 +141,14 @@ FAULTS = {
     "folder missing": (
         lambda root: shutil.rmtree(root / "photo/cow"),
         r"_zero\.txt:3: no image .*photo/cow/zero0\.png, nor any other in that folder; unpack",
+    ),
+    "looping link to an image": (
+        lambda root: loop(root / "photo/cow/zero1.png"),
+        r"_zero\.txt:4: no image .*photo/cow/zero1\.png, only a link that leads to no file; mend the link",
+    ),
+    "folder that cannot be read": (
+        lambda root: loop(root / "photo/cow"),
+        r"_zero\.txt:3: no image .*photo/cow/zero0\.png, its folder cannot be read \(Too many levels of symbolic links",
     ),
     "torn image": (
         lambda root: (root / "photo/cow/zero1.png").write_bytes((root / "photo/cow/zero1.png").read_bytes()[:60]),
@@ -208,6 +228,38 @@ def test_what_is_odd_is_noted_and_no_fault(benchmark, name):
     assert not faults and any(re.search(words, line) for line in notes), (faults, notes)
 
 
+def test_a_looping_link_is_no_fault_of_the_images_beside_it(benchmark):
+    loop(benchmark / "photo/cow/loop.png")
+    assert [*findings(benchmark)] == [[], []]
+
+
+def test_an_image_that_may_not_be_read_is_told_without_a_number(benchmark, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("PIL.Image.open", refuse)
+    with pytest.raises(InputError, match=r"zero1\.png: Permission denied; change its permissions"):
+        read_rgb(benchmark / "photo/cow/zero1.png")
+
+
+def test_a_folder_that_may_not_be_read_is_told_without_a_number(benchmark, fails, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.iterdir", refuse)
+    message = fails(prepare.main, "check", benchmark, "--custom")
+    assert message == f"error: {benchmark}: Permission denied; change its permissions, or choose another"
+
+
+def test_large_images_are_noted_in_our_own_words(benchmark, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1000)  # Pillow warns of more pixels than these
+    monkeypatch.setattr("datasets.prepare.listed_images.LARGE", 1599)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        faults, notes = findings(benchmark)
+    assert not faults and len(notes) == 20 and all("40 x 40 pixels, slow to decode" in note for note in notes)
+
+
 def test_links_within_the_root_are_not_odd(benchmark):
     shutil.move(benchmark / "photo/bell", benchmark / "elsewhere")
     (benchmark / "photo/bell").symlink_to(benchmark / "elsewhere")
@@ -275,6 +327,31 @@ def test_the_command_ends_with_0_only_where_all_is_well(benchmark, fails, capsys
     assert "not allowed with" in fails(prepare.main, "check", benchmark, "--custom", "--protocol", "sketchy")
 
 
+def test_findings_replace_only_findings_and_the_target_is_checked_first(benchmark, tmp_path, fails, monkeypatch):
+    mine, link, circle = tmp_path / "mine.txt", tmp_path / "link.json", tmp_path / "circle.json"
+    mine.write_text("mine")
+    circle.symlink_to(circle)
+    command = prepare.main, "check", benchmark, "--custom", "--json"
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "check_benchmark", lambda *_: pytest.fail("checked the benchmark first"))
+        for target in (tmp_path, os.devnull, circle):
+            assert f"--json {target}: is not a file" in fails(*command, target)
+        assert "mine.txt: holds something other than findings" in fails(*command, mine)
+        assert "cannot be written" in fails(*command, mine / "found.json")
+    link.symlink_to("found.json")
+    for _ in range(2):  # the second time over findings that are there
+        prepare.main([*map(str, command[1:]), str(link)])
+    assert link.is_symlink() and json.loads((tmp_path / "found.json").read_text())["faults"] == {}
+    assert mine.read_text() == "mine"
+
+
+def test_a_root_may_have_a_name_that_the_terminal_cannot_show(benchmark, tmp_path, capfd):
+    root = benchmark.rename(tmp_path / os.fsdecode(b"no utf-8: \xff"))
+    with open(os.dup(1), "w", encoding="utf-8") as strict, contextlib.redirect_stdout(strict):
+        prepare.main(["check", str(root), "--custom"])
+    assert "no utf-8: \\udcff/zeroshot1" in capfd.readouterr().out
+
+
 def test_few_faults_of_a_kind_are_printed_and_the_rest_counted(benchmark, capsys):
     with open(benchmark / "zeroshot1" / PHOTOS, "a") as file:
         file.write("".join(f"photo/cow/{number}.png 1\n" for number in range(5)))
@@ -302,7 +379,7 @@ def test_of_several_folders_of_lists_the_usual_one_is_found(benchmark, tmp_path)
 
 
 def test_a_killed_process_is_told_in_one_line(benchmark, fails, monkeypatch):
-    monkeypatch.setattr("datasets.prepare.check._size", _end)
+    monkeypatch.setattr("datasets.prepare.listed_images._size", _end)
     assert "was killed, perhaps for memory" in fails(prepare.main, "check", benchmark, "--custom", "--images")
 
 

@@ -1,6 +1,8 @@
 """Lists made from image folders, and lists taken over from other releases."""
 
+import errno
 import itertools
+import os
 import shutil
 
 import pytest
@@ -112,9 +114,11 @@ def test_what_is_no_image_is_left_out_and_told(quickdraw, capsys):
     (quickdraw / "images/bat/folder.png").mkdir()
     (quickdraw / "images/bat/upper.JPG").touch()
     (quickdraw / "images/zeppelin").mkdir()
+    (quickdraw / "images/bat/loop.png").symlink_to("loop.png")
+    (quickdraw / "images/loop").symlink_to("loop")
     make(quickdraw, "--protocol", "quickdraw")
     told = capsys.readouterr().err
-    assert "images/bat: 2 files are no images, first 'Thumbs.db': left out" in told
+    assert "images/bat: 3 files are no images, first 'Thumbs.db': left out" in told
     assert "images: 1 folders are no class of this protocol, first 'zeppelin': left out" in told
     bats = [path for path in rows(quickdraw / "zeroshot/all_photo_filelist_zero.txt") if "/bat/" in path]
     assert bats == ["images/bat/n00 é.png", "images/bat/upper.JPG"]
@@ -188,6 +192,39 @@ def test_lists_are_replaced_only_by_force(quickdraw, fails):
     assert others == {path: path.read_bytes() for path in photos.parent.iterdir()}
     make(*command[2:], "--force")
     assert photos.read_bytes() == before
+
+
+def test_a_full_disk_changes_no_list(quickdraw, fails, monkeypatch):
+    make(quickdraw, "--protocol", "quickdraw")
+    folder = quickdraw / "zeroshot"
+    for path in folder.glob("*filelist*"):
+        path.write_text("mine/1.png 0\n")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    plain, calls = os.fsync, []
+
+    def full_at_the_third_file(file):
+        calls.append(file)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(file)
+
+    monkeypatch.setattr(os, "fsync", full_at_the_third_file)
+    message = fails(prepare.main, "lists", quickdraw, "--protocol", "quickdraw", "--force")
+    assert "cannot be written (No space left on device)" in message
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_in_the_place_of_a_list_is_told_before_any_list_changes(quickdraw, fails):
+    (quickdraw / "zeroshot/cname_cid_zero.txt").mkdir(parents=True)
+    message = fails(prepare.main, "lists", quickdraw, "--protocol", "quickdraw", "--force")
+    assert "cname_cid_zero.txt: is a folder where a list belongs" in message
+    assert len(list((quickdraw / "zeroshot").iterdir())) == 1
+
+
+@pytest.mark.parametrize("option", ["--seed", "--held_back"])
+def test_options_that_convert_would_ignore_are_refused(quickdraw, fails, option):
+    command = "lists", quickdraw, "--protocol", "quickdraw", "--convert", "zeroshot", option, 0
+    assert "leave out --held_back and --seed" in fails(prepare.main, *command)
 
 
 def test_an_old_validation_list_is_not_left_beside_lists_that_hold_nothing_back(tmp_path, fails):

@@ -2,6 +2,7 @@ import errno
 import io
 import os
 import sys
+import warnings
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -222,6 +223,13 @@ def test_odd_images_are_named(drawn, name, image, line):
     assert found.startswith(f"{line} looked at ({name}/2.png). ")
 
 
+def test_huge_images_are_named(drawn, monkeypatch):
+    monkeypatch.setattr("datasets.prepare.survey.LARGE", 64 * 64)
+    photo(0).resize((80, 80)).save(drawn / "photo of zero/2.png")
+    (found,) = odd_of(drawn)
+    assert found.startswith("Over 50 million pixels: 1 of the 8 photos looked at (photo of zero/2.png). ")
+
+
 def test_a_photo_without_colour_or_one_on_white_is_not_odd(drawn):
     photo(0).convert("L").save(drawn / "photo of zero/2.png")
     on_white = Image.new("RGB", (64, 64), "white")
@@ -300,6 +308,15 @@ def test_the_picture_says_which_classes_it_leaves_out(drawn, tmp_path, monkeypat
     page_of(drawn, tmp_path / "out")
     assert "Unseen classes, 30 of 33: summary.html shows all" in said and "Seen classes" in said
     assert sum(text.startswith("class ") for text in said) == 30
+
+
+def test_no_warning_of_matplotlib_or_pillow_is_printed(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 3000)
+    write_list(drawn / "zeroshot1/cname_cid_zero.txt", [("鐘", 0), ("牛", 1)])  # DejaVu Sans has no such letters
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = page_of(drawn, tmp_path / "out")
+    assert page.headings[:2] == ["鐘 ", "牛 "] and page.items == [] and (tmp_path / "out/summary.png").exists()
 
 
 def test_images_of_any_mode_are_shown(drawn, tmp_path, no_matplotlib):

@@ -1,0 +1,96 @@
+"""Worker processes never outlive the process that started them, and signals end in one word."""
+
+import builtins
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from datasets.prepare import __main__ as prepare
+from datasets.prepare import commands
+from datasets.prepare.pool import on_all_cores
+
+SCRIPT = """
+import signal
+from datasets import errors
+from datasets.prepare.pool import on_all_cores
+
+def wait(_):
+    print("at work\\n", end="", flush=True)
+    while True:
+        signal.pause()
+
+@errors.ends_in_one_line()
+def main():
+    with errors.sigterm_raises():
+        list(on_all_cores(wait, range(4), "waiting", workers=2, chunk=1))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "send", "status", "told"),
+    [
+        (signal.SIGTERM, os.kill, 143, "terminated\n"),
+        (signal.SIGKILL, os.kill, -9, None),  # Python itself may speak then
+        (signal.SIGINT, os.killpg, 130, "interrupted\n"),  # a terminal sends Ctrl-C to all processes
+    ],
+)
+def test_workers_in_the_middle_of_an_image_end_with_their_parent(tmp_path, number, send, status, told):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py"],
+        env={**os.environ, "PYTHONPATH": str(Path(prepare.__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert [parent.stdout.readline() for _ in range(2)] == ["at work\n"] * 2
+        send(parent.pid, number)
+        _, error = parent.communicate(timeout=60)  # comes to an end once no worker holds the output
+        assert parent.returncode == status and told in (None, error)
+    finally:
+        parent.kill()
+        with contextlib.suppress(ProcessLookupError):  # none is left, as it should be
+            os.killpg(parent.pid, signal.SIGKILL)
+
+
+def test_results_come_in_order_and_can_be_left_early():
+    assert list(on_all_cores(abs, range(-9, 0), "counting", workers=2, chunk=2)) == list(range(9, 0, -1))
+    results = on_all_cores(abs, range(-9, 0), "counting", workers=2, chunk=2)
+    assert next(results) == 9
+    results.close()
+
+
+def test_sigterm_ends_a_command_in_one_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "write_miniature", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        prepare.main(["miniature", str(tmp_path)])
+    assert end.value.code == 143 and capsys.readouterr().err == "terminated\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ctrl_c_waits_until_all_is_imported(tmp_path, monkeypatch, capsys):
+    plain = builtins.__import__
+
+    def interrupted(name, *arguments, **options):
+        if name == "datasets.prepare.commands":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt as error:
+                raise ImportError("what NumPy makes of Ctrl-C") from error
+        return plain(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    with pytest.raises(SystemExit) as end:
+        prepare.main(["miniature", str(tmp_path)])
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
