@@ -64,6 +64,11 @@ class UnseenImages:
         """(FileList, what it holds), the gallery first."""
         return (self.photos, "photos"), (self.sketches, "sketches")
 
+    def check(self):
+        """Raise InputError for the first image that is not there."""
+        for files, _ in self.named():
+            check_images(files)
+
 
 @dataclass(frozen=True)
 class Benchmark:

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
+from datasets.benchmark import MASK
 from datasets.errors import InputError
 from datasets.files import digest, write_json, write_whole
 from models import parallel
 from models.networks import Student
 from models.run import MEASURES
 from models.saved import check_saved, plain_options
-from models.torchfiles import UnreadableFile, gist, read_torch
+from models.torchfiles import UnreadableFile, gist, is_whole, read_torch
 from models.weights import backbone_of, load_published, published_state
 
 LAST, BEST, BEST_AFTER_WARMUP = "checkpoint.pth.tar", "model_best.pth.tar", "best_after_warmup.pth.tar"
@@ -190,6 +191,9 @@ def _read_last(savedir):
         except UnreadableFile as error:
             torn = torn or error.what
             continue
+        if "teacher" in content and not is_whole(path):  # one of ours
+            torn = torn or f"{path}: damaged, its sums do not agree"
+            continue
         if torn:
             parallel.note(f"note: {torn}; going on from {PREVIOUS}, the one before")
         return path, content
@@ -210,15 +214,16 @@ def _check_same_options(before, now, path):
             raise InputError(f"--resume: {path} was trained with --{name} {before[name]}, not {value}; use the same")
 
 
-def data_record(files, benchmark):
-    """SHA-256 by name of the lists (FileLists) and the mask that a run learns from."""
-    mask = benchmark.lists / "cid_mask.pickle"
-    paths = [*(each.source for each in files), *([mask] if mask.is_file() else [])]
+def data_record(files, benchmark, has_mask):
+    """SHA-256 by name of the lists (FileLists) and, if it has one, the mask that a run learns from."""
+    paths = [*(each.source for each in files), *([benchmark.lists / MASK] if has_mask else [])]
     return {path.name: digest(path) for path in paths}
 
 
 def _check_same_data(before, now):
     for name, value in before.items():
+        if name == MASK and name not in now:
+            continue  # earlier versions recorded a mask that was not used, too
         if now.get(name) != value:
             raise InputError(f"--resume: {name} is not the one that the run began with; restore it, or start anew")
 

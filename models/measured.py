@@ -48,14 +48,16 @@ class Measured:
 
     def _refuse(self, step):
         finite = dict(zip(MEASURES, step.values.isfinite().tolist(), strict=True))
-        terms = ", ".join(name for name in TERMS if not finite[name])
+        terms = ", ".join(name for name in TERMS if not finite[name]) or "total"
         bad = (~step.sound).nonzero()[:, 0].tolist()
-        if not bad and parallel.processes() > 1:
-            raise SystemExit(2)  # the process that has the images tells of them
+        # All processes are here. The first that has such images tells of them; without any, the first of all.
+        having = [rank for rank, count in parallel.merged({parallel.rank(): len(bad)}).items() if count]
+        if parallel.rank() != min(having, default=0):
+            raise SystemExit(2)
         images = "not of single images" if len(bad) in (0, len(step.sound)) else self._names(step.number, bad)
         raise InputError(
             f"epoch {self.epoch + 1}, step {step.number + 1}: {terms} not finite, {images}; the last checkpoint is as "
-            "it was: --resume without these images, or start anew with a lower --lr"
+            "it was: mend the images and --resume, or start anew without them or with a lower --lr"
         )
 
     def _names(self, number, bad):

@@ -127,15 +127,9 @@ def resolve(options, protocol, folder):
     if getattr(options, folder) is None:
         setattr(options, folder, Path(_checkpoint_folder(protocol, options.zero_version)))
     options.device = parallel.own_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        torch.zeros(1, device=options.device).item()
-    except (RuntimeError, AssertionError) as error:
-        of = f"process {parallel.rank()}, " if parallel.processes() > 1 else ""
-        if lacks_memory(error):
-            raise OwnError(f"{of}--device {options.device}: its memory is full; free it, or use another") from None
-        raise OwnError(
-            f"{of}--device {options.device}: there is no such device here; use cpu, or cuda with a GPU"
-        ) from None
+    check_device("--device", options.device)
+    if getattr(options, "mixture_device", None) is not None:
+        check_device("--mixture_device", options.mixture_device)
     for name in protocol.metrics:
         try:
             metric(name)
@@ -145,6 +139,17 @@ def resolve(options, protocol, folder):
     if options.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError("--precision bf16: this GPU does not compute in bfloat16; use tf32")
     return options
+
+
+def check_device(option, device):
+    """Raise OwnError unless this process can compute on `device`, the value of `option`."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        of = f"process {parallel.rank()}, " if parallel.processes() > 1 else ""
+        if lacks_memory(error):
+            raise OwnError(f"{of}{option} {device}: its memory is full; free it, or use another") from None
+        raise OwnError(f"{of}{option} {device}: there is no such device here; use cpu, or cuda with a GPU") from None
 
 
 def run_record(options):

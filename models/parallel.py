@@ -54,9 +54,14 @@ def note(message):
         print(message, file=sys.stderr, flush=True)
 
 
-def first_holds(folder, work):
-    """A context in which the first process holds `folder` against other runs, see datasets.files.sole_writer."""
-    return sole_writer(folder, work) if rank() == 0 else nullcontext()
+@contextmanager
+def together(folder, work):
+    """Within this block the first process holds `folder` (datasets.files.sole_writer); at its end all disconnect."""
+    with sole_writer(folder, work) if rank() == 0 else nullcontext():
+        try:
+            yield
+        finally:
+            disconnect()
 
 
 def own_device(device):

@@ -48,7 +48,7 @@ class Run:
 
     def __post_init__(self):
         self.called = self.student, self.teacher  # to call in a step; wrapped where several processes train
-        self.fits = False  # whether a step is known to fit into the device's memory
+        self.parts = None  # in how many a batch is taken, once it is known how many fit into memory
 
     def synchronise(self):
         """Share gradients with the other processes from now on."""

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold so that a run can go on from it, checked here, whole, before any of it is used."""
+"""What a checkpoint must hold beside weights so that a run can go on from it, checked as a whole before it is used."""
 
 import math
 
@@ -29,8 +29,10 @@ def check_saved(content, optimizers):
     }
     _want(_is_count(found["step"]), "step is not a whole number, 0 or more")
     _want(found["step"] == 0 or found["sums"] is not None, f"no sums of its {found['step']} steps")
-    pairs = zip(("optimizer", "optimizer_1"), optimizers, strict=True)
-    return found | {"adam": [_adam(content.get(name), name, optimizer) for name, optimizer in pairs]}
+    begun = bool(found["history"]) or found["step"] > 0
+    taught = any(entry["phase"] == "bidirectional" for entry in found["history"])
+    triples = zip(("optimizer", "optimizer_1"), optimizers, (begun, taught), strict=True)
+    return found | {"adam": [_adam(content.get(name), name, *rest) for name, *rest in triples]}
 
 
 def plain_options(options):
@@ -95,10 +97,10 @@ def _sums(sums):
     return [float(sums[name]) for name in MEASURES]
 
 
-def _adam(saved, name, optimizer):
+def _adam(saved, name, optimizer, begun):
     """A state for `optimizer` with the saved moments, in new memory, and the optimizer's own settings.
 
-    Adam's kernel would read beyond a moment of another shape.
+    Adam's kernel would read beyond a moment of another shape. begun: whether the optimizer has made steps.
     """
     _want(isinstance(saved, dict) and isinstance(saved.get("state"), dict), f"{name} has no state")
     _want(isinstance(saved.get("param_groups"), list), f"{name} has no groups")
@@ -108,7 +110,7 @@ def _adam(saved, name, optimizer):
     _want(all(isinstance(group, dict) for group in theirs), f"{name} has a group that is none")
     numbers = [[group.get("params") for group in groups] for groups in (theirs, ours)]
     _want(numbers[0] == numbers[1], f"{name} is of other parameters")
-    if not saved["state"]:
+    if not saved["state"] and not begun:
         return {"state": {}, "param_groups": own["param_groups"]}  # the teacher's in warm-up
     _want(list(saved["state"]) == list(range(len(parameters))), f"{name} has not the moments of every parameter")
     state = {}

@@ -48,30 +48,38 @@ def _gradients(run, batch, bidirectional, parts, precision, shared=True):
 def parts_that_fit(run, batch, parts, precision):
     """In how many parts a step with a Batch fits into the memory of every process's GPU: `parts`, or twice as many, ...
 
-    Found out once a run, by trying forward and backward passes without an update. Raises what torch raises where single
-    images do not fit.
+    Found out by trying forward and backward passes without an update, beside what Adam will keep. Raises what torch
+    raises where single images do not fit.
     """
-    run.fits = run.device.type == "cpu"
-    while not run.fits:
-        failure = None
-        try:
-            with matmul_rules(precision):
-                _gradients(run, batch, True, parts, precision, shared=False)
-        except RuntimeError as error:
-            if not lacks_memory(error):
-                raise
-            failure = error.with_traceback(None)  # which would keep the activations
-        for optimizer in run.optimizers:
-            optimizer.zero_grad()
-        run.fits = not parallel.anyone(failure is not None)
-        if run.fits:
+    asked = parts
+    while run.device.type != "cpu":
+        failure = _lack_of_memory(run, batch, parts, precision)
+        if not parallel.anyone(failure is not None):
             break
-        if parts >= len(batch.images):
+        if not parallel.anyone(parts < len(batch.images)):
             raise failure or torch.OutOfMemoryError("out of memory in another process")
         torch.cuda.empty_cache()
         parts *= 2
-        note(f"note: a batch does not fit into the GPU's memory, so it is taken in parts: --accum_steps {parts}")
+    if parts != asked:
+        note(f"note: a batch does not fit into the GPU's memory and is taken in parts, as with --accum_steps {parts}")
     return parts
+
+
+def _lack_of_memory(run, batch, parts, precision):
+    """The error of a step without an update that does not fit into memory, or None."""
+    failure = None
+    try:
+        moments = [torch.empty_like(value) for value in run.learnt() for _ in range(2)]
+        with matmul_rules(precision):
+            _gradients(run, batch, True, parts, precision, shared=False)
+        del moments
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        failure = error.with_traceback(None)  # which would keep the activations
+    for optimizer in run.optimizers:
+        optimizer.zero_grad()
+    return failure
 
 
 def _add_gradients(student, teacher, batch, counts, bidirectional, precision):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.benchmark import Benchmark, UnseenImages, check_images, open_benchmark
+from datasets.benchmark import Benchmark, UnseenImages, open_benchmark
 from datasets.errors import InputError, ends_in_one_line
 from datasets.files import check_writable
 from datasets.protocols import PROTOCOLS, protocol_of
@@ -38,7 +38,7 @@ def main(protocol_name, argv=None):
     subject = find_subject(protocol, options.resume_dir, options.data_root, options.zero_version)
     if subject.benchmark:
         subject.benchmark.check_seen_classes(options.nb_classes)
-    with parallel.first_holds(subject.folder, "testing"):
+    with parallel.together(subject.folder, "testing"):
         loading = Loading(options.input_size, options.batch_size, options.workers, options.device)
         network = options.model, options.imagenet_classes
         features = features_of(subject, *network, loading, options.precision, options.recompute)
@@ -46,8 +46,10 @@ def main(protocol_name, argv=None):
         with parallel.in_all():  # all processes have the same features
             features = name_classes(features, subject.benchmark)
             check_features(features, rows)
-        fitted_on = options.mixture_device or mixture_device(options.device) if rows else "cpu"
-        grid = Grid(rows, options.mixture_seeds, options.mixture, fitted_on, options.nearest)
+        if rows and options.mixture == "torch" and options.mixture_device is None:
+            fastest = mixture_device(options.device)
+            options.mixture_device = "cpu" if parallel.anyone(fastest == "cpu") else fastest
+        grid = Grid(rows, options.mixture_seeds, options.mixture, options.mixture_device or "cpu", options.nearest)
         metrics = tuple(dict.fromkeys((*STANDARD, *protocol.metrics)))
         measured, shown = measure(features, grid, metrics, options.device, getattr(torch, options.distances))
         parallel.disconnect()
@@ -110,15 +112,15 @@ def features_of(subject, model, imagenet_classes, loading, precision="fp32", rec
         stored = os.path.isfile(folder / FEATURES)
         way_out = f", or move {checkpoint.name} away to test {FEATURES} as it is" if stored else ""
         raise InputError(f"{subject.no_images}{way_out}")
-    parallel.connect(loading.device)
     if features is not None:
+        parallel.connect(loading.device)
         return features
     student, trained_with = load_student(checkpoint, model, len(subject.benchmark.seen_names), imagenet_classes)
     size = trained_with.get("input_size", loading.size)
     if size != loading.size:
         note(f"note: {checkpoint} was trained with --input_size {size}, not {loading.size}")
-    for files, _ in images.named():
-        check_images(files)
+    images.check()
+    parallel.connect(loading.device)
     try:
         return compute_features(folder, student.to(loading.device), images, loading, precision, source)
     except FloatingPointError:
@@ -151,12 +153,7 @@ def name_classes(features, benchmark=None):
 
 def check_features(features, rows):
     """Raise InputError for what matching cannot do with named Features: their classes, or (M, K) of `rows`."""
-    missing = np.setdiff1d(features.query_labels, features.gallery_labels)
-    if len(missing):
-        raise InputError(
-            f"{len(missing)} query classes have no photo in the gallery, first {features.names[missing[0]]!r}: "
-            "its sketches have no AP; add photos to the zero list or take its sketches out"
-        )
+    _check_classes(features.query_labels, features.gallery_labels, features.names)
     if (features.gallery == features.gallery[0]).all():
         note("note: all photos have the same features, so every ranking is the gallery's order")
     if len(features.query) < parallel.processes():
@@ -172,6 +169,15 @@ def check_features(features, rows):
             raise InputError(
                 f"--subspaces {subspaces}: features of {width} values cannot be cut into {subspaces} equal parts"
             )
+
+
+def _check_classes(query_labels, gallery_labels, names):
+    missing = np.setdiff1d(query_labels, gallery_labels)
+    if len(missing):
+        raise InputError(
+            f"{len(missing)} query classes have no photo in the gallery, first {names[missing[0]]!r}: "
+            "its sketches have no AP; add photos to the zero list or take its sketches out"
+        )
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,10 @@ def measure(features, grid, metrics=STANDARD, device="cpu", dtype=torch.float32)
 
 def zero_shot(student, images, loading, precision="fp32", metrics=STANDARD):
     """One-to-one results of a student on UnseenImages: {metric: value}, {} but in process 0."""
-    features = extract_all(student, images, loading, precision)
+    try:
+        features = extract_all(student, images, loading, precision)
+    except FloatingPointError as error:
+        raise InputError(f"{error}; start anew with a lower --lr") from None
     if features is None:
         return {}
     measured = evaluate(features, {None: None}, metrics, device=loading.device)[None]
@@ -243,8 +252,8 @@ def watch_unseen(benchmark, loading, precision, every):
     if not every:
         return lambda student, epoch: {}
     images = benchmark.read_unseen()
-    for files, _ in images.named():
-        check_images(files)
+    _check_classes(images.sketches.labels, images.photos.labels, benchmark.unseen_names)
+    images.check()
 
     def measure_epoch(student, epoch):
         if (epoch + 1) % every:

@@ -75,11 +75,21 @@ def read_torch(path):
     except PermissionError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks for {asked[1]}" if asked else "it is torn or no torch file"
-        raise InputError(f"{path}: refused, {reason}; only tensors and plain data are read, nothing was run") from error
+        harmless = "only tensors and plain data are read, nothing was run"
+        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise InputError(f"{path}: refused, it asks for {asked[1]}; {harmless}") from error
+        raise UnreadableFile(f"{path}: refused, it is torn or no torch file", harmless) from error
     except Exception as error:  # a torn file can fail in any way
         raise UnreadableFile(f"{path}: not a readable torch file ({gist(error)})", "fetch it again") from error
+
+
+def is_whole(path):
+    """Whether the sums in a torch file of ours agree with its parts: a torn disk can leave zeros, which load, too."""
+    try:
+        with zipfile.ZipFile(path) as parts:
+            return parts.testzip() is None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):
+        return False
 
 
 def _refuse_compressed(path):

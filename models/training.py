@@ -1,7 +1,7 @@
 """Two-phase training of SBKA (arXiv:2312.10320): the student learns from the teacher, then both from each other.
 
-`train` is the whole of it; models.step.train_step is one update. What is random depends on (seed, epoch, step) alone,
-so a run that was interrupted ends with the weights of one that was not.
+`train` is the whole of it; models.step.train_step is one update. What is random depends on the seed and the place in
+the run alone, so a run that was interrupted ends with the weights of one that was not.
 """
 
 from contextlib import closing
@@ -57,11 +57,11 @@ def main(protocol_name, argv=None):
     )  # fmt: skip
     watch = watch_unseen(benchmark, loading, options.precision, options.eval_every)
     check_writable(options.savedir)
-    with parallel.first_holds(options.savedir, "training"):
+    with parallel.together(options.savedir, "training"):
         check_savedir(options.savedir, options.resume, options.overwrite)
         record = {
             "protocol": benchmark.protocol.title,
-            "data": data_record(data.files, benchmark),
+            "data": data_record(data.files, benchmark, not options.no_mask),
             **run_record(options),
         }
         torch.manual_seed(options.seed)
@@ -79,10 +79,7 @@ def main(protocol_name, argv=None):
         )  # fmt: skip
         keeper = Keeper(options.savedir, record, options.save_every, options.overwrite)
         parallel.connect(options.device)
-        try:
-            return train(run, data, recipe, keeper, watch, options.print_freq)
-        finally:
-            parallel.disconnect()
+        return train(run, data, recipe, keeper, watch, options.print_freq)
 
 
 def train(run, data, recipe, keeper, watch=None, print_freq=10):
@@ -128,18 +125,18 @@ def train_epoch(run, data, recipe, log=None, print_freq=10):
     batches.epoch, batches.start = epoch, run.step
     set_learning_rates(run.optimizers, recipe.rates(epoch))
     sizes = [batches.size(step) for step in range(batches.stop)]
-    measured, parts = Measured(data.loader, epoch), recipe.parts
+    measured = Measured(data.loader, epoch)
     with EpochBar(f"epoch {epoch + 1}/{recipe.epochs}", sizes, run.step, log, print_freq) as bar:
         try:
             for step, loaded in enumerate(data.loader, run.step):
                 interrupts.leave_workers_alone()
                 noise = draw_noise(run.student, sizes[step], (recipe.seed, epoch, step))
                 batch = _on_device(loaded, noise, data.mask, run.device)
-                if not run.fits:
-                    parts = parts_that_fit(run, batch, parts, recipe.precision)
+                if run.parts is None:
+                    run.parts = parts_that_fit(run, batch, recipe.parts, recipe.precision)
                     draw_noise(run.student, sizes[step], (recipe.seed, epoch, step))  # seeds again what the trial drew
                 bidirectional = recipe.is_bidirectional(epoch)
-                measures, sound = train_step(run, batch, bidirectional, parts, recipe.precision)
+                measures, sound = train_step(run, batch, bidirectional, run.parts, recipe.precision)
                 values = parallel.total(torch.stack([measures[name] for name in MEASURES]))
                 run.sums = values if run.sums is None else run.sums + values
                 run.step = step + 1

@@ -46,7 +46,7 @@ OF_TRAINING = [
 ]  # fmt: skip
 OF_TESTING = [
     ("-s", ["", "{data}"]), ("--mode", ["0", "3", "both"]), ("--clusters", ["0", "-2", "two", "61", ""]),
-    ("--subspaces", ["0", "7", "-1", "many"]), ("--mixture", ["kmeans", ""]), ("--mixture_device", [""]),
+    ("--subspaces", ["0", "7", "-1", "many"]), ("--mixture", ["kmeans", ""]), ("--mixture_device", ["", "gpu", "cuda:99"]),
     ("--mixture_seeds", ["-1", "4294967296", "x"]), ("--distances", ["float16"]), ("--nearest", ["0", "51"]),
 ]  # fmt: skip
 IDLE = ["--layer_decay_type", "--clip_grad", "--head_init_scale", "--eval", "--evaluate", "-e", "--freeze_features", "-f",

@@ -104,6 +104,8 @@ DAMAGES = {
     "a group a number": change(["optimizer", "param_groups"], [3]),
     "no groups": change(["optimizer", "param_groups"], []),
     "state a list": change(["optimizer", "state"], []),
+    "a state that is empty after steps": change(["optimizer", "state"], {}),
+    "a teacher's state that is empty after steps": change(["optimizer_1", "state"], {}),
     "a parameter without moments": remove("optimizer", "state", 0),
     "a state that is none": change(["optimizer", "state", 0], 5),
     "a moment missing": remove(*MOMENT),

@@ -283,3 +283,27 @@ def test_training_does_not_depend_on_what_is_measured_on_the_way(tiny, tmp_path)
     run(tiny, tmp_path / "measured", "--eval_every", 1, "--print_freq", 7)
     one, two = (read_checkpoint(tmp_path / name / LAST)["state_dict"] for name in ("plain", "measured"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_a_checkpoint_with_zeros_in_a_weight_gives_way_to_the_one_before(tiny, tmp_path, at_step, capsys):
+    """A torn disk can leave zeros in the middle of a file, which torch reads without a word."""
+    run(tiny, tmp_path / "whole")
+    at_step(5, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        run(tiny, tmp_path / "torn")
+    last = tmp_path / "torn" / LAST
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
+    last.write_bytes(content)
+    torch.load(last, weights_only=True)
+    run(tiny, tmp_path / "torn", "--resume")
+    assert f"going on from {PREVIOUS}, the one before" in capsys.readouterr().err
+    assert_same(tmp_path / "whole", tmp_path / "torn")
+
+
+def test_a_query_class_without_photos_is_named_before_training(tiny, tmp_path, fails):
+    photos = tiny / "zeroshot1/all_photo_filelist_zero.txt"
+    photos.write_text(photos.read_text().replace(" 1\n", " 0\n"))
+    arguments = [*TRAIN, "--data_root", tiny, "--savedir", tmp_path / "out", "--eval_every", 1]
+    assert "1 query classes have no photo in the gallery, first 'cow'" in fails(train_sketchy_ext.main, *arguments)
+    assert not (tmp_path / "out").exists()

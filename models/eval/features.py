@@ -200,7 +200,8 @@ def why_stale(path, source, checkpoint):
 def features_record(folder):
     """Which features in `folder` a result was measured on, for results.json: {"features": ...}."""
     path = folder / FEATURES
-    return {"features": {"file": str(path), "sha256": digest(path), "source": record(path).get("source")}}
+    source = record(path).get("source") if is_ours(path) else None
+    return {"features": {"file": str(path), "sha256": digest(path), "source": source}}
 
 
 def _sidecar(path):

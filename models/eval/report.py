@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from datasets.benchmark import check_images
 from datasets.errors import InputError
 from datasets.files import write_json, write_whole
 from datasets.images import read_rgb
@@ -81,8 +80,7 @@ def _drawable(features, images):
     if images is None:
         return False
     try:
-        for files, _ in images.named():
-            check_images(files)
+        images.check()
     except InputError:
         return False
     pairs = ((images.photos, features.gallery_labels), (images.sketches, features.query_labels))
