@@ -121,7 +121,7 @@ def draw_sketch(name, rng):
 
 
 def draw_photo(name, rng):
-    """A picture of category `name`, a coloured and shaded object before clutter: PIL RGB image."""
+    """A picture of category `name`, a coloured and shaded object in front of clutter: PIL RGB image."""
     image = _texture(rng, contrast=rng.uniform(0.03, 0.25))
     image = _paint(image, _clutter(rng), rng, opacity=rng.uniform(0.1, 0.4))
     image = _paint(image, _place(CATEGORIES[name](rng), rng, unsteadiness=0.012), rng, opacity=1.0)
