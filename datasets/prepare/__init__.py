@@ -1,1 +1,1 @@
-"""From raw downloads to a checked benchmark: lists, semantic masks, checks, a page to look at, the miniature."""
+"""From raw downloads to a checked benchmark: lists, semantic masks, checks, summary pages, a miniature benchmark."""

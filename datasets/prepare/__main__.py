@@ -2,8 +2,8 @@
 
 python -m datasets.prepare lists <root> --protocol sketchy      write the lists from the image folders
 python -m datasets.prepare mask <root> --protocol sketchy       compute the semantic mask from WordNet
-python -m datasets.prepare check <root> --protocol sketchy      is it ready? every fault with file and line
-python -m datasets.prepare summary <root>                       a page to look at: classes, counts, sample images
+python -m datasets.prepare check <root> --protocol sketchy      report every fault with file and line
+python -m datasets.prepare summary <root>                       write a page: classes, counts, sample images, oddities
 python -m datasets.prepare miniature <root>                     draw the built-in miniature benchmark
 """
 
@@ -14,7 +14,7 @@ from datasets import errors
 def main(argv=None):
     """Command line."""
     with errors.sigterm_raises():
-        with errors.signals_wait():  # an interrupted import can fail in any way
+        with errors.signals_wait():  # because an interrupted import can fail in any way
             from datasets.prepare.commands import create_parser
         options = create_parser().parse_args(argv)
         options.run(options)

@@ -1,4 +1,4 @@
-"""Is a benchmark folder ready? Lists, class names, images and masks, every fault at once with file and line."""
+"""Check whether a benchmark folder is ready: lists, class names, images and masks, each fault with file and line."""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -10,15 +10,15 @@ from datasets.errors import InputError
 from datasets.prepare.listed_images import decode_all, find_missing
 from datasets.protocols import PROTOCOLS
 
-SHOWN = 3  # messages of one kind that are printed; all are in the JSON
+SHOWN = 3  # so many messages of one kind are printed; the JSON has all of them
 
 
 @dataclass
 class Findings:
-    """What a check found, by kind: {kind: [messages]}."""
+    """The faults and notes of a check, each as {kind: [messages]}."""
 
-    faults: dict = field(default_factory=dict)  # the scripts will not run, or will measure something else
-    notes: dict = field(default_factory=dict)  # good to know
+    faults: dict = field(default_factory=dict)  # with a fault the scripts will not run, or their results will be wrong
+    notes: dict = field(default_factory=dict)  # a note is worth knowing but stops nothing
 
     def fault(self, kind, message):
         """Add a fault; messages of one kind are shown together."""
@@ -39,19 +39,20 @@ class Findings:
 
 @dataclass
 class Checked:
-    """A checked benchmark: what is in its lists, and what is wrong with it."""
+    """The result of a check."""
 
-    benchmark: Benchmark | None  # None where there is none to speak of
+    benchmark: Benchmark | None  # None if the folder could not be opened as a benchmark
     findings: Findings
-    lists: dict = field(default_factory=dict)  # {(kind, split): FileList}, of what can be used
-    rows: list = field(default_factory=list)  # a dict a list: list, images, published, classes, missing, unreadable
-    opened: tuple | None = None  # images, seconds
+    lists: dict = field(default_factory=dict)  # {(kind, split): FileList}, only lists with images
+    rows: list = field(default_factory=list)  # a dict for each list, see _row
+    opened: tuple | None = None  # (decoded images, seconds); None if no image was decoded
 
 
 def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
-    """Check a benchmark folder; protocol_name None: a benchmark of its own in any of the known layouts.
+    """Check a benchmark folder; returns a Checked.
 
-    decode: decode every image, on all cores; else they are only looked for. Returns a Checked.
+    protocol_name: None for a user's own benchmark, which may have any known layout.
+    decode: also decode every image, on all cores. Otherwise the check only looks whether the files exist.
     """
     findings = Findings()
     custom = protocol_name is None
@@ -76,17 +77,7 @@ def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
     missing = find_missing(lists, benchmark.root, findings)
     unreadable, opened = decode_all(lists, missing, findings) if decode else ({}, None)
     _check_mask(benchmark, custom, findings)
-    rows = [
-        {
-            "list": files.source.name,
-            "images": len(files),
-            "published": benchmark.protocol.published.get(key),
-            "classes": len(np.unique(files.labels)),
-            "missing": len(missing[key]),
-            "unreadable": unreadable.get(key),
-        }
-        for key, files in lists.items()
-    ]
+    rows = [_row(key, files, benchmark, missing, unreadable) for key, files in lists.items()]
     for row in rows:
         if row["published"] not in (None, row["images"]):
             counts = f"{row['images']:,} images, published are {row['published']:,}"
@@ -94,12 +85,24 @@ def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
     return Checked(benchmark, findings, lists, rows, opened)
 
 
+def _row(key, files, benchmark, missing, unreadable):
+    """What the table says of a list. None stands for a number that is not known."""
+    return {
+        "list": files.source.name,
+        "images": len(files),
+        "published": benchmark.protocol.published.get(key),
+        "classes": len(np.unique(files.labels)),
+        "missing": len(missing[key]),
+        "unreadable": unreadable.get(key),
+    }
+
+
 def _check_class_names(benchmark, custom, findings):
     protocol, names = benchmark.protocol, (benchmark.seen_names, benchmark.unseen_names)
     spellings = [{spelling(name): name for name in part} for part in names]
     for same in sorted(spellings[0].keys() & spellings[1].keys()):
         seen, unseen = (part[same] for part in spellings)
-        if seen != unseen:  # else it has been told
+        if seen != unseen:  # open_benchmark reports equal names
             findings.fault("class names", f"{benchmark.lists}: {seen!r} is seen and {unseen!r} unseen: one class")
     if custom:
         return
@@ -109,25 +112,28 @@ def _check_class_names(benchmark, custom, findings):
             findings.fault(
                 "class names",
                 f"{benchmark.lists / name}: not the {len(own)} classes of {protocol.title} "
-                f"({min(differing)!r} is in one of them only); see --protocol, --zero_version and --custom",
+                f"({min(differing)!r} is only in one of the two); see --protocol, --zero_version and --custom",
             )
         elif given != list(own):
             findings.note(
                 "class names",
                 f"{benchmark.lists / name}: another order or spelling of the classes than published; "
-                "checkpoints and masks of others do not fit",
+                "published checkpoints and masks do not fit it",
             )
 
 
 def _read_lists(benchmark, custom, findings):
-    """{(kind, split): FileList} of those that can be read."""
+    """{(kind, split): FileList} of the lists that can be read."""
     lists = {}
     for key in LISTS:
         path, optional = benchmark.path(*key), key == ("sketch", "test")
         if optional and not os.path.isfile(path):
             if benchmark.protocol.has_validation:
                 report = findings.note if custom else findings.fault
-                report("lists", f"{path}: no validation list; train with --no_validation, or see prepare lists")
+                report(
+                    "lists",
+                    f"{path}: no validation list; train with --no_validation, or make one with the command lists",
+                )
             continue
         try:
             files = benchmark.read(*key, complain=lambda message: findings.fault("lines", message))
@@ -138,14 +144,14 @@ def _read_lists(benchmark, custom, findings):
             start = file.read(1 << 16)
         if start.startswith(b"\xef\xbb\xbf") or b"\r\n" in start:
             what = "Windows line ends" if b"\r\n" in start else "a byte-order mark"
-            findings.note("format", f"{path}: has {what}; read all the same, but other code may not")
+            findings.note("format", f"{path}: has {what}; this project reads it, but other programs may not")
         if len(files):
             lists[key] = files
     return lists
 
 
 def _other_lists(benchmark):
-    """A hint where the folder has lists of another protocol."""
+    """A hint for the message, if the folder has lists of another protocol; else an empty text."""
     for protocol in PROTOCOLS.values():
         for name in protocol.list_names("photo", "zero"):
             own = benchmark.protocol.list_names("photo", "zero")
@@ -155,7 +161,7 @@ def _other_lists(benchmark):
 
 
 def _check_labels(files, benchmark, split, findings):
-    """Labels agree with the class folders in the paths, and no class is without images."""
+    """Report labels that contradict the class folder in the path, and classes without images."""
     names, agree = benchmark.names(split), {}
     spellings = [spelling(name) for name in names]
     known = set(map(spelling, benchmark.seen_names + benchmark.unseen_names))
@@ -164,12 +170,12 @@ def _check_labels(files, benchmark, split, findings):
         key = folder[0], label
         if key not in agree:
             same = spelling(folder[0])
-            agree[key] = same == spellings[label] or same not in known  # other folders tell nothing
+            agree[key] = same == spellings[label] or same not in known  # a folder that is no class says nothing
         if not agree[key]:
             findings.fault(
                 "labels",
                 f"{files.source}:{files.lines[index]}: {path!r} has the label {label}, which is {names[label]!r}; "
-                "mend the label, or see whether the list is of another split",
+                "correct the label, or see whether the list is of another split",
             )
     empty = np.flatnonzero(np.bincount(files.labels, minlength=len(names)) == 0)
     report = findings.note if split == "test" else findings.fault
@@ -178,7 +184,7 @@ def _check_labels(files, benchmark, split, findings):
 
 
 def _check_repeats(lists, findings):
-    """No image stands twice, in one list or in two."""
+    """Report images that are listed twice, in one list or in two."""
     seen = {}
     for files in lists.values():
         for index, path in enumerate(files.paths):
@@ -209,7 +215,7 @@ def _check_mask(benchmark, custom, findings):
 
 
 def print_checked(checked):
-    """Print the table of lists and what was found."""
+    """Print the table of lists and the findings."""
     if checked.benchmark:
         print(f"{checked.benchmark.title}: {checked.benchmark.lists}")
     if checked.rows:
@@ -227,7 +233,7 @@ def print_checked(checked):
 
 
 def as_json(checked):
-    """All that was checked and found, ready for JSON."""
+    """The table and all findings, ready for JSON."""
     findings = {"faults": checked.findings.faults, "notes": checked.findings.notes}
     benchmark = checked.benchmark
     where = {"title": benchmark.title, "lists": str(benchmark.lists)} if benchmark else {}

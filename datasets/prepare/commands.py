@@ -25,39 +25,39 @@ def create_parser():
     def command(name, run, text):
         added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         added.set_defaults(run=run)
-        added.add_argument("root", type=Path, help="the data set")
+        added.add_argument("root", type=Path, help="folder of the data set")
         return added
 
     lists = command("lists", make_lists, "write the lists of a benchmark from its image folders")
     _add_protocol(lists)
-    _add_zero_version(lists, "the protocol's")
+    _add_zero_version(lists, "that of the protocol")
     lists.add_argument("--held_back", type=errors.number(int, 0, 10**6, "a whole number, 0 or more"), metavar="N",
-        help="sketches a seen class in the validation list, 0 for none (default: 50 for Sketchy, 10 for TU-Berlin Ext, "
-        "0 for QuickDraw Ext)")  # fmt: skip
+        help="number of sketches of each seen class in the validation list; 0 writes no such list (default: 50 for "
+        "Sketchy, 10 for TU-Berlin Ext, 0 for QuickDraw Ext)")  # fmt: skip
     lists.add_argument("--seed", type=errors.seed, help="chooses the sketches that are held back (default: 0)")
-    lists.add_argument("--convert", type=errors.folder_name, metavar="NAME", help="take over the "
-        "lists in this folder of another release, such as zeroshot0, whatever they are called")  # fmt: skip
-    lists.add_argument("--force", action="store_true", help="replace lists that are there")
+    lists.add_argument("--convert", type=errors.folder_name, metavar="NAME", help="convert the "
+        "lists of another release in this folder, such as zeroshot0, instead of reading the image folders")  # fmt: skip
+    lists.add_argument("--force", action="store_true", help="replace existing lists")
 
     mask = command("mask", make_mask, "compute the semantic mask of the seen classes from WordNet 3.0")
     _add_protocol(mask)
-    _add_zero_version(mask, "the protocol's")
-    mask.add_argument("--wordnet", type=Path, metavar="DIR", help="WordNet 3.0's database files, or NLTK's folder of "
-        "them (default: where Debian's wordnet-base and NLTK put them)")  # fmt: skip
-    mask.add_argument("--force", action="store_true", help="replace a mask that is there")
+    _add_zero_version(mask, "that of the protocol")
+    mask.add_argument("--wordnet", type=Path, metavar="DIR", help="folder with the database files of WordNet 3.0, or "
+        "NLTK's data folder (default: the places where Debian's wordnet-base and NLTK install them)")  # fmt: skip
+    mask.add_argument("--force", action="store_true", help="replace an existing mask")
 
-    checked = command("check", check, "tell whether a benchmark folder is ready, with every fault by file and line")
+    checked = command("check", check, "check whether a benchmark folder is ready; report faults with file and line")
     either = checked.add_mutually_exclusive_group(required=True)
     _add_protocol(either, required=False)
-    either.add_argument("--custom", action="store_true", help="a benchmark of its own, in any known layout")
-    _add_zero_version(checked, "the protocol's, or the first that is known")
-    checked.add_argument("--images", action="store_true", help="decode every image, too, on all cores")
-    checked.add_argument("--json", type=Path, metavar="FILE", help="write all findings there")
+    either.add_argument("--custom", action="store_true", help="a benchmark of your own, in any known layout")
+    _add_zero_version(checked, "that of the protocol; with --custom, the first one found")
+    checked.add_argument("--images", action="store_true", help="also decode every image, on all cores")
+    checked.add_argument("--json", type=Path, metavar="FILE", help="write all findings to FILE; a link is followed")
 
-    summary = command("summary", summarise, "write a page to look at: classes, counts, sample images, what is odd")
-    _add_zero_version(summary, "the first that is known")
+    summary = command("summary", summarise, "write a page: classes, counts, sample images, oddities")
+    _add_zero_version(summary, "the first one found")
     summary.add_argument(
-        "--out", type=Path, metavar="DIR", help="where summary.html and summary.png go (default: the folder of lists)"
+        "--out", type=Path, metavar="DIR", help="folder for summary.html and summary.png (default: the folder of lists)"
     )
 
     miniature = command("miniature", make_miniature, "draw the built-in miniature benchmark into a new or empty folder")
@@ -71,7 +71,7 @@ def _add_protocol(parser, **kwargs):
 
 
 def _add_zero_version(parser, default):
-    text = f"its folder of lists (default: {default})"
+    text = f"name of the folder of lists (default: {default})"
     parser.add_argument("--zero_version", type=errors.folder_name, metavar="NAME", help=text)
 
 
@@ -84,7 +84,7 @@ def make_lists(options):
     check_root(options.root)
     if options.convert:
         if options.held_back is not None or options.seed is not None:
-            raise InputError("--convert takes over what is held back: leave out --held_back and --seed")
+            raise InputError("--convert keeps the validation list of the release; leave out --held_back and --seed")
         lists, notes = lists_from_lists(protocol, options.root, options.convert)
     else:
         held_back = protocol.held_back if options.held_back is None else options.held_back
@@ -98,11 +98,11 @@ def make_lists(options):
     for name, rows in lists.items():
         published = _published(protocol, name)
         beside = f" (published: {published:,})" if published else ""
-        print(f"{folder / name}: {len(rows):,}{beside}{'' if name in new else ', as it was'}")
+        print(f"{folder / name}: {len(rows):,}{beside}{'' if name in new else ', unchanged'}")
 
 
 def _check_old_lists(folder, protocol, lists, new, options):
-    """Raise InputError if a list in `folder` would be replaced without --force, or would be left but not fit."""
+    """Raise InputError if a list in `folder` would be replaced without --force, or would not fit the new lists."""
     for name in new:
         if os.path.isdir(folder / name):
             raise InputError(f"{folder / name}: is a folder where a list belongs; move it away")
@@ -132,12 +132,12 @@ def _content(path):
 
 
 def _published(protocol, name):
-    """Rows that the published list called `name` has, or None."""
+    """Number of rows of the published list called `name`, or None if it is not known."""
     return next((count for key, count in protocol.published.items() if protocol.list_names(*key)[0] == name), None)
 
 
 def check(options):
-    """Print a table of the lists and what was found; raise InputError unless the scripts will run."""
+    """Print a table of the lists and all findings; raise InputError if there is a fault."""
     target = _findings_file(options.json) if options.json else None
     checked = check_benchmark(options.root, options.protocol, options.zero_version, options.images)
     print_checked(checked)
@@ -146,29 +146,32 @@ def check(options):
         print(f"findings: {options.json}")
     if count := sum(map(len, checked.findings.faults.values())):
         faults = "a fault" if count == 1 else f"{count:,} faults"
-        raise InputError(f"{options.root}: not ready, {faults} (see above); mend, and check again")
-    print("ready" if options.images else "ready, as far as names tell; --images decodes every image, too")
+        raise InputError(f"{options.root}: not ready, {faults} (see above); correct this, and check again")
+    print("ready" if options.images else "ready, but no image was decoded; --images decodes them all")
 
 
 def _findings_file(path):
-    """The file that --json `path` writes: `path`, or what it leads to if it is a link.
+    """The file that --json `path` writes. If `path` is a link, that is the file it leads to.
 
-    Raises InputError unless that is a new file in a writable folder, an empty file, or a file of earlier findings.
+    Raises InputError if that file is a folder or a device, has other content than findings, or cannot be written.
     """
     target = Path(os.path.realpath(path))
     if os.path.lexists(target):
         if not target.is_file():
-            raise InputError(f"--json {path}: is not a file (a folder, a device or a broken link); name a file")
+            raise InputError(f"--json {path}: is not a file (a folder, a device or a broken link); choose a file")
         with open(target, "rb") as file:
             if file.read(1) not in (b"", b"{"):
-                raise InputError(f"--json {path}: holds something other than findings; name another file")
+                raise InputError(f"--json {path}: holds something other than findings; choose another file")
     check_writable(target.parent)
     return target
 
 
 def make_mask(options):
-    """Write cid_mask.pickle of the seen classes; their WordNet ids come from the training photos, where those tell."""
-    from datasets.prepare.semantics import photo_ids, semantic_mask  # which brings timm and with it torch
+    """Write cid_mask.pickle of the seen classes.
+
+    A class is looked up in WordNet by the ids in the names of its training photos; without such ids, by its own name.
+    """
+    from datasets.prepare.semantics import photo_ids, semantic_mask  # loads timm and torch, which takes seconds
 
     check_root(options.root)
     benchmark = open_benchmark(options.protocol, options.root, options.zero_version)
@@ -187,11 +190,11 @@ def make_mask(options):
 
 def summarise(options):
     """Write summary.html and summary.png of a benchmark in any known layout."""
-    from datasets.prepare.summary import write_summary  # which brings torch
+    from datasets.prepare.summary import write_summary  # loads torch, which takes seconds
 
     name, zero_version = find_layout(options.root, options.zero_version)
     name = protocol_of(name, zero_version)
-    benchmark = open_benchmark(name, options.root, zero_version, complain=lambda _: None)  # the check tells
+    benchmark = open_benchmark(name, options.root, zero_version, complain=lambda _: None)  # the check below reports it
     published = set(PROTOCOLS[name].unseen_names) == set(benchmark.unseen_names)
     checked = check_benchmark(options.root, name if published else None, zero_version)
     odd = list(checked.findings.lines())

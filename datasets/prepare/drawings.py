@@ -1,7 +1,7 @@
-"""Line drawings of 37 categories, by code: what the miniature benchmark is drawn from.
+"""Line drawings of 37 categories, as code. The miniature benchmark is made from them.
 
-A category is a function of a NumPy Generator that returns its parts in painter's order, in coordinates from -1 to 1
-with y down; a part is (points (n, 2), whether it is closed).
+Each category is a function of a NumPy Generator. It returns the parts of the drawing, from back to front. A part is
+(points (n, 2), whether it is closed), with coordinates from -1 to 1 and y pointing down.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""From the image folders that people download to the lists of a benchmark.
+"""Make the lists of a benchmark from its image folders, or from the lists of another release.
 
-`lists_from_images` reads class folders in any of the layouts that the protocols name; `lists_from_lists` takes over
-those of another release, under whatever names it gives them. Neither writes, and neither opens an image.
+`lists_from_images` reads class folders in any layout that the protocols name. `lists_from_lists` reads lists under any
+name that a release gives them. Both return the lists without writing them, and neither opens an image.
 """
 
 import difflib
@@ -19,12 +19,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 
 def lists_from_images(protocol, root, held_back, seed=0):
-    """The lists of `protocol`, with its classes and labels, of all images in the class folders below `root`.
+    """Make the lists of `protocol` from all images in the class folders below `root`.
 
-    held_back: sketches a seen class in the validation list; 0 for none. seed: which of them.
-    Returns ({file name: [(path relative to root, or class name, label)]}, notes for the user).
-    Raises InputError where an image folder or a class is missing, a class has two folders, too few sketches or a file
-    whose name no list can hold.
+    held_back: number of sketches of each seen class in the validation list; seed: chooses these sketches.
+    Returns ({file name: rows}, notes for the user). A row is (path relative to root, label); in the two files of class
+    names it is (class name, label).
+    Raises InputError if an image folder or a class is missing, or if a class has two folders, too few sketches or a
+    file with a name that a list cannot hold.
     """
     notes = []
     classes = protocol.seen_names + protocol.unseen_names
@@ -48,7 +49,7 @@ def lists_from_images(protocol, root, held_back, seed=0):
     if held_back:
         notes.append(
             f"note: {held_back} sketches of each seen class are held back for validation, chosen by --seed {seed}; "
-            "which ones a release held back is its own choice, and not reproduced"
+            "they are not the ones that the release held back"
         )
     lists = {protocol.list_names(*key)[0]: part for key, part in rows.items() if part}
     for name, names in zip(CLASS_NAMES, (protocol.seen_names, protocol.unseen_names), strict=True):
@@ -57,9 +58,11 @@ def lists_from_images(protocol, root, held_back, seed=0):
 
 
 def class_images(root, sources, classes, notes):
-    """{class: sorted paths, relative to root} from folders of class folders; `sources` as in a Protocol.
+    """{class: sorted paths, relative to root} of the images in all folders that `sources` names.
 
-    Other spellings of a class are accepted; they, and folders that are no class, go to `notes`. Raises InputError.
+    sources: `sketch_folders` or `photo_folders` of a Protocol. The name of a class folder may be another spelling of
+    the class; then a line is added to `notes`. So is a line about folders that are no class.
+    Raises InputError if a folder or a class is missing, or if a folder cannot be used.
     """
     images = {name: [] for name in classes}
     for alternatives in sources:
@@ -125,7 +128,7 @@ def _check_name(name, folder):
 
 
 def _entries(folder):
-    """What `folder` holds but for hidden files (macOS leaves `._photo.jpg`), by name."""
+    """The entries of `folder`, sorted by name, without hidden files such as the `._photo.jpg` that macOS makes."""
     with os.scandir(folder) as entries:
         return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
@@ -135,15 +138,16 @@ def _note_links(entries, folder, notes):
     if links:
         more = f", and {len(links) - 1} more links there" if len(links) > 1 else ""
         target = os.path.realpath(links[0].path)
-        notes.append(f"note: {folder / links[0].name}: a link to {target}{more}; the images must stay where they are")
+        notes.append(f"note: {folder / links[0].name}: a link to {target}{more}; the images must stay there")
 
 
 def lists_from_lists(protocol, root, source):
-    """The lists of `protocol` from those in the folder `source` of `root`, under the names of any release.
+    """Make the lists of `protocol` from the lists in the folder `source` of `root`, whatever release named them.
 
-    Where there is no validation list, it is what the training list leaves out of the sketches in the image folders:
-    a release that held back sketches without saying which has said it that way.
-    Returns as `lists_from_images`. Raises InputError where a list is missing or malformed, or of another protocol.
+    Some releases hold back sketches but have no list of them. The validation list is then made of the sketches of seen
+    classes that are in the image folders and not in the training list.
+    Returns the same as `lists_from_images`. Raises InputError if a list is missing, has a line that cannot be used, or
+    belongs to another protocol.
     """
     folder, notes, lists = Path(root) / source, [], {}
     if not os.path.isdir(folder):
@@ -176,7 +180,7 @@ def _find_list(folder, protocol, kind, split):
 
 
 def _left_out(protocol, root, classes, lists, notes):
-    """Rows of the validation list: sketches of seen classes that are in the image folders and in no list, or []."""
+    """Rows of a validation list that is missing, see `lists_from_lists`; [] and a note if they cannot be found."""
     name = protocol.list_names("sketch", "train")[0]
     without = "there is no validation list; make lists from the images, or train with --no_validation"
     try:
@@ -197,6 +201,6 @@ def _left_out(protocol, root, classes, lists, notes):
         return []
     notes.append(
         f"note: the validation list is the {len(rows):,} sketches of seen classes that {name} leaves out, "
-        f"{counts.min()}{f' to {counts.max()}' if counts.max() > counts.min() else ''} a class"
+        f"{counts.min()}{f' to {counts.max()}' if counts.max() > counts.min() else ''} of each class"
     )
     return rows

@@ -9,7 +9,7 @@ from datasets.errors import InputError
 from datasets.prepare.pool import on_all_cores
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z")
-SMALL = 32  # pixels; a shorter side than this leaves little to see
+SMALL = 32  # pixels; if a side is shorter than this, little can be seen
 LARGE = 50_000_000  # pixels; decoding one such image takes about a second
 
 
@@ -44,9 +44,9 @@ def _missing(files, findings):
 def _way_out(path, names):
     """What the user can do about the missing image `path`; names: the _FileNames of its folder."""
     if names.error:
-        return f"its folder cannot be read ({names.error}); mend the folder"
+        return f"its folder cannot be read ({names.error}); correct that"
     if path.is_symlink():
-        return "only a link that leads to no file; mend the link"
+        return "only a link that leads to no file; correct the link"
     if not names.links:
         return "nor any other in that folder; unpack the data there"
     if alike := names.stems.get(_stem(path.name)):

@@ -1,12 +1,12 @@
-"""A small benchmark drawn by code: line drawings and coloured, textured, cluttered pictures of 37 categories.
+"""A small benchmark drawn by code: line drawings and coloured pictures, textured and cluttered, of 37 categories.
 
-Written in the exact layout of Sketchy Ext, so the real scripts run on it unchanged:
+Its layout is exactly that of Sketchy Ext, so the real scripts run on it unchanged:
 
     <root>/256x256/sketch/tx_000000000000_ready/<class>/<n>.png
     <root>/256x256/photo/tx_000000000000_ready/<class>/<n>.jpg
     <root>/zeroshot1/  lists, cname_cid.txt, cname_cid_zero.txt, cid_mask.pickle, title.txt
 
-Sketch and photo of one number are drawn from different shapes. The classes and what they look like are in drawings.py.
+A sketch and a photo with the same number show different shapes. The classes are drawn in drawings.py.
 """
 
 import itertools
@@ -33,10 +33,11 @@ OVERSAMPLING = 2  # outlines are drawn larger, then reduced, for smooth edges
 
 
 def write_miniature(root, seed=0, sketches=40, photos=60, held_back=5, workers=None):
-    """Draw the benchmark into `root`: per class `sketches` and `photos`, of seen classes `held_back` more sketches.
+    """Draw the benchmark into `root`, which must be new or empty.
 
-    The same seed gives the same files. workers: processes that draw (default: one a core).
-    The lists appear when all is drawn. Raises InputError if it cannot be made or already holds something.
+    sketches, photos: number of images of each class. held_back: number of validation sketches of each seen class.
+    workers: number of processes that draw (None: one for each core). The same seed gives the same files.
+    The lists appear after all images. Raises InputError if `root` cannot be made or already holds something.
     """
     root = Path(root)
     unfinished = root / ".unfinished"
@@ -55,7 +56,7 @@ def write_miniature(root, seed=0, sketches=40, photos=60, held_back=5, workers=N
     write_mask(folder / MASK, semantic_mask())
     with write_whole(folder / TITLE) as file:
         file.write(b"miniature benchmark\n")
-    for name in ("256x256", folder.name):  # the lists last: where they are, all is
+    for name in ("256x256", folder.name):  # the lists come last: if they exist, everything does
         (unfinished / name).replace(root / name)
     unfinished.rmdir()
 
@@ -81,7 +82,7 @@ def _plan(root, seed, sketches, photos, held_back):
 
 
 def semantic_mask():
-    """Semantic mask (C, 1000) float64 of the seen classes: 1 for an ImageNet class of the same kind, 1/3 for kin."""
+    """Semantic mask (C, 1000) float64: 1 for ImageNet classes of a seen class's own kind, 1/3 for related ones."""
     mask = np.zeros((len(SEEN), 1000))
     for label, name in enumerate(SEEN):
         same, related = _IMAGENET.get(name, ((), ()))
@@ -106,21 +107,21 @@ def _draw_file(job):
 
 
 def draw_sketch(name, rng):
-    """A line drawing of category `name`: PIL grey image, black on white, drawn by an unsteady hand."""
+    """A line drawing of category `name`, as if by an unsteady hand: PIL grey image, black on white."""
     canvas = Image.new("L", (SIDE * OVERSAMPLING,) * 2, 255)
     pen = ImageDraw.Draw(canvas)
     width = int(rng.integers(3, 7))
     for points, closed in _place(CATEGORIES[name](rng), rng, unsteadiness=0.035):
         if closed:
             pen.polygon(_pixels(points), fill=255)
-        for _ in range(1 + (rng.random() < 0.25)):  # now and then a line is drawn twice
+        for _ in range(1 + (rng.random() < 0.25)):  # some lines are drawn twice
             stroke = points + rng.normal(0, 0.006, points.shape)
             pen.line(_pixels(np.vstack([stroke, stroke[:1]]) if closed else stroke), fill=0, width=width, joint="curve")
     return canvas.reduce(OVERSAMPLING)
 
 
 def draw_photo(name, rng):
-    """A picture of category `name` as a coloured, shaded object on a cluttered ground: PIL RGB image."""
+    """A picture of category `name`, a coloured and shaded object in front of clutter: PIL RGB image."""
     image = _texture(rng, contrast=rng.uniform(0.03, 0.25))
     image = _paint(image, _clutter(rng), rng, opacity=rng.uniform(0.1, 0.4))
     image = _paint(image, _place(CATEGORIES[name](rng), rng, unsteadiness=0.012), rng, opacity=1.0)
@@ -131,7 +132,7 @@ def draw_photo(name, rng):
 
 
 def _paint(image, parts, rng, opacity):
-    """Lay parts over image (S, S, 3) in [0, 1], each in a colour and texture of its own or in that of the whole."""
+    """Paint parts over image (S, S, 3) in [0, 1]. A part has its own colour and texture or shares a common one."""
     whole = _texture(rng, contrast=rng.uniform(0.02, 0.2))
     for points, closed in parts:
         mask = Image.new("L", (SIDE * OVERSAMPLING,) * 2)
@@ -168,7 +169,7 @@ def _ramp(rng):
 
 
 def _clutter(rng):
-    """A few shapes that mean nothing."""
+    """A few random shapes that belong to no category."""
     parts = []
     for _ in range(int(rng.integers(2, 7))):
         x, y = rng.uniform(-1, 1, 2)
@@ -179,7 +180,7 @@ def _clutter(rng):
 
 
 def _place(parts, rng, unsteadiness):
-    """Turn, stretch, shift and bend a drawing as a whole; edges become chains of short steps first."""
+    """Turn, stretch, shift and bend a drawing as a whole. Edges are first cut into short steps that can bend."""
     angle = math.radians(rng.normal(0, 9))
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     stretch = rng.uniform(0.6, 0.85) * rng.uniform(0.85, 1.15, 2) * (1 if rng.random() < 0.5 else -1, 1)
@@ -208,7 +209,7 @@ def _pixels(points):
     return [tuple(point) for point in ((points + 1) / 2 * SIDE * OVERSAMPLING).tolist()]
 
 
-# ImageNet classes that are the same kind of thing, and ones that are relatives of it.
+# {category: (ImageNet classes of the same kind, ImageNet classes of related kinds)}
 _IMAGENET = {
     "airplane": ((404, 895), (405, 908)),
     "apple": ((948,), (949, 950, 951)),

@@ -1,4 +1,4 @@
-"""The same work on many things, on all cores, with a progress bar."""
+"""The same work on many things: on all cores, with a progress bar."""
 
 import os
 import signal

@@ -1,11 +1,11 @@
 """Semantic masks: how each seen class relates to the 1000 classes of ImageNet, looked up in WordNet 3.0.
 
-    a_c[j] = 1             where class c and ImageNet's class j are one synset, or one is an ancestor of the other
-             1/3 or 1/4    where their path similarity is that much
-             0             where it is 0.2 or less
+    a_c[j] = 1             if class c and ImageNet's class j are the same synset, or one is an ancestor of the other
+             1/3 or 1/4    if that is their path similarity
+             0             if their path similarity is 0.2 or less
 
-A class is the synset whose id its photos carry in their names (`n02395406_3933.jpg`), or else the one its name means.
-For the photos of Sketchy Ext this gives the published mask, entry by entry.
+The synset of a class is the one whose id stands in the names of its photos (`n02395406_3933.jpg`). If they have no id,
+it is the synset that the name of the class means. For the photos of Sketchy Ext every entry equals the published mask.
 """
 
 import functools
@@ -25,13 +25,14 @@ from datasets.errors import InputError
 
 FETCH = "install Debian's wordnet-base, or run python -m nltk.downloader wordnet, or name its folder with --wordnet DIR"
 DEBIAN = "/usr/share/wordnet"
-FILES = ("data.noun", "index.noun", "noun.exc")  # all that is read: every class is a noun
+FILES = ("data.noun", "index.noun", "noun.exc")  # no other file is needed: every class is a noun
 
-# Lexicographer files (lexnames(5WN)) of what a photo can show: animal, artifact, body, food, object, plant.
+# WordNet's numbers (lexnames(5WN)) for kinds of things that a photo can show: animal, artifact, body, food, object,
+# plant.
 THINGS = ("05", "06", "08", "13", "17", "20")
 
-# Classes whose first sense among those things is not the one drawn, or that WordNet calls by another name. Where
-# several synsets would do, the published masks decide.
+# Synsets of classes that `by_name` would not find: the first sense among THINGS is not what people draw, or WordNet has
+# another name for it. If several synsets are possible, this is the one of the published masks.
 SENSES = """
     angel.n.01 banana.n.02 bowl.n.03 cabin.n.02 cake.n.03 cannon.n.02 carrot.n.03 castle.n.02 chicken.n.02
     crown.n.04 diamond.n.01 dolphin.n.02 dragon.n.01 hammer.n.02 helmet.n.02 jellyfish.n.02 lobster.n.02
@@ -60,7 +61,7 @@ SYNSETS = {sense.split(".")[0]: sense for sense in SENSES} | {
 
 
 def photo_ids(files, classes):
-    """WordNet ids in the file names of FileList `files`: a list of them for each label, in the order they appear in."""
+    """WordNet ids in the file names of FileList `files`: for each label a list, in the order in which they appear."""
     ids = [{} for _ in range(classes)]
     for path, label in zip(files.paths, files.labels, strict=True):
         if found := re.match(r"n\d{8}(?=_)", path.rsplit("/", 1)[-1]):
@@ -69,12 +70,12 @@ def photo_ids(files, classes):
 
 
 def semantic_mask(class_names, ids, wordnet=None):
-    """Relate classes to ImageNet.
+    """Compute how each class relates to the classes of ImageNet.
 
-    class_names: C names in the order of their labels; ids: for each the WordNet ids of its photos, see photo_ids.
-    wordnet: folder or zip of WordNet 3.0 as Debian, Princeton or NLTK lay it out; None searches the usual places.
-    Returns (mask (C, 1000) float64, notes: a line for each class that was not taken from its photos' ids alone).
-    Raises InputError if NLTK is not installed, or WordNet is not there, not version 3.0, or torn.
+    class_names: C names in the order of their labels. ids: for each class the WordNet ids of its photos, see photo_ids.
+    wordnet: folder or zip of WordNet 3.0 as Debian, Princeton or NLTK distribute it; None searches the usual places.
+    Returns (mask (C, 1000) float64, notes). A note names a class that was looked up by its name, or an unknown id.
+    Raises InputError if NLTK is not installed, or if WordNet is missing, damaged or not version 3.0.
     Source: arXiv:2312.10320 and the published masks.
     """
     nouns = _open_wordnet(_find_wordnet(wordnet))
@@ -82,7 +83,7 @@ def semantic_mask(class_names, ids, wordnet=None):
     orders = [[f"n{number}" for number in order.split()] for order in SKETCHY_IDS]
     orders = {frozenset(order): order for order in orders}
     for row, name, class_ids in zip(mask, class_names, ids, strict=True):
-        # Images of Sketchy can stand in any order in a list, and every class is to have the row that is published.
+        # A list may name the images of Sketchy in any order. The published order gives each class its published row.
         class_ids = orders.get(frozenset(class_ids), class_ids)
         synsets = {id_: nouns.by_id(id_) for id_ in class_ids}
         notes += [f"{name}: WordNet knows no {id_}, left out" for id_, synset in synsets.items() if synset is None]
@@ -91,39 +92,39 @@ def semantic_mask(class_names, ids, wordnet=None):
             notes.append(f"{name}: {_meaning(synsets[name])}")
         for synset in filter(None, synsets.values()):
             relation = nouns.relation(synset)
-            # Not the greater of the two: in the published masks a later id writes over what an earlier one found.
+            # In the published masks a later id replaces the value of an earlier one, even if that one is greater.
             np.copyto(row, relation, where=relation > 0)
     return mask, notes
 
 
 def imagenet_ids():
     """WordNet ids of ImageNet's 1000 classes in the order of their labels, as the published masks have them."""
-    from timm.data import ImageNetInfo  # here, since it takes torch with it
+    from timm.data import ImageNetInfo  # here, because it loads torch
 
     ids = ImageNetInfo("imagenet-1k").label_names()
-    ids[134] = "n03126707"  # the bird crane; the published masks take it for the machine, which is class 517
+    ids[134] = "n03126707"  # the bird crane; the published masks use the machine instead, which is class 517
     return ids
 
 
 class _Nouns:
-    """WordNet's nouns, with what is above each of ImageNet's classes."""
+    """The nouns of WordNet, and the ancestors of each class of ImageNet."""
 
     def __init__(self, reader):
         self.reader = reader
         self.imagenet = [self.by_id(id_) for id_ in imagenet_ids()]
-        # An id is a place in data.noun, so those of another version do not fit.
+        # An id is a position in the file data.noun, so the ids differ in other versions of WordNet.
         if any(synset is None for synset in self.imagenet):
-            raise InputError("not a whole WordNet 3.0, whose ids ImageNet uses")
+            raise InputError("not a whole WordNet 3.0, and ImageNet uses the ids of that version")
         self.above = [_steps_up(synset) for synset in self.imagenet]
 
     def by_id(self, id_):
         """The synset of an id such as n02395406, or None."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # NLTK warns of an unknown one
+            warnings.simplefilter("ignore")  # NLTK warns of an unknown id
             return self.reader.synset_from_pos_and_offset("n", int(id_[1:]))
 
     def by_name(self, name):
-        """The synset that a class name means, or None: SYNSETS, else its first sense that is a thing, or its first."""
+        """The synset that a class name means: from SYNSETS, else the first sense in THINGS, else the first; or None."""
         key = re.sub(r"[-_ ]+", " ", name).strip().lower()
         if key in SYNSETS:
             return self.reader.synset(SYNSETS[key])
@@ -133,11 +134,11 @@ class _Nouns:
 
     @functools.cached_property
     def spellings(self):
-        """WordNet's way to write a word: tablelamp is table_lamp there, hot_air_balloon is hot-air_balloon."""
+        """How WordNet writes a word: {"tablelamp": "table_lamp", "hotairballoon": "hot-air_balloon"} and so on."""
         return {_compact(lemma): lemma for lemma in self.reader.all_lemma_names("n")}
 
     def relation(self, synset):
-        """Row a (1000,) of a synset."""
+        """The row (1000,) of the mask for a synset."""
         own = _steps_up(synset)
         return np.array([_relation(own, other) for other in self.above])
 
@@ -153,7 +154,7 @@ def _compact(word):
 
 
 def _steps_up(synset):
-    """{offset: steps up} of a synset, which comes first, and of all its hypernyms."""
+    """{offset: number of steps up} for a synset and all its hypernyms; the synset itself comes first, with 0 steps."""
     steps = {}
     for above, distance in sorted(synset.hypernym_distances(), key=lambda pair: pair[1]):
         steps.setdefault(above.offset(), distance)
@@ -168,7 +169,7 @@ def _relation(a, b):
 
 
 def _find_wordnet(place):
-    """Path of a WordNet: a folder that holds data.noun, or NLTK's wordnet.zip."""
+    """Path of a WordNet: a folder with data.noun, or NLTK's wordnet.zip."""
     roots = [place] if place else [*map(str, _nltk().data.path), DEBIAN]
     for root in map(Path, roots):
         for folder in (root, root / "dict", root / "wordnet", root / "corpora" / "wordnet"):
@@ -210,7 +211,7 @@ def _nltk():
 
 
 def _reader_class():
-    """NLTK's reader, fed with bytes: by itself it needs files that Debian lacks, and refuses folders but its own."""
+    """NLTK's reader, made to read bytes. NLTK itself needs files that Debian lacks, and reads only its own folders."""
     nltk = _nltk()
 
     class Nowhere(nltk.data.PathPointer):
@@ -218,16 +219,17 @@ def _reader_class():
 
     class Reader(nltk.corpus.reader.wordnet.WordNetCorpusReader):
         def __init__(self, files):
-            self.texts = {name: content.decode("latin-1") for name, content in files.items()}  # a byte, a character
+            # In Latin-1 each byte is one character, so positions in a file stay the same.
+            self.texts = {name: content.decode("latin-1") for name, content in files.items()}
             self.texts["lexnames"] = "".join(f"{number:02} {number:02} 0\n" for number in range(45))
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of its one language
+                warnings.simplefilter("ignore")  # NLTK warns that it has only one language
                 super().__init__(Nowhere(), omw_reader=None)
 
         def open(self, file):
-            return io.StringIO(self.texts.get(file, ""))  # verbs, adjectives and adverbs stay empty
+            return io.StringIO(self.texts.get(file, ""))  # the files of verbs, adjectives and adverbs are empty
 
         def map_wn(self, version="wordnet"):
-            return None  # NLTK looks for a second WordNet in its own folders here
+            return None  # NLTK would look for a second WordNet in its own folders
 
     return Reader

@@ -1,4 +1,4 @@
-"""A page, HTML and PNG, on which to look at a benchmark folder before trusting it.
+"""A page (HTML and PNG) that shows a benchmark folder, to look at before using it.
 
 It shows counts, image sizes, samples of every class and oddities, as `datasets.prepare.survey` finds them. The HTML is
 one file without scripts. The same folder gives the same bytes.
@@ -23,11 +23,11 @@ SPLITS = {"train": "training", "test": "validation", "zero": "unseen"}
 
 
 def write_summary(benchmark, lists, folder, odd=()):
-    """Write summary.html, one file with everything in it, and summary.png into `folder`; returns the paths written.
+    """Write summary.html and summary.png into `folder`; returns the paths of the files written.
 
-    lists: {(kind, split): FileList}, as many as there are; odd: lines of other checks, shown first under "What is odd".
-    Images that cannot be read are named. Without matplotlib there is no summary.png, and that of an earlier time is
-    taken away. Raises InputError if the folder cannot be written.
+    lists: {(kind, split): FileList}; some may be left out. odd: lines of other checks, shown first under "What is odd".
+    Images that cannot be read are named. Without matplotlib no summary.png is written, and an old one is removed.
+    Raises InputError if the folder cannot be written.
     """
     page, picture = Path(folder) / "summary.html", Path(folder) / "summary.png"
     check_writable(folder)
@@ -36,7 +36,7 @@ def write_summary(benchmark, lists, folder, odd=()):
     with write_whole(page) as file:
         file.write(_html(found, odd).encode())
     try:
-        with without_warnings():  # of letters that no font of matplotlib has; the HTML shows them
+        with without_warnings():  # matplotlib warns of letters that its font lacks; the HTML shows them
             _draw(picture, found, odd)
     except ImportError:
         picture.unlink(missing_ok=True)
@@ -49,7 +49,7 @@ def _title(found):
 
 
 def _printable(text):
-    """Text in which "?" stands for what is not UTF-8 in the name of a folder."""
+    """Text with "?" in place of the bytes of a folder's name that are not UTF-8."""
     return str(text).encode(errors="replace").decode()
 
 
@@ -58,7 +58,7 @@ def _classes_line(found):
 
 
 def _shares(values, count=5):
-    """How often each value comes, most frequent first: "227 × 227: 84 %"."""
+    """The shares of the `count` most frequent values and of all others, as lines such as "227 × 227: 84 %"."""
     found = sorted(Counter(values).items(), key=lambda item: (-item[1], item[0]))
     total = sum(number for _, number in found)
     lines = [f"{value}: {_percent(number / total)}" for value, number in found[:count]]
@@ -77,7 +77,7 @@ def _read_samples(found, kind):
 
 
 def _ranks(found):
-    """For each list: (what it holds, range and median of its classes' counts, the counts from most to fewest)."""
+    """For each list: (what it holds, a line with range and median, the images of each class from most to fewest)."""
     for key, files in found.lists.items():
         rows = sorted((row for row in found.classes if key in row.counts), key=lambda row: -row.counts[key])
         counts = [row.counts[key] for row in rows]
@@ -87,7 +87,7 @@ def _ranks(found):
         yield f"{len(files):,} {LISTS[key]}", spread, counts
 
 
-# The HTML: one file, without scripts, and nothing in it is fetched from elsewhere.
+# The HTML: one file without scripts that loads nothing from elsewhere.
 
 
 def _html(found, odd):
@@ -132,9 +132,9 @@ def _totals(found):
 
 
 def _chart(what, spread, counts):
-    """Counts as bars, an inline SVG that is stretched to its box."""
+    """A bar chart of counts: an inline SVG that fills its box."""
     top, spread = max(counts), escape(spread)
-    width = 0.8 if len(counts) <= 100 else 1  # more bars are too thin for gaps
+    width = 0.8 if len(counts) <= 100 else 1  # with more bars, there is no room for gaps
     bars = "".join(f"M{n} 50v-{50 * count / top:.3g}h{width}V50z" for n, count in enumerate(counts) if count)
     return (
         f'<figure><svg viewBox="0 0 {len(counts)} 50" preserveAspectRatio="none" role="img" aria-label="'
@@ -226,13 +226,13 @@ td[style] { background: linear-gradient(to left, var(--part) var(--share), trans
 """
 
 
-# The PNG: what is legible on one picture.
+# The PNG: as much as one picture can show legibly.
 
 
 def _draw(path, found, odd, unseen=30, seen=10, each=4):
-    """Draw what fits on one picture: at most `unseen` and `seen` classes, `each` sketches and photos of a class.
+    """Draw the picture: at most `unseen` unseen and `seen` seen classes, each with at most `each` sketches and photos.
 
-    Raises ImportError without matplotlib.
+    Raises ImportError if matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
@@ -258,7 +258,7 @@ def _draw(path, found, odd, unseen=30, seen=10, each=4):
 
 
 def _wrapped(odd, lines):
-    """The first `lines` of odd in lines that fit the picture, and how many more there are."""
+    """The first `lines` of `odd`, wrapped to fit the picture, and the number of the others."""
     told = [textwrap.shorten(line, 280, placeholder=" …") for line in odd[:lines]]
     told += [f"{len(odd) - lines} more in summary.html"] if len(odd) > lines else []
     return [part for line in told for part in textwrap.wrap(line, 170, initial_indent="•  ", subsequent_indent="    ")]
@@ -275,7 +275,7 @@ def _draw_counts(part, ranks):
 
 
 def _draw_classes(part, heading, rows, each):
-    """Two classes a line: name, counts, then a strip of sketches and photos."""
+    """Draw two classes beside each other: name and counts, then a strip of sketches and photos."""
     part.suptitle(heading, fontsize=12, weight="bold", x=0.01, ha="left")
     axes = part.subplots(-(-len(rows) // 2), 2, squeeze=False).ravel()
     for axis in axes:
@@ -289,7 +289,7 @@ def _draw_classes(part, heading, rows, each):
 
 
 def _strip(row, each):
-    """Thumbnails of a class side by side, sketches, a gap, photos: PIL image. Grey are those that cannot be read."""
+    """PIL image of a class: its sketches, a gap, its photos. A grey tile stands for an image that cannot be read."""
     step, gap = TILE + 6, 14
     strip = Image.new("RGB", (2 * each * step + gap, TILE), "white")
     for number, kind in enumerate(KINDS):

@@ -1,6 +1,6 @@
 """What a benchmark folder holds, and what is odd about it.
 
-Of the images only samples are looked at, the same ones every time, so that it takes seconds.
+To take only seconds, it looks at samples of the images: the same samples every time.
 """
 
 import io
@@ -25,9 +25,9 @@ class Sample:
     """One image that was looked at."""
 
     path: str
-    thumbnail: bytes | None  # JPEG; None where the image is missing or unreadable
+    thumbnail: bytes | None  # JPEG; None if the image is missing or unreadable
     size: tuple[int, int] | None
-    form: str  # "JPEG, RGB"
+    form: str  # format and mode, such as "JPEG, RGB"
     oddities: frozenset  # keys of _ADVICE, or "missing"
 
 
@@ -51,7 +51,7 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a benchmark folder holds: {(kind, split): FileList}, its classes (unseen ones first), lines on oddities."""
+    """What a benchmark folder holds: {(kind, split): FileList}, its classes (unseen first), lines about oddities."""
 
     benchmark: Benchmark
     lists: dict
@@ -60,16 +60,16 @@ class Survey:
 
 
 def survey(benchmark, lists):
-    """Count `lists`, {(kind, split): FileList}, and look at samples of every class; returns a Survey.
+    """Count the images in `lists`, {(kind, split): FileList}, and look at samples of every class; returns a Survey.
 
-    Oddities are those of counts and samples; what is missing, or listed wrongly, is for datasets.prepare.check to find.
+    It reports odd counts and odd samples. Wrong lists and missing images are found by datasets.prepare.check.
     """
     classes = _look_at_samples(benchmark, lists)
     return Survey(benchmark, lists, classes, [*_odd_counts(classes), *_odd_images(classes)])
 
 
 def evenly(items, count):
-    """At most `count` of items, evenly spread: of each of `count` equal parts the one in the middle.
+    """At most `count` of items, evenly spread: the middle one of each of `count` equal parts.
 
     >>> evenly(range(10), 2)
     [2, 7]
@@ -79,10 +79,10 @@ def evenly(items, count):
 
 
 def _look_at_samples(benchmark, lists):
-    """A ClassRow for every class, unseen ones first, each with as many samples as the page has room for."""
+    """A ClassRow for every class, unseen classes first. The more classes there are, the fewer samples each has."""
     total = len(benchmark.unseen_names) + len(benchmark.seen_names)
     each = min(6, max(3, 400 // total))
-    paths = {}  # (seen, label, kind): all its paths
+    paths = {}  # {(seen, label, kind): all paths}
     for (kind, split), files in lists.items():
         for path, label in zip(files.paths, files.labels.tolist(), strict=True):
             paths.setdefault((split != "zero", label, kind), []).append(path)
@@ -101,7 +101,7 @@ def _look_at_samples(benchmark, lists):
 
 
 def _look(job):
-    """The Sample of one (key, root, path). Traits are those of the thumbnail; lines too thin for it do not count."""
+    """The Sample of a job (key, root, path). Colours are judged on the thumbnail, where very thin lines vanish."""
     (_, _, kind), root, path = job
     try:
         image = read_rgb(root / path)
@@ -128,25 +128,28 @@ def _look(job):
     return Sample(path, stored.getvalue(), size, form, frozenset(name for name, holds in oddities.items() if holds))
 
 
-# What is odd: a line each, with what to do about it.
+# Lines about oddities: each says what is odd and what to do about it.
 
-_ADVICE = {  # of a sample: (what it is, what to do)
+_ADVICE = {  # {oddity of a sample: (what is odd, what to do)}
     "broken": ("Not readable as images", "Fetch them again, or take them out of their lists."),
-    "blank": ("All of one shade", "Look at the originals; white lines on a transparent ground end like this."),
-    "inverted": ("Mostly black", "Dark lines on white paper are expected: invert them."),
-    "like a photo": ("Not lines on light paper", "See whether photos are listed as sketches."),
+    "blank": (
+        "All of one shade",
+        "Look at the originals. White lines on a transparent ground vanish, because that ground becomes white.",
+    ),
+    "inverted": ("Mostly black", "Dark lines on white paper are expected: invert the images."),
+    "like a photo": ("Not lines on light paper", "Check whether photos are listed as sketches."),
     "like a sketch": (
         "Grey on white, like sketches",
-        "A few may be drawings or things on white; many are sketches in a list of photos.",
+        "A few may be drawings, or things on white. If there are many, sketches are in a list of photos.",
     ),
-    "tiny": (f"Under {SMALL} pixels high or wide", "The networks see a blur; look for larger originals."),
+    "tiny": (f"Under {SMALL} pixels high or wide", "The networks see only a blur; look for larger originals."),
     "huge": (f"Over {LARGE // 10**6} million pixels", "They are slow to decode: reduce them."),
     "elongated": ("Over 4 times as long as wide", "They are squeezed into a square: crop or pad them."),
 }
 
 
 def _some(names, count=3):
-    """The first of many names: "a, b, c and 4 more"."""
+    """The first `count` names and the number of the others: "a, b, c and 4 more"."""
     more = f" and {len(names) - count:,} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
 
@@ -158,14 +161,15 @@ def _odd_counts(classes):
         median = np.median([row.counts[key] for row in rows]) if rows else 0
         few = sorted((row.counts[key], row.name) for row in rows if row.counts[key] < median / 4)
         if few:
+            names = _some([f"{name} {number:,}" for number, name in few], 8)
             yield (
-                f"Far fewer {LISTS[key]} than the median of {median:,.0f}: "
-                f"{_some([f'{name} {number:,}' for number, name in few], 8)}. See whether all were unpacked and listed."
+                f"Far fewer {LISTS[key]} than the median of {median:,.0f}: {names}. "
+                "Check whether all images were unpacked and listed."
             )
 
 
 def _odd_images(classes):
-    """Lines about the samples, a line for each kind and oddity."""
+    """A line for each oddity that samples of a kind have."""
     for kind, plural in KINDS.items():
         samples = [sample for row in classes for sample in row.samples[kind]]
         for oddity, (what, advice) in _ADVICE.items():

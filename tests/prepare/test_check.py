@@ -49,14 +49,14 @@ def benchmark(tmp_path):
 
 
 def findings(root, decode=True, **kwargs):
-    """(faults, notes) as lists of lines."""
+    """(faults, notes) of a check, each a list of lines."""
     checked = check_benchmark(root, decode=decode, **kwargs)
     kinds = checked.findings.faults, checked.findings.notes
     return ([line for lines in each.values() for line in lines] for each in kinds)
 
 
 def edit(name, change):
-    """A fault: the lines of a list, changed."""
+    """A function that plants a fault: it changes the lines of a list."""
 
     def plant(root):
         path = root / "zeroshot1" / name
@@ -144,7 +144,7 @@ FAULTS = {
     ),
     "looping link to an image": (
         lambda root: loop(root / "photo/cow/zero1.png"),
-        r"_zero\.txt:4: no image .*photo/cow/zero1\.png, only a link that leads to no file; mend the link",
+        r"_zero\.txt:4: no image .*photo/cow/zero1\.png, only a link that leads to no file; correct the link",
     ),
     "folder that cannot be read": (
         lambda root: loop(root / "photo/cow"),
@@ -339,7 +339,7 @@ def test_findings_replace_only_findings_and_the_target_is_checked_first(benchmar
         assert "mine.txt: holds something other than findings" in fails(*command, mine)
         assert "cannot be written" in fails(*command, mine / "found.json")
     link.symlink_to("found.json")
-    for _ in range(2):  # the second time over findings that are there
+    for _ in range(2):  # the second time it replaces the findings of the first
         prepare.main([*map(str, command[1:]), str(link)])
     assert link.is_symlink() and json.loads((tmp_path / "found.json").read_text())["faults"] == {}
     assert mine.read_text() == "mine"

@@ -1,4 +1,4 @@
-"""Lists made from image folders, and lists taken over from other releases."""
+"""Lists made from image folders, and lists converted from other releases."""
 
 import errno
 import itertools
@@ -17,7 +17,7 @@ SIZES = {"sketchy": (100, 25), "sketchy_split": (104, 21), "tuberlin": (220, 30)
 
 
 def lay_out(root, protocol, count=3, layout=0):
-    """Touch `count` files of every class in each source of `protocol`, in a layout of its; what lies where."""
+    """Make `count` empty files of every class in each image folder of `protocol`; returns {kind: {class: paths}}."""
     files = {"sketch": {}, "photo": {}}
     for kind, sources in (("sketch", protocol.sketch_folders), ("photo", protocol.photo_folders)):
         for alternatives in sources:
@@ -47,7 +47,7 @@ def test_class_tables(name):
     protocol = PROTOCOLS[name]
     classes = protocol.seen_names + protocol.unseen_names
     assert (protocol.seen_classes, protocol.unseen_classes) == SIZES[name]
-    assert len(set(map(spelling, classes))) == len(classes)  # so that another spelling still names one class
+    assert len(set(map(spelling, classes))) == len(classes)  # no two classes have a spelling in common
     assert all(each and "," not in each and "\n" not in each for each in classes)
 
 
@@ -86,14 +86,14 @@ def test_the_seed_chooses_what_is_held_back(tmp_path):
     chosen = [lists_from_images(protocol, tmp_path, 2, seed)[0][name] for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
     places = {path.rsplit("/", 1)[1] for path, _ in chosen[0]}
-    assert len(places) == 6  # not the same ones in each class
+    assert len(places) == 6  # each class holds back others
     lists, notes = lists_from_images(protocol, tmp_path, 0)
     assert name not in lists and not notes
 
 
 @pytest.fixture
 def quickdraw(tmp_path):
-    """Image folders in QuickDraw's layout, one file a class and kind."""
+    """Image folders in the layout of QuickDraw, with one sketch and one photo of each class."""
     lay_out(tmp_path, PROTOCOLS["quickdraw"], count=1)
     return tmp_path
 
@@ -185,7 +185,7 @@ def test_lists_are_replaced_only_by_force(quickdraw, fails):
     make(*command[2:])
     photos = quickdraw / "zeroshot/all_photo_filelist_zero.txt"
     before = photos.read_bytes()
-    make(*command[2:])  # the same again is no change
+    make(*command[2:])  # writing the same lists again needs no --force
     photos.write_text("mine/1.png 0\n")
     others = {path: path.read_bytes() for path in photos.parent.iterdir()}
     assert f"{photos}: is there and says something else; replace it with --force" in fails(*command)

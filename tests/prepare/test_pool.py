@@ -38,7 +38,7 @@ if __name__ == "__main__":
     ("number", "send", "status", "told"),
     [
         (signal.SIGTERM, os.kill, 143, "terminated\n"),
-        (signal.SIGKILL, os.kill, -9, None),  # Python itself may speak then
+        (signal.SIGKILL, os.kill, -9, None),  # Python itself may print something then
         (signal.SIGINT, os.killpg, 130, "interrupted\n"),  # a terminal sends Ctrl-C to all processes
     ],
 )
@@ -55,11 +55,11 @@ def test_workers_in_the_middle_of_an_image_end_with_their_parent(tmp_path, numbe
     try:
         assert [parent.stdout.readline() for _ in range(2)] == ["at work\n"] * 2
         send(parent.pid, number)
-        _, error = parent.communicate(timeout=60)  # comes to an end once no worker holds the output
+        _, error = parent.communicate(timeout=60)  # returns once no worker has the output open
         assert parent.returncode == status and told in (None, error)
     finally:
         parent.kill()
-        with contextlib.suppress(ProcessLookupError):  # none is left, as it should be
+        with contextlib.suppress(ProcessLookupError):  # no process is left
             os.killpg(parent.pid, signal.SIGKILL)
 
 

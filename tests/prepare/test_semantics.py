@@ -1,4 +1,4 @@
-"""Semantic masks: a small WordNet in the database format, and the real one where there is one."""
+"""Semantic masks: from a small WordNet in the database format, and from the real one if it is installed."""
 
 import itertools
 import re
@@ -18,7 +18,7 @@ from datasets.prepare.semantics import imagenet_ids, photo_ids, semantic_mask
 
 nltk = pytest.importorskip("nltk", reason="NLTK is not installed: pip install -r requirements-wordnet.txt")
 
-#   a synset's first word: its lexicographer file, the words it has, what is above it
+# {name of a synset: (its lexicographer file, its words, its hypernyms)}
 SYNSETS = {
     "entity": ("03", ["entity"], []),
     "animal": ("05", ["animal"], ["entity"]),
@@ -83,11 +83,11 @@ def wordnet(tmp_path, monkeypatch):
     "name, row",
     [
         #           tabby siamese dog corgi table lamp felix mouse
-        ("tabby", [1, 1 / 3, 1 / 4, 0, 0, 0, 1 / 3, 1 / 4]),  # itself; by way of cat; of animal; four steps away: 1/5
-        ("cat", [1, 1, 1 / 3, 1 / 4, 0, 0, 1, 1 / 3]),  # above three of them, one of which is an individual
+        ("tabby", [1, 1 / 3, 1 / 4, 0, 0, 0, 1 / 3, 1 / 4]),  # itself; through cat; through animal; 1/5 counts as 0
+        ("cat", [1, 1, 1 / 3, 1 / 4, 0, 0, 1, 1 / 3]),  # three of them are below cat; one of these is an individual
         ("animal", [1, 1, 1, 1, 1 / 4, 1 / 4, 1, 1]),
         ("corgi", [0, 0, 1, 1, 0, 0, 0, 1 / 4]),  # below dog
-        ("puppy", [0, 0, 1, 1, 0, 0, 0, 1 / 4]),  # two steps below dog; the shorter of its two ways to animal counts
+        ("puppy", [0, 0, 1, 1, 0, 0, 0, 1 / 4]),  # below dog; the shorter of its two paths to animal counts
         ("young", [1 / 4, 1 / 4, 1 / 3, 1 / 4, 0, 0, 1 / 4, 1 / 3]),
         ("lamp", [0, 0, 0, 0, 1 / 3, 1, 0, 0]),
         ("fame", [0, 0, 1 / 4, 0, 1 / 4, 1 / 4, 0, 1 / 4]),
@@ -122,7 +122,7 @@ def test_of_several_ids_the_later_writes_over_the_earlier(wordnet):
     folder, ids = wordnet
     mask, _ = semantic_mask(["ab", "ba"], [[ids["cat"], ids["lamp"]], [ids["tabby"], ids["siamese"]]], folder)
     np.testing.assert_array_equal(mask[0], [1, 1, 1 / 3, 1 / 4, 1 / 3, 1, 1, 1 / 3])
-    np.testing.assert_array_equal(mask[1], [1 / 3, 1, 1 / 4, 0, 0, 0, 1 / 3, 1 / 4])  # tabby's own 1 is gone
+    np.testing.assert_array_equal(mask[1], [1 / 3, 1, 1 / 4, 0, 0, 0, 1 / 3, 1 / 4])  # siamese replaced tabby's 1
 
 
 def test_a_class_of_sketchy_has_its_published_row_whatever_the_order_of_a_list(wordnet, monkeypatch):
@@ -159,7 +159,7 @@ def test_ids_outrank_names_and_stay_without_a_note(wordnet):
         ("table-lamp", "table_lamp.n.01"),
         ("hot air balloon", "hot-air_balloon.n.01"),
         ("hot-air_balloon", "hot-air_balloon.n.01"),
-        ("car (sedan)", "sedan.n.01"),  # by the table of the module
+        ("car (sedan)", "sedan.n.01"),  # from SYNSETS
         ("car_(sedan)", "sedan.n.01"),
         ("Car  (Sedan)", "sedan.n.01"),
     ],

@@ -70,7 +70,7 @@ class Page(HTMLParser):
 
 
 def opened(root):
-    """(Benchmark, its lists that are there)."""
+    """(Benchmark, {(kind, split): FileList} of the lists that exist)."""
     benchmark = open_benchmark("sketchy", root)
     return benchmark, {key: benchmark.read(*key) for key in LISTS if benchmark.path(*key).is_file()}
 
@@ -128,7 +128,8 @@ def test_every_class_shows_samples_and_they_are_what_lies_at_their_path(drawn, t
     page = page_of(drawn, tmp_path / "out")
     assert page.headings == ["bell ", "cow ", "alarm clock ", "cat "]
     alts = Counter(image["alt"] for image in page.images)
-    assert alts["sketches of bell"] == alts["photos of cat"] == 2 and alts["sketches of cat"] == 4  # two of validation
+    assert alts["sketches of bell"] == alts["photos of cat"] == 2
+    assert alts["sketches of cat"] == 4  # two of them for validation
     assert {image["title"] for image in page.images} == {str(path.relative_to(drawn)) for path in drawn.glob("*/*.png")}
 
 
