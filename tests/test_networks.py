@@ -1,7 +1,15 @@
+import numpy as np
 import pytest
 import torch
+from timm.models.convnext import ConvNeXt
 
+from models.alignment import Batch
+from models.eval import evaluation
+from models.eval.features import Features
+from models.eval.matching import euclidean_distances
 from models.networks import Student, Teacher, create_backbone
+from models.run import Run, create_optimizers
+from models.step import train_step
 from models.weights import load_published
 
 
@@ -44,3 +52,45 @@ def test_the_seen_class_layer_starts_small():
 def test_an_unknown_model_is_named():
     with pytest.raises(ValueError, match=r"'resnet50'; choose one of convnextv2_atto, .*convnextv2_tiny"):
         create_backbone("resnet50")
+
+
+def rules():
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.fixture
+def environment_allows_tf32():
+    before = rules()
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize(("precision", "wanted"), [
+    ("fp32", (False, False)), ("tf32", (True, False)), ("tf32_all", (True, True)), ("bf16", (True, False)),
+])  # fmt: skip
+def test_arithmetic_is_what_it_says_in_forward_and_backward(precision, wanted, environment_allows_tf32, monkeypatch):
+    sizes = dict(num_classes=20, depths=[1, 1, 1, 1], dims=[4, 8, 12, 16], use_grn=True, ls_init_value=None)
+    student, teacher = Student(ConvNeXt(**sizes), 5), Teacher(ConvNeXt(**sizes))
+    seen = set()
+    student.linear.register_forward_hook(lambda *_: seen.add(("forward", rules())))
+    student.backbone.stem[0].weight.register_hook(lambda _: seen.add(("backward", rules())))
+    labels = torch.arange(4)
+    batch = Batch(torch.randn(4, 3, 32, 32), labels, torch.ones(4), torch.zeros(4, 1), torch.randn(4, 16))
+    run = Run(student, teacher, create_optimizers(student, teacher, 1e-3, 1e-3, 0.0))
+    train_step(run, batch, True, precision=precision)
+    assert seen == {("forward", wanted), ("backward", wanted)}
+    assert rules() == (True, True)  # the caller's own are as they were
+
+
+def test_distances_are_float32_whatever_the_environment_says(environment_allows_tf32, monkeypatch):
+    seen = []
+
+    def distances(*arguments, **named):
+        seen.append(rules())
+        return euclidean_distances(*arguments, **named)
+
+    monkeypatch.setattr(evaluation, "euclidean_distances", distances)
+    rows = np.eye(6, 4, dtype=np.float32)
+    evaluation.evaluate(Features(rows, np.arange(6) % 2, rows, np.arange(6) % 2), {None: None})
+    assert set(seen) == {(False, False)} and rules() == (True, True)

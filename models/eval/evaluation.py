@@ -135,7 +135,7 @@ def _halving(measure, free):
                         f"note: {len(chosen)} sketches at a time do not fit into the device's memory, trying fewer"
                     )
                 fitting = (len(chosen) + 1) // 2
-            free()  # here, where the error no longer refers to what it could not hold
+            free()  # out of the except block, where the error would keep what was in memory
         half = (len(chosen) + 1) // 2
         return run(chosen[:half]) + run(chosen[half:])
 

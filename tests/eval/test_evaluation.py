@@ -112,3 +112,22 @@ def test_every_kind_of_gallery_has_an_answer():
         assert row["mAP@all"].tolist() == pytest.approx([1 / 2, (1 + 4 / 5 + 4 / 5 + 4 / 5) / 4, 1 / 6])
         assert row["mAP@200"].tolist() == row["mAP@all"].tolist()
         assert row["Prec@100"].tolist() == pytest.approx([1 / 6, 4 / 6, 1 / 6])
+
+
+def test_room_is_made_before_a_chunk_is_halved():
+    done = []
+
+    def measure(chosen):
+        done.append(len(chosen))
+        if len(chosen) > 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return len(chosen)
+
+    assert evaluation._halving(measure, lambda: done.append("free"))(torch.arange(6)) == 6
+    assert done == [6, "free", 3, "free", 2, 1, 2, 1]
+    with pytest.raises(RuntimeError, match="illegal memory access"):  # which is no lack of memory
+        evaluation._halving(_illegal, done.clear)(torch.arange(6))
+
+
+def _illegal(_):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
