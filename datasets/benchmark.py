@@ -254,8 +254,12 @@ def list_text(rows):
 
 
 def spelling(name):
-    """What all spellings of a class name share: its letters and digits, whatever their case."""
-    return "".join(sign for sign in unicodedata.normalize("NFKC", name).casefold() if sign.isalnum())
+    """What all spellings of a class name have in common: the name without case, spaces and punctuation.
+
+    Vowel signs stay, and so do + and #: C, C++ and C# are three classes. A name of punctuation only stays as it is.
+    """
+    signs = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(sign for sign in signs if sign == "#" or unicodedata.category(sign)[0] not in "CPZ") or signs
 
 
 def write_mask(path, mask):
@@ -273,7 +277,11 @@ def _lines(path):
         raise InputError(
             f"{path}: no such list; python -m datasets.prepare lists makes it, or see --zero_version"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); change its permissions, or choose another"
+        ) from None
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: cannot be read as text ({error})") from error
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:

@@ -9,6 +9,7 @@ from datasets.benchmark import (
     read_class_names,
     read_list,
     read_mask,
+    spelling,
     write_list,
     write_mask,
 )
@@ -46,6 +47,25 @@ def test_a_bad_list_is_named_with_its_line(tmp_path, lines, words):
         path.write_text(lines)
     with pytest.raises(InputError, match=words):
         read_list(path, tmp_path, classes=2)
+
+
+def test_spellings_of_one_class_are_the_same_and_those_of_two_are_not():
+    classes = [
+        ("hot-air balloon", "Hot Air Balloon", "hot_air_balloon", "hotairballoon"),
+        ("car_(sedan)", "car (sedan)", "Car Sedan"),
+        ("jack-o'-lantern", "jack o lantern"),
+        ("\u00fcbung", "U\u0308bung"),  # ü as one sign and as two
+        ("C", "c"),
+        ("C++", "c++"),
+        ("C#", "c #"),
+        ("\u0926\u093f\u0928",),  # two Hindi words that differ only in a vowel sign
+        ("\u0926\u0940\u0928",),
+        ("?",),
+        ("!",),
+    ]
+    spellings = [set(map(spelling, names)) for names in classes]
+    assert all(len(of_one) == 1 for of_one in spellings)
+    assert len(set.union(*spellings)) == len(classes)
 
 
 def test_class_names_stand_in_the_order_of_their_labels(tmp_path):
