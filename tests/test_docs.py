@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets.prepare.__main__ import create_parser
+from datasets.prepare.commands import create_parser
 from datasets.protocols import PROTOCOLS
 from models import options
 
