@@ -176,6 +176,7 @@ class _Progress:
         self.bar.update()
         self.count += 1
         seconds = (time.monotonic() - self.began) * (self.total / self.count - 1)
-        if self.bar.disable and not self.told and seconds > PATIENCE:
+        # The first few of several that run side by side would tell too much.
+        if self.bar.disable and self.count >= 4 and not self.told and seconds > PATIENCE:
             self.told = True
             note(f"note: the other {self.total - self.count} mixtures take about {seconds / 60:.0f} minutes")
