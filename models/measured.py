@@ -72,9 +72,7 @@ def _to_cpu(values):
     """(values on the CPU, None), or (values on their way there, the event of their arrival)."""
     if values.device.type == "cpu":
         return values, None
-    copy = torch.empty(
-        values.shape, dtype=values.dtype, pin_memory=True
-    )  # only pinned memory is filled without waiting
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)  # to other memory, the host would wait
     copy.copy_(values, non_blocking=True)
     arrival = torch.cuda.Event()
     arrival.record(torch.cuda.current_stream(values.device))

@@ -91,3 +91,14 @@ def test_results_go_where_they_are_told(z):
     expected = fused_scores(cluster, euclidean)
     assert fused_scores(cluster, euclidean, out=out[1]).data_ptr() == out[1].data_ptr()
     assert torch.equal(out[0], euclidean_distances(query, gallery)) and torch.equal(out[1], expected)
+
+
+def test_distances_have_a_gradient():
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (4, 7))
+    gradients = []
+    for distances in (euclidean_distances, torch.cdist):
+        own = query.clone().requires_grad_()
+        distances(own, gallery).square().sin().sum().backward()
+        gradients.append(own.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
