@@ -55,7 +55,7 @@ def fused_scores(cluster, euclidean, out=None):
 
 
 def _product(a, b, out=None):
-    """a @ b. NumPy's product, which has no gradient, is up to twice as fast on a CPU as torch's, and never much slower."""
+    """a @ b. On a CPU NumPy's product, which has no gradient, is up to twice as fast as torch's, never much slower."""
     if a.device.type != "cpu" or a.requires_grad or b.requires_grad:
         return torch.matmul(a, b, out=out)
     return torch.from_numpy(np.matmul(a.numpy(), b.numpy(), out=None if out is None else out.numpy()))

@@ -281,9 +281,7 @@ class _Components:
         covariance = self.scatters[component].addr(moved, half, alpha=-1).addr_(half, moved, alpha=-1).div_(total)
         covariance.diagonal().add_(REGULARISATION)
         factor, failed = torch.linalg.cholesky_ex(covariance)  # of its lower triangle
-        # So flat that rounding is more than what the diagonal was given. Turned points show that as a tiny pivot only.
-        flat = factor.diagonal().min() ** 2 < torch.finfo(torch.float64).eps * covariance.diagonal().max()
-        if failed or flat:
+        if failed:
             raise CollapsedComponent(f"component {component} collapsed onto too few photos")
         root = _inverse(factor)
         drift = 0
