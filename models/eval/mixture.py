@@ -144,7 +144,7 @@ def _refuse_collapse(failed):
 @torch.inference_mode()
 def _fit_screened(points, start, count):
     points, centre, shares = _begin(points, start, count)
-    turn = directions(points)
+    turn = directions(points, REGULARISATION)
     points, centre = points @ turn, centre @ turn
     components, screen = _Components(points, centre, count), Screen(points, shares.argmax(dim=0), count)
     components.maximise(shares)

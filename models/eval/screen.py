@@ -22,13 +22,17 @@ def steps_of(width):
     return list(zip([0, *stops], stops, strict=False))
 
 
-def directions(points):
+def directions(points, least):
     """Orthogonal (d, d): directions of points (N, d) float64, those of most variance first.
 
-    Turned points keep their distances, and their first few coordinates tell most of them.
+    Turned points keep their distances, and their first few coordinates tell most of them. Where a variance of `least`
+    is lost in the rounding of the largest one, nothing is turned: that a covariance can be factorised is chance then,
+    and must be the same chance as without a screen.
     """
     some = points[:: 1 + len(points) // BLOCK]
-    return torch.linalg.eigh(torch.atleast_2d(torch.cov(some.T, correction=0))).eigenvectors.flip(1)
+    variances, vectors = torch.linalg.eigh(torch.atleast_2d(torch.cov(some.T, correction=0)))
+    rounding = len(variances) * torch.finfo(points.dtype).eps * variances[-1]
+    return vectors.flip(1) if rounding < least else torch.eye(len(variances), dtype=points.dtype)
 
 
 class Screen:

@@ -229,6 +229,27 @@ def test_points_that_found_their_component_cost_less(monkeypatch):
     assert counts[-1] < counts[0] / 3
 
 
+def test_little_change_is_added_and_much_is_summed_anew():
+    points, generator = torch.from_numpy(cloud("one cloud", np.random.default_rng(0))[0]), torch.Generator()
+    shares = torch.zeros(2, 700, dtype=torch.float64)
+    shares[0, :300] = shares[1, 300:] = 1
+    fitted = mixture._Components(points, points.mean(dim=0), 2)
+    fitted.maximise(shares)
+    assert torch.equal(fitted.origins, points[[0, 300]])
+    some = shares.clone()
+    some[:, 300:310] = 0.5
+    fitted.maximise(some)
+    assert torch.equal(fitted.origins, points[[0, 300]])
+    much = torch.rand(2, 700, generator=generator.manual_seed(0), dtype=torch.float64)
+    for changed in (some, much):
+        fitted.maximise(changed)
+        fresh = mixture._Components(points, points.mean(dim=0), 2)
+        fresh.maximise(changed)
+        torch.testing.assert_close(fitted.means, fresh.means, rtol=0, atol=1e-13)
+        torch.testing.assert_close(fitted.factors, fresh.factors, rtol=0, atol=1e-13)
+    assert torch.equal(fitted.origins, points[much.argmax(dim=1)])
+
+
 def test_what_a_step_did_to_distances_is_measured(monkeypatch):
     points, components = cloud("one cloud", np.random.default_rng(0))
     maximise, measured = mixture._Components.maximise, []
@@ -255,6 +276,13 @@ def test_a_collapsed_component_is_named(fit, monkeypatch):
     points[30:] = 7.0
     with pytest.raises(CollapsedComponent, match="component 1 collapsed"):
         fit(points, torch.arange(40) // 30, 2)
+
+
+@both
+def test_points_so_flat_that_the_regularisation_is_lost_in_rounding_collapse(fit):
+    points = 1e6 * torch.randn(30, 1, generator=torch.Generator().manual_seed(0)).expand(30, 4)
+    with pytest.raises(CollapsedComponent, match="component 0 collapsed"):
+        fit(points, torch.arange(30) % 2, 2)
 
 
 @both

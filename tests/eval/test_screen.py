@@ -116,15 +116,17 @@ def test_limits_are_where_a_log_probability_is_far_below_the_likeliest():
     assert torch.equal(squares.gather(0, 1 - likeliest) >= limits.gather(0, 1 - likeliest), below)
     assert 0 < below.sum() < 7
     assert (limits.gather(0, likeliest) == 0).all()
+    assert (screen.limits(constants, 0.1) >= 0).all()
 
 
 def test_directions_are_orthogonal_and_begin_with_the_widest():
     points = torch.randn(500, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     points *= torch.tensor([1, 5, 2, 9, 3, 0.1])
-    turn = directions(points)
+    turn = directions(points, 1e-6)
     torch.testing.assert_close(turn @ turn.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-14)
     assert (points @ turn).var(dim=0).diff().lt(0).all()
-    assert directions(points[:, :1]).abs().item() == 1
+    assert directions(points[:, :1], 1e-6).abs().item() == 1
+    assert torch.equal(directions(points * 1e6, 1e-6), torch.eye(6, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("width", [1, 3, 4, 10])
