@@ -111,12 +111,12 @@ def resize(image, size):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def normalise(images):
-    """Turn (B, 3, H, W) uint8 into float32, normalised with the mean and deviation of ImageNet, on the same device."""
-    mean, std = _mean_and_std(images.device)
+def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Turn (B, 3, H, W) uint8 into float32, normalised with a network's mean and deviation, on the same device."""
+    mean, std = _channels(mean, images.device), _channels(std, images.device)
     return (images / 255 - mean) / std
 
 
 @functools.cache  # making these tensors for every batch would have the host wait for the device
-def _mean_and_std(device):
-    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+def _channels(values, device):
+    return torch.tensor(values, device=device).view(3, 1, 1)

@@ -10,8 +10,17 @@ import torch
 from torch.nn import functional as F
 
 TERMS = ("cls", "ka_student", "ma", "ka_teacher")  # L_cls, L_ka^S, L_ma, L_ka^T
-MASK_WEIGHT = 0.3  # of the semantic mask, added to the logits of the side that is learnt from
-MODALITY_WEIGHT = 0.1  # of L_ma in the student's loss
+
+
+class Objective(NamedTuple):
+    """What is learnt: by default the whole method, with the paper's weights."""
+
+    terms: tuple[str, ...] = TERMS  # those of TERMS that are learnt; the others are computed, and left out of the sum
+    mask_weight: float = 0.3  # of the semantic mask, added to the logits of the side that is learnt from
+    modality_weight: float = 0.1  # of L_ma in the student's loss
+
+
+METHOD = Objective()
 
 
 class Batch(NamedTuple):
@@ -48,11 +57,11 @@ def classification_loss(seen_logits, labels, images=None):
 def knowledge_loss(learner_logits, source_logits, mask, is_photo, photos=None):
     """L_ka: cross entropy of the learner (B, J) with the source's (B, J) softened view of each photo, over `photos`.
 
-    mask: (B, J) rows of the semantic mask, or (B, 1) zeros for none; is_photo: (B,) 1 for a photo, 0 for a sketch,
-    which has no part in it; photos: a scalar tensor (default: the photos of the batch).
+    mask: (B, J), or (B, 1), what is added to the source's logits: rows of the semantic mask, weighted; is_photo: (B,)
+    1 for a photo, 0 for a sketch, which has no part in it; photos: a scalar tensor (default: those of the batch).
     The source is not detached: in L_ka^T the student, which is the source there, keeps its gradient.
     """
-    target = F.softmax(source_logits + MASK_WEIGHT * mask, dim=1)
+    target = F.softmax(source_logits + mask, dim=1)
     cross_entropy = -(target * F.log_softmax(learner_logits, dim=1)).sum(dim=1)
     photos = is_photo.sum() if photos is None else photos
     return (cross_entropy * is_photo).sum() / photos.clamp(min=1)
@@ -64,25 +73,30 @@ def modality_loss(features, noise, images=None):
     return divergence / (len(features) if images is None else images)
 
 
-def alignment_losses(student, teacher_logits, batch, bidirectional, counts=None):
-    """All losses of a Batch: a dict of TERMS (ka_teacher is 0 in warm-up), "student" and "total".
+def alignment_losses(student, teacher_logits, batch, bidirectional, counts=None, objective=METHOD):
+    """All losses of a Batch: a dict of TERMS (ka_teacher is 0 in warm-up), "student" and "total", what is learnt.
 
     student: a StudentOutput, its seen_logits, imagenet_logits and features; teacher_logits: (B, J).
     counts: Counts of the batch that this one is a part of (default: its own). Losses and gradients of all parts then
-    add up to those of the whole batch.
+    add up to those of the whole batch. objective: an Objective.
     One backward pass of "total" leaves the gradients that the release gets from two. It first takes the gradient of
     "student" = L_cls + L_ka^S + 0.1 L_ma, then clears that of the teacher, and then adds the gradient of L_ka^T, from
     which the student learns, too. Detaching the teacher in L_ka^S has the same effect as clearing its gradient.
     """
     images, photos = counts or Counts.of(batch)
-    cls = classification_loss(student.seen_logits, batch.labels, images)
-    ka_student = knowledge_loss(student.imagenet_logits, teacher_logits.detach(), batch.mask, batch.is_photo, photos)
-    ma = modality_loss(student.features, batch.noise, images)
-    student_loss = cls + ka_student + MODALITY_WEIGHT * ma
+    mask = objective.mask_weight * batch.mask
+    terms = {
+        "cls": classification_loss(student.seen_logits, batch.labels, images),
+        "ka_student": knowledge_loss(student.imagenet_logits, teacher_logits.detach(), mask, batch.is_photo, photos),
+        "ma": modality_loss(student.features, batch.noise, images),
+        "ka_teacher": student.features.new_zeros(()),
+    }
     if bidirectional:
-        ka_teacher = knowledge_loss(teacher_logits, student.imagenet_logits, batch.mask, batch.is_photo, photos)
-        total = student_loss + ka_teacher
-    else:
-        ka_teacher, total = student_loss.new_zeros(()), student_loss
-    terms = {"cls": cls, "ka_student": ka_student, "ma": ma, "ka_teacher": ka_teacher}
+        terms["ka_teacher"] = knowledge_loss(teacher_logits, student.imagenet_logits, mask, batch.is_photo, photos)
+    # Terms that are left out have the weight 0: every parameter has a gradient then, as processes that share gradients
+    # want it.
+    weight = {name: float(name in objective.terms) for name in TERMS}
+    weight["ma"] *= objective.modality_weight
+    student_loss = sum(weight[name] * terms[name] for name in ("cls", "ka_student", "ma"))
+    total = student_loss + weight["ka_teacher"] * terms["ka_teacher"] if bidirectional else student_loss
     return terms | {"student": student_loss, "total": total}

@@ -19,11 +19,11 @@ from datasets.benchmark import MASK
 from datasets.errors import InputError
 from datasets.files import digest, write_json, write_whole
 from models import parallel
-from models.networks import Student
+from models.alignment import TERMS
 from models.run import MEASURES
 from models.saved import check_saved, plain_options
 from models.torchfiles import UnreadableFile, gist, is_whole, read_torch
-from models.weights import backbone_of, load_published, published_state
+from models.weights import load_published, published_state, student_of
 
 LAST, BEST, BEST_AFTER_WARMUP = "checkpoint.pth.tar", "model_best.pth.tar", "best_after_warmup.pth.tar"
 PREVIOUS = "checkpoint.previous.pth.tar"  # what LAST was before, for a disk that tears it
@@ -135,7 +135,7 @@ def load_student(path, model, classes, imagenet_classes=1000):
 
     Raises InputError if the checkpoint is of another model or split.
     """
-    student = Student(backbone_of(model, imagenet_classes), classes)
+    student = student_of(model, classes, imagenet_classes)
     checkpoint = read_checkpoint(path)
     load_published(student, checkpoint["state_dict"], path)
     try:
@@ -166,8 +166,10 @@ def restore(run, savedir, record, defaults):
         raise InputError(f"{path}: holds no teacher, so it cannot be resumed, only tested; start anew without --resume")
     load_published(run.student, checkpoint["state_dict"], path)
     load_published(run.teacher, checkpoint["teacher"], path)
+    # Without ka_student the student's ImageNet head learns late, or never.
+    idle = () if "ka_student" in record["options"].get("losses", TERMS) else tuple(run.student.head.parameters())
     try:
-        saved = check_saved(checkpoint, run.optimizers)
+        saved = check_saved(checkpoint, run.optimizers, idle)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{path}: damaged, it cannot be resumed ({error}); start anew") from error
     if saved["protocol"] != record["protocol"]:

@@ -9,10 +9,11 @@ import torch
 
 from datasets.errors import InputError, OneLineParser, OwnError, folder_name, lacks_memory, number, seed
 from models import parallel
+from models.alignment import METHOD, TERMS
 from models.checkpoints import SaveSchedule
 from models.eval.metrics import metric
 from models.eval.workers import available_cores
-from models.networks import PRECISIONS
+from models.networks import PRECISIONS, facts_of
 
 
 def train_parser(protocol):
@@ -45,6 +46,10 @@ def train_parser(protocol):
         help="leave the semantic mask out of the alignment, as QuickDraw Ext does")  # fmt: skip
     group.add_argument("--mask", dest="no_mask", action="store_false", default=argparse.SUPPRESS,
         help="use a semantic mask for QuickDraw Ext, too; python -m datasets.prepare mask makes one")  # fmt: skip
+    add("--losses", nargs="+", choices=TERMS, default=list(TERMS), action=_Terms, metavar="TERM",
+        help=f"what is learnt, of {', '.join(TERMS)}; the others are only measured (default: all)")  # fmt: skip
+    add("--mask_weight", type=_weight, default=METHOD.mask_weight, help="of the semantic mask in the alignment")
+    add("--modality_weight", type=_weight, default=METHOD.modality_weight, help="of the loss ma")
     add("--no_validation", action="store_true", default=not protocol.has_validation,
         help="read no validation list and keep the last epoch, as QuickDraw Ext always does")  # fmt: skip
     add("--precision", choices=PRECISIONS, default="tf32",
@@ -120,12 +125,14 @@ def test_parser(protocol):
 
 
 def resolve(options, protocol, folder):
-    """Fill in what depends on other options: the checkpoint folder (option `folder`) and the device.
+    """Fill in what depends on other options: the checkpoint folder (option `folder`), the input size and the device.
 
-    Raises InputError if the device is not there or has not the --precision, or the protocol names an unknown metric.
+    Raises InputError if the model takes images of another size, the device is not there or has not the --precision, or
+    the protocol names an unknown metric.
     """
     if getattr(options, folder) is None:
         setattr(options, folder, Path(_checkpoint_folder(protocol, options.zero_version)))
+    options.input_size = input_size(options.model, options.input_size)
     options.device = parallel.own_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_device("--device", options.device)
     if getattr(options, "mixture_device", None) is not None:
@@ -139,6 +146,19 @@ def resolve(options, protocol, folder):
     if options.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError("--precision bf16: this GPU does not compute in bfloat16; use tf32")
     return options
+
+
+def input_size(model, asked):
+    """The side of the images for `model`: `asked`, or what fits it where that is None. Raises InputError if none do."""
+    if model.startswith("convnextv2_"):
+        return asked or 224  # without timm, which takes seconds to load
+    try:
+        own = facts_of(model).size
+    except ValueError as error:
+        raise InputError(f"--model {model}: {error}") from None
+    if own and asked not in (None, own):
+        raise InputError(f"--input_size {asked}: {model} takes images of {own} pixels only; leave --input_size out")
+    return asked or own or 224
 
 
 def check_device(option, device):
@@ -182,11 +202,13 @@ def _add_data(parser, protocol):
 
 
 def _add_model(parser, protocol):
-    parser.add_argument("--model", type=_text, default="convnextv2_tiny", help="any convnextv2_* of timm")
+    parser.add_argument("--model", type=_text, default="convnextv2_tiny",
+        help="any image classifier of timm with an ImageNet head, tf_efficientnet_lite0, say")  # fmt: skip
     parser.add_argument("--nb_classes", type=_positive, metavar="C", help="seen classes; refused if cname_cid.txt "
         f"lists another number ({protocol.title} has {protocol.seen_classes}; default: what it lists)")  # fmt: skip
     parser.add_argument("--imagenet_classes", type=_positive, default=1000, help="outputs of the ImageNet head")
-    parser.add_argument("--input_size", type=_size, default=224, help="side of an input image, in pixels")
+    parser.add_argument("--input_size", type=_size,
+        help="side of an input image, in pixels (default: 224, or what the model takes)")  # fmt: skip
 
 
 def _add_machine(parser):
@@ -210,6 +232,7 @@ _positive = number(int, 1, 10**6, "a whole number from 1 to a million")
 _count = number(int, 0, 10**6, "a whole number from 0 to a million")
 _size = number(int, 32, 4096, "a whole number of pixels from 32 to 4096")
 _rate = number(float, 0, 1e30, "a number, 0 or more")
+_weight = number(float, 0, 1e6, "a number from 0 to a million")
 _share = number(float, 0, 0.99, "a number from 0 to 0.99")
 
 
@@ -218,6 +241,15 @@ def _interval(text):
         return SaveSchedule(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+class _Terms(argparse.Action):
+    """Terms of the losses, cls among them, in the order of TERMS."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if "cls" not in values:
+            parser.error(f"{option_string}: without cls the seen classes are not learnt; add cls")
+        setattr(namespace, self.dest, [term for term in TERMS if term in values])
 
 
 class _Idle(argparse.Action):

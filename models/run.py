@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from models import parallel
-from models.alignment import TERMS
+from models.alignment import METHOD, TERMS, Objective
 from models.networks import Student, Teacher
 
 # What a step is measured by: the losses, and the percentage of the batch that is classified right.
@@ -24,6 +24,7 @@ class Recipe:
     seed: int = 0  # of noise and stochastic depth; the loader has its own
     parts: int = 1  # in which a batch is taken
     precision: str = "fp32"  # see models.networks.arithmetic
+    objective: Objective = METHOD
 
     def is_bidirectional(self, epoch):
         """Whether the teacher learns, too, in an epoch (from 0)."""

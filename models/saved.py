@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from models.alignment import TERMS
 from models.run import MEASURES
 from models.torchfiles import is_plain_tensor
 
@@ -12,10 +13,11 @@ _PLAIN = (str, int, float, bool, type(None))
 _WITHOUT_NAMES = ("cls", "ka_student", "ma", "ka_teacher", "student", "total", "train_accuracy")
 
 
-def check_saved(content, optimizers):
+def check_saved(content, optimizers, idle=()):
     """Check all of a checkpoint's content but its weights, which models.weights.load_published checks.
 
-    content: as models.checkpoints.Keeper writes it; optimizers: those that its Adam states must fit.
+    content: as models.checkpoints.Keeper writes it; optimizers: those that its Adam states must fit; idle: parameters
+    that may have no Adam state.
     Returns {"protocol", "options", "data", "history", "step", "sums" (list in the order of MEASURES, or None),
     "adam" (a state for each optimizer)}. Raises ValueError that says what is wrong.
     """
@@ -30,9 +32,10 @@ def check_saved(content, optimizers):
     _want(_is_count(found["step"]), "step is not a whole number, 0 or more")
     _want(found["step"] == 0 or found["sums"] is not None, f"no sums of its {found['step']} steps")
     begun = bool(found["history"]) or found["step"] > 0
-    taught = any(entry["phase"] == "bidirectional" for entry in found["history"])
+    losses = found["options"].get("losses", TERMS)
+    taught = "ka_teacher" in losses and any(entry["phase"] == "bidirectional" for entry in found["history"])
     triples = zip(("optimizer", "optimizer_1"), optimizers, (begun, taught), strict=True)
-    return found | {"adam": [_adam(content.get(name), name, *rest) for name, *rest in triples]}
+    return found | {"adam": [_adam(content.get(name), name, *rest, idle) for name, *rest in triples]}
 
 
 def plain_options(options):
@@ -97,10 +100,11 @@ def _sums(sums):
     return [float(sums[name]) for name in MEASURES]
 
 
-def _adam(saved, name, optimizer, begun):
+def _adam(saved, name, optimizer, begun, idle):
     """A state for `optimizer` with the saved moments, in new memory, and the optimizer's own settings.
 
-    Adam's kernel would read beyond a moment of another shape. begun: whether the optimizer has made steps.
+    Adam's kernel would read beyond a moment of another shape. begun: whether the optimizer has made steps; idle: see
+    check_saved.
     """
     _want(isinstance(saved, dict) and isinstance(saved.get("state"), dict), f"{name} has no state")
     _want(isinstance(saved.get("param_groups"), list), f"{name} has no groups")
@@ -112,9 +116,12 @@ def _adam(saved, name, optimizer, begun):
     _want(numbers[0] == numbers[1], f"{name} is of other parameters")
     if not saved["state"] and not begun:
         return {"state": {}, "param_groups": own["param_groups"]}  # the teacher's in warm-up
-    _want(list(saved["state"]) == list(range(len(parameters))), f"{name} has not the moments of every parameter")
+    needed = {number for number, value in enumerate(parameters) if not any(value is each for each in idle)}
+    complete = needed <= saved["state"].keys() <= set(range(len(parameters)))
+    _want(complete, f"{name} has not the moments of every parameter")
     state = {}
-    for number, value in enumerate(parameters):
+    for number in sorted(saved["state"]):
+        value = parameters[number]
         state[number] = {"step": _step(saved["state"][number], name)}
         for moment in ("exp_avg", "exp_avg_sq"):
             found = saved["state"][number].get(moment)

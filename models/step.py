@@ -6,27 +6,32 @@ import torch
 
 from datasets.errors import lacks_memory
 from models import parallel
-from models.alignment import Counts, alignment_losses
+from models.alignment import METHOD, Counts, alignment_losses
 from models.networks import StudentOutput, arithmetic, matmul_rules
 from models.parallel import note
 
 
-def train_step(run, batch, bidirectional, parts=1, precision="fp32"):
+def train_step(run, batch, bidirectional, parts=1, precision="fp32", objective=METHOD):
     """One update of `run` with a Batch, this process's share of a batch. Warm-up updates the student alone.
 
-    With `parts` > 1 gradients are summed over that many parts of the batch; with several processes, over the shares of
-    all. Losses, and so gradients, are those of the whole batch.
+    objective: an Objective; where it lacks ka_teacher, the teacher never learns. With `parts` > 1 gradients are summed
+    over that many parts of the batch; with several processes, over the shares of all. Losses, and so gradients, are
+    those of the whole batch.
     Returns ({name of MEASURES: this process's part of it before the update, detached}, (B,) bool: images of which all
     outputs are finite).
     """
+    if not bidirectional:
+        objective = objective._replace(terms=tuple(term for term in objective.terms if term != "ka_teacher"))
     with matmul_rules(precision):
-        measures, sound = _gradients(run, batch, bidirectional, parts, precision)
-        for optimizer in run.optimizers if bidirectional else run.optimizers[:1]:
+        measures, sound = _gradients(run, batch, objective, parts, precision)
+        if not {"ka_student", "ka_teacher"} & set(objective.terms):
+            run.student.head.zero_grad()  # nothing is learnt there; weight decay alone would wear it away
+        for optimizer in run.optimizers if "ka_teacher" in objective.terms else run.optimizers[:1]:
             optimizer.step()
     return measures, sound
 
 
-def _gradients(run, batch, bidirectional, parts, precision, shared=True):
+def _gradients(run, batch, objective, parts, precision, shared=True):
     """Forward and backward of a Batch in parts; see train_step. shared: whether processes add their gradients."""
     for optimizer in run.optimizers:
         optimizer.zero_grad()
@@ -40,7 +45,7 @@ def _gradients(run, batch, bidirectional, parts, precision, shared=True):
             if number + 1 < len(pieces) or not shared:  # processes add their gradients once, after the last piece
                 for network in run.called:
                     stack.enter_context(parallel.apart(network))
-            found.append(_add_gradients(*run.called, piece, counts, bidirectional, precision))
+            found.append(_add_gradients(*run.called, piece, counts, objective, precision))
     measures, sound = zip(*found, strict=True)
     return {name: sum(each[name] for each in measures) for name in measures[0]}, torch.cat(sound)
 
@@ -71,7 +76,7 @@ def _lack_of_memory(run, batch, parts, precision):
     try:
         moments = [torch.empty_like(value) for value in run.learnt() for _ in range(2)]
         with matmul_rules(precision):
-            _gradients(run, batch, True, parts, precision, shared=False)
+            _gradients(run, batch, METHOD, parts, precision, shared=False)
         del moments
     except RuntimeError as error:
         if not lacks_memory(error):
@@ -82,13 +87,14 @@ def _lack_of_memory(run, batch, parts, precision):
     return failure
 
 
-def _add_gradients(student, teacher, batch, counts, bidirectional, precision):
+def _add_gradients(student, teacher, batch, counts, objective, precision):
     """Forward and backward of a part of a batch; see train_step."""
+    bidirectional = "ka_teacher" in objective.terms
     with arithmetic(precision, batch.images.device):
         with torch.set_grad_enabled(bidirectional):
             teacher_logits = _wide(teacher(batch.images))
         output = StudentOutput(*map(_wide, student(batch.images)))
-    losses = alignment_losses(output, teacher_logits, batch, bidirectional, counts)
+    losses = alignment_losses(output, teacher_logits, batch, bidirectional, counts, objective)
     parallel.backward(losses["total"])
     measures = {name: value.detach() for name, value in losses.items()}
     right = (output.seen_logits.detach().argmax(dim=1) == batch.labels).sum()

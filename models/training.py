@@ -11,13 +11,13 @@ import torch
 from tqdm import tqdm
 
 from datasets.benchmark import open_benchmark
-from datasets.errors import ends_in_one_line, lost_worker
+from datasets.errors import InputError, ends_in_one_line, lost_worker
 from datasets.files import check_writable
 from datasets.images import normalise
 from datasets.protocols import PROTOCOLS, protocol_of
 from datasets.zeroshot import Loading
 from models import interrupts, parallel
-from models.alignment import Batch
+from models.alignment import Batch, Objective
 from models.checkpoints import (
     BEST,
     BEST_AFTER_WARMUP,
@@ -68,7 +68,10 @@ def main(protocol_name, argv=None):
         finetune = "none" if options.resume else options.finetune
         seen_classes = len(benchmark.seen_names)
         pair = create_pair(options.model, seen_classes, finetune, options.imagenet_classes, options.drop_path)
-        place(*pair, options.device, options.grad_checkpointing, options.compile)
+        try:
+            place(*pair, options.device, options.grad_checkpointing, options.compile)
+        except ValueError as error:
+            raise InputError(f"--grad_checkpointing: {error}; leave it out") from None
         run = Run(*pair, create_optimizers(*pair, options.lr, options.teacher_lr, options.weight_decay))
         if options.resume:
             restore(run, options.savedir, record, run_record(defaults_of(parser))["options"])
@@ -76,6 +79,7 @@ def main(protocol_name, argv=None):
         recipe = Recipe(
             options.epochs, options.warmup_epochs, options.lr, options.teacher_lr,
             options.seed, options.accum_steps, options.precision,
+            Objective(tuple(options.losses), options.mask_weight, options.modality_weight),
         )  # fmt: skip
         keeper = Keeper(options.savedir, record, options.save_every, options.overwrite)
         parallel.connect(options.device)
@@ -131,12 +135,12 @@ def train_epoch(run, data, recipe, log=None, print_freq=10):
             for step, loaded in enumerate(data.loader, run.step):
                 interrupts.leave_workers_alone()
                 noise = draw_noise(run.student, sizes[step], (recipe.seed, epoch, step))
-                batch = _on_device(loaded, noise, data.mask, run.device)
+                batch = _on_device(loaded, noise, data.mask, run)
                 if run.parts is None:
                     run.parts = parts_that_fit(run, batch, recipe.parts, recipe.precision)
                     draw_noise(run.student, sizes[step], (recipe.seed, epoch, step))  # seeds again what the trial drew
                 bidirectional = recipe.is_bidirectional(epoch)
-                measures, sound = train_step(run, batch, bidirectional, run.parts, recipe.precision)
+                measures, sound = train_step(run, batch, bidirectional, run.parts, recipe.precision, recipe.objective)
                 values = parallel.total(torch.stack([measures[name] for name in MEASURES]))
                 run.sums = values if run.sums is None else run.sums + values
                 run.step = step + 1
@@ -171,7 +175,7 @@ def validate(student, loader, count):
     device = student.linear.weight.device
     right = torch.zeros((), dtype=torch.long)
     for images, labels in tqdm(loader, "validation", unit="batch", leave=False, disable=parallel.bar()):
-        predicted = student(normalise(images.to(device))).seen_logits.argmax(dim=1)
+        predicted = student(normalise(images.to(device), *student.statistics)).seen_logits.argmax(dim=1)
         right += (predicted.cpu() == labels).sum()
     student.train()
     return 100 * parallel.total(right).item() / count
@@ -222,10 +226,10 @@ def _seed_of(*place):
     return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
 
 
-def _on_device(loaded, noise, mask, device):
-    """The Batch of what a training loader gives."""
-    images, labels, is_photo, noise = (tensor.to(device, non_blocking=True) for tensor in (*loaded, noise))
-    return Batch(normalise(images), labels, is_photo, mask[labels], noise)
+def _on_device(loaded, noise, mask, run):
+    """The Batch of what a training loader gives, on the device of `run`."""
+    images, labels, is_photo, noise = (tensor.to(run.device, non_blocking=True) for tensor in (*loaded, noise))
+    return Batch(normalise(images, *run.student.statistics), labels, is_photo, mask[labels], noise)
 
 
 def _begin(run, data, recipe, keeper):

@@ -1,19 +1,21 @@
 """Weights by their published names, as they are on disk, and by timm's, as they are in memory.
 
     pretrained_model/convnextv2_*_1k_224_ema.pt     {'model': state dict}, as ConvNeXt V2's makers publish it
+    any torch or safetensors file                   a state dict of timm's, bare, as 'model' or as 'state_dict'
 
-Checkpoints (models.checkpoints) hold the same names.
+Checkpoints (models.checkpoints) hold ConvNeXt V2 under its published names, other backbones under timm's.
 """
 
 import os
 import re
+
+import torch
 
 from datasets.errors import InputError
 from models.networks import Student, Teacher, create_backbone
 from models.torchfiles import gist, is_plain_tensor, read_torch
 
 _TO_PUBLISHED = [  # timm's name of a parameter, published name
-    (r"^backbone\.", ""),
     (r"^stem\.", "downsample_layers.0."),
     (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
     (r"^stages\.(\d)\.blocks\.", r"stages.\1."),
@@ -26,37 +28,42 @@ _TO_PUBLISHED = [  # timm's name of a parameter, published name
     (r"^head\.fc\.", "head."),
 ]
 
+_CONVNEXT = "stages.0.blocks.0.mlp.grn.weight"  # timm's name of a parameter that only ConvNeXt V2 has
 _POINTWISE = re.compile(r"\.pwconv[12]\.weight$")
 
 _STEM_WIDTHS = {40: "atto", 48: "femto", 64: "pico", 80: "nano", 96: "tiny", 128: "base", 192: "large", 352: "huge"}
 
 
 def published_name(name):
-    """Published name of a parameter of a backbone, Student or Teacher."""
+    """Published name of a parameter that timm's ConvNeXt V2 calls `name`."""
     for pattern, replacement in _TO_PUBLISHED:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def published_state(module):
-    """State dict of a backbone, Student or Teacher as it is published.
+    """State dict of a backbone, Student or Teacher as it is published: timm's own, but for ConvNeXt V2.
 
-    GRN parameters are (1, 1, 1, 4C), and pwconv1 and pwconv2 are linear layers, (4C, C) and (C, 4C), in every size;
-    timm builds atto to nano with 1×1 convolutions instead.
+    There GRN parameters are (1, 1, 1, 4C), and pwconv1 and pwconv2 are linear layers, (4C, C) and (C, 4C), in every
+    size; timm builds atto to nano with 1×1 convolutions instead.
     """
-    state = {}
-    for name, value in module.state_dict().items():
-        name = published_name(name)
+    state = {name.removeprefix("backbone."): value for name, value in module.state_dict().items()}
+    return _as_published(state) if _CONVNEXT in state else state
+
+
+def _as_published(state):
+    """A state dict of timm's ConvNeXt V2 as it is published."""
+    state = {published_name(name): value for name, value in state.items()}
+    for name, value in state.items():
         if ".grn." in name:
-            value = value.reshape(1, 1, 1, -1)
+            state[name] = value.reshape(1, 1, 1, -1)
         elif _POINTWISE.search(name):
-            value = value.flatten(1)
-        state[name] = value
+            state[name] = value.flatten(1)
     return state
 
 
 def load_published(module, state, source):
-    """Copy a published state dict into a backbone, Student or Teacher; `module.` prefixes are understood.
+    """Copy a published state dict, or one of timm's, into a backbone, Student or Teacher; `module.` is understood.
 
     Strict: raises InputError naming `source` and the first parameter that is missing, unknown, no tensor or of another
     shape; the module is then untouched.
@@ -64,57 +71,73 @@ def load_published(module, state, source):
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise InputError(f"{source}: expected a state dict, parameters by name")
     state = {re.sub(r"^(module\.)+", "", name): value for name, value in state.items()}
-    if "stem.0.weight" in state:
-        raise InputError(f"{source}: has timm's parameter names; give the published file, or --finetune timm")
     expected = published_state(module)
+    for name, value in state.items():
+        if name in expected and not (is_plain_tensor(value) or _is_counter(name, value)):
+            raise InputError(f"{source}: {name} is no ordinary tensor; fetch the file again")
+    if _CONVNEXT in state and _CONVNEXT not in expected:
+        state = _as_published({name: value for name, value in state.items() if is_plain_tensor(value)})
     for name, value in expected.items():
         found = state.get(name, value)
-        if not is_plain_tensor(found):
-            raise InputError(f"{source}: {name} is no ordinary tensor; fetch the file again")
         as_convolution = _POINTWISE.search(name) and found.shape == (*value.shape, 1, 1)  # earlier versions wrote these
         if found.shape != value.shape and not as_convolution:
             raise InputError(f"{source}: {_other_shape(name, tuple(found.shape), tuple(value.shape))}")
     if unknown := sorted(state.keys() - expected.keys()):
         raise InputError(f"{source}: holds another network, with {unknown[0]} and {len(unknown) - 1} more; see --model")
+    # BatchNorm's counters, which old files lack, change nothing.
+    state = {name: value for name, value in expected.items() if _is_counter(name, value)} | state
     if missing := sorted(expected.keys() - state.keys()):
         raise InputError(
             f"{source}: holds another network, without {missing[0]} and {len(missing) - 1} more; see --model"
         )
+    names = zip(module.state_dict(), expected, strict=True)  # in one order
     own = module.state_dict()
-    module.load_state_dict({name: state[published_name(name)].reshape(value.shape) for name, value in own.items()})
+    module.load_state_dict({name: state[published].reshape(own[name].shape) for name, published in names})
 
 
-def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
-    """Student of `classes` seen classes and Teacher, both starting from the same weights.
-
-    finetune: a published file, "timm" (the same weights from timm's hub), or "none" (random).
-    Raises InputError if the model or the weights cannot be had.
-    """
-    backbone = backbone_of(model, imagenet_classes, drop_path, pretrained=finetune == "timm")
-    if finetune not in ("timm", "none"):
-        if not os.path.isfile(finetune):
-            raise InputError(
-                f"{finetune}: no pretrained weights; see pretrained_model/README.md, or use --finetune timm or none"
-            )
-        content = read_torch(finetune)
-        state = content.get("model", content) if isinstance(content, dict) else None
-        load_published(backbone, state, finetune)
-    frozen = backbone_of(model, imagenet_classes)
-    frozen.load_state_dict(backbone.state_dict())
-    return Student(backbone, classes), Teacher(frozen)
+def _is_counter(name, value):
+    """Whether it is BatchNorm's number of batches."""
+    is_number = isinstance(value, torch.Tensor) and value.dtype == torch.int64 and value.ndim == 0
+    return name.endswith(".num_batches_tracked") and is_number
 
 
-def backbone_of(model, imagenet_classes, drop_path=0.0, pretrained=False):
-    """`create_backbone` of a user's --model. Raises InputError if it cannot be had."""
+def student_of(model, classes, imagenet_classes=1000, drop_path=0.0, pretrained=False):
+    """A new Student of `classes` seen classes on a user's --model. Raises InputError if it cannot be had."""
     try:
-        return create_backbone(model, imagenet_classes, drop_path, pretrained)
+        return Student(create_backbone(model, imagenet_classes, drop_path, pretrained), classes)
     except ValueError as error:
-        raise InputError(f"--model: {error}") from None
+        raise InputError(f"--model {model}: {error}") from None
     except Exception as error:
         if not pretrained:
             raise
         reason = f"{model} could not be fetched ({gist(error)})"
         raise InputError(f"--finetune timm: {reason}; give a downloaded file instead") from error
+
+
+def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
+    """Student of `classes` seen classes and Teacher, both starting from the same weights.
+
+    finetune: a file of weights, published or timm's; "timm" (those of timm's hub, for ConvNeXt V2 the published ones);
+    or "none" (random).
+    Raises InputError if the model or the weights cannot be had.
+    """
+    student = student_of(model, classes, imagenet_classes, drop_path, pretrained=finetune == "timm")
+    if finetune not in ("timm", "none"):
+        if not os.path.isfile(finetune):
+            raise InputError(
+                f"{finetune}: no pretrained weights; see pretrained_model/README.md, or use --finetune timm or none"
+            )
+        load_published(student.backbone, _state_in(read_torch(finetune)), finetune)
+    frozen = create_backbone(model, imagenet_classes)
+    frozen.load_state_dict(student.backbone.state_dict())
+    return student, Teacher(frozen)
+
+
+def _state_in(content):
+    """The state dict of a file of weights: bare, or as ConvNeXt V2's makers and timm wrap it."""
+    if not isinstance(content, dict):
+        return None
+    return content.get("model", content.get("state_dict", content))
 
 
 def _other_shape(name, found, expected):
@@ -124,7 +147,7 @@ def _other_shape(name, found, expected):
             f"trained on {found[0]} seen classes, but cname_cid.txt lists {expected[0]}: "
             "they belong to different splits; see --zero_version"
         )
-    if found and name.startswith("head.") and found[1:] == expected[1:]:
+    if found and re.fullmatch(r"(head\.)?(head|fc|classifier)\.(weight|bias)", name) and found[1:] == expected[1:]:
         return f"its head has {found[0]} classes, not {expected[0]}; set --imagenet_classes {found[0]}"
     size = _STEM_WIDTHS.get(found[0]) if found and name.startswith("downsample_layers.0.") else None
     holds = f"the file holds a convnextv2_{size}" if size else "the file holds another network"

@@ -49,9 +49,24 @@ def test_the_seen_class_layer_starts_small():
     assert linear.bias.abs().max() == 0
 
 
-def test_an_unknown_model_is_named():
-    with pytest.raises(ValueError, match=r"'resnet50'; choose one of convnextv2_atto, .*convnextv2_tiny"):
-        create_backbone("resnet50")
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        ("resnet5", "timm knows no 'resnet5'; there is resnet50, "),
+        ("resnet50.b9_in1k", "Invalid pretrained tag"),
+        ("vit_small_patch14_dinov2", "has no ImageNet head to align"),
+        ("deit_tiny_distilled_patch16_224", "head of .* is not a linear layer"),
+        ("volo_d1_224", "head does not come last"),
+    ],
+)
+def test_a_model_that_is_none_is_refused(model, words):
+    with pytest.raises(ValueError, match=words):
+        Student(create_backbone(model, 3), 2)
+
+
+def test_a_model_without_stochastic_depth_is_named():
+    with pytest.raises(ValueError, match="vgg11 takes no --drop_path"):
+        create_backbone("vgg11", 3, drop_path=0.1)
 
 
 def rules():

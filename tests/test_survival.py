@@ -189,8 +189,8 @@ def test_a_disk_too_small_for_checkpoints_is_named_before_training(tiny, tmp_pat
 
 
 def test_a_loss_that_is_not_finite_names_step_term_and_image(tiny, tmp_path, fails, monkeypatch):
-    def sick(images):
-        values = normalise(images)
+    def sick(images, *statistics):
+        values = normalise(images, *statistics)
         plain = images.flatten(2).float().mean(dim=2)
         values[(plain == torch.tensor([60.0, 90.0, 120.0])).all(dim=1)] = torch.nan  # the second of each list
         return values

@@ -151,7 +151,7 @@ def test_bad_options_end_in_one_line(tiny, tmp_path, fails):
 
     assert "--batch_size 2: too small for 1 sketch and 2 photos; use 3 or more" in error("--batch_size", 2)
     assert "no pretrained weights" in error("--finetune", tmp_path / "none.pt")
-    assert "--model" in error("--model", "convnext_tiny")
+    assert "no ImageNet head" in error("--model", "vit_small_patch14_dinov2")
     assert "--epochs" in error("--epochs", 0)
     for device in ("abacus", "meta", "cuda:99"):
         assert f"--device {device}: there is no such device here" in error("--device", device)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from timm.models.convnext import ConvNeXt
 
 from datasets.errors import InputError
@@ -129,8 +130,16 @@ def test_other_forms_of_weights_are_read_or_named(student, tmp_path):
     extras = {"args": argparse.Namespace(out=Path("runs")), "scaler": {}}
     torch.save({"state_dict": state, **extras}, tmp_path / "extras.pt")
     assert read_checkpoint(tmp_path / "extras.pt")["state_dict"].keys() == state.keys()
-    with pytest.raises(InputError, match=r"timm\.bin: has timm's parameter names; .*--finetune timm"):
-        load_published(student.backbone, student.backbone.state_dict(), "timm.bin")
+
+
+def test_a_file_under_timms_names_gives_the_same_backbone(student, tmp_path):
+    backbone = student.backbone
+    torch.save({"state_dict": backbone.state_dict()}, tmp_path / "timm.bin")
+    save_file(backbone.state_dict(), tmp_path / "timm.safetensors")
+    torch.save(published_state(backbone), tmp_path / "published.pt")
+    for name in ("timm.bin", "timm.safetensors", "published.pt"):
+        other, _ = create_pair("convnextv2_atto", 5, str(tmp_path / name), 12)
+        assert same(other.backbone.state_dict(), backbone.state_dict())
 
 
 def test_torn_foreign_and_missing_files_are_named(student, tmp_path):
@@ -147,7 +156,7 @@ def test_torn_foreign_and_missing_files_are_named(student, tmp_path):
 def test_missing_pretrained_weights_and_unknown_models_are_named(tmp_path):
     with pytest.raises(InputError, match=r"no\.pt: no pretrained weights; .*--finetune timm"):
         create_pair("convnextv2_atto", 3, str(tmp_path / "no.pt"))
-    with pytest.raises(InputError, match="--model: unknown model 'vit'"):
+    with pytest.raises(InputError, match="--model vit: timm knows no 'vit'"):
         create_pair("vit", 3, "none")
 
 

@@ -75,7 +75,7 @@ def extract(student, loader, device, title="features", precision="fp32", done=0)
     with tqdm(total=total, initial=done, desc=title, unit="image", leave=False, disable=parallel.bar()) as bar:
         for images, _ in loader:
             with torch.inference_mode(), arithmetic(precision, device):
-                images = normalise(images.to(device, non_blocking=True))
+                images = normalise(images.to(device, non_blocking=True), *student.statistics)
                 features = student.features(images.contiguous(memory_format=torch.channels_last))
                 rows = F.normalize(features.float(), dim=1).cpu().numpy()
             yield rows
