@@ -265,7 +265,11 @@ def tidy(savedir, source, everything):
     ours = (*NAMES, "train.json", "log.jsonl", "curves.png")
     for path in (path for name in ours for path in savedir.glob(f".{name}.*")):
         path.unlink(missing_ok=True)
-    for name in (*ours, "results.json", "retrievals.png", "precision_recall.png") if everything else ():
+    for name in (
+        (*ours, "results.json", "per_query.npz", "retrievals.png", "precision_recall.png", "tsne.png")
+        if everything
+        else ()
+    ):
         (savedir / name).unlink(missing_ok=True)
     if source and source.name == PREVIOUS:
         source.replace(savedir / LAST)

@@ -11,6 +11,7 @@ from datasets.errors import InputError, OneLineParser, OwnError, folder_name, la
 from models import parallel
 from models.alignment import METHOD, TERMS
 from models.checkpoints import SaveSchedule
+from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import metric
 from models.eval.workers import available_cores
 from models.networks import PRECISIONS, facts_of
@@ -105,6 +106,8 @@ def test_parser(protocol):
         metavar="M",
         help="parts of a feature",
     )
+    add("--cluster_weight", type=_part, nargs="+", default=[CLUSTER_WEIGHT], metavar="W",
+        help="of the cluster distance in one-to-many scores, from 0 to 1; each makes a set of rows")  # fmt: skip
     add("--mixture", choices=("torch", "sklearn"), default="torch",
         help="fits the clusters: our EM in float64, or scikit-learn's in float32, as the release does")  # fmt: skip
     add("--mixture_device", type=_text, help="where our EM runs (default: a GPU that is fast in float64, else cpu)")
@@ -112,6 +115,8 @@ def test_parser(protocol):
         help="seeds of the mixtures; with several, each row is their mean, with deviation and range")  # fmt: skip
     add("--distances", choices=("float32", "float64"), default="float32", help="type of distances and scores")
     add("--per_class", action="store_true", help="print a table of the classes, too")
+    add("--definitions", action="store_true", help="print what other papers' definitions of the metrics give, too")
+    add("--tsne", action="store_true", help="draw sketches and photos of the unseen classes in the plane (t-SNE)")
     add("--nearest", type=number(int, 1, 50, "a whole number from 1 to 50"), default=10,
         help="photos beside each sketch in the picture of retrievals")  # fmt: skip
     add("--batch_size", type=_positive, default=64, help="images at a time in feature extraction")
@@ -233,6 +238,7 @@ _count = number(int, 0, 10**6, "a whole number from 0 to a million")
 _size = number(int, 32, 4096, "a whole number of pixels from 32 to 4096")
 _rate = number(float, 0, 1e30, "a number, 0 or more")
 _weight = number(float, 0, 1e6, "a number from 0 to a million")
+_part = number(float, 0, 1, "a number from 0 to 1")
 _share = number(float, 0, 0.99, "a number from 0 to 0.99")
 
 

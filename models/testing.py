@@ -16,10 +16,11 @@ from datasets.zeroshot import Loading
 from models import parallel
 from models.checkpoints import find_checkpoint, load_student
 from models.eval.codebooks import fit_codebooks, mixture_device
-from models.eval.evaluation import evaluate
+from models.eval.evaluation import Weighted, evaluate
 from models.eval.features import FEATURES, compute_features, extract_all, features_record, source_of, stored_features
-from models.eval.metrics import STANDARD, class_means
-from models.eval.report import print_classes, print_table, summarise, write_report
+from models.eval.matching import CLUSTER_WEIGHT
+from models.eval.metrics import DEFINED, STANDARD, by_definition, class_means
+from models.eval.report import print_classes, print_definitions, print_table, summarise, write_report
 from models.options import resolve, run_record, test_parser
 from models.parallel import note
 
@@ -49,19 +50,24 @@ def main(protocol_name, argv=None):
         if rows and options.mixture == "torch" and options.mixture_device is None:
             fastest = mixture_device(options.device)
             options.mixture_device = "cpu" if parallel.anyone(fastest == "cpu") else fastest
-        grid = Grid(rows, options.mixture_seeds, options.mixture, options.mixture_device or "cpu", options.nearest)
+        grid = Grid(
+            rows, options.mixture_seeds, options.mixture, options.mixture_device or "cpu", options.nearest,
+            options.cluster_weight,
+        )  # fmt: skip
         metrics = tuple(dict.fromkeys((*STANDARD, *protocol.metrics)))
-        measured, shown = measure(features, grid, metrics, options.device, getattr(torch, options.distances))
+        measured = measure(features, grid, metrics, options.device, getattr(torch, options.distances))
         parallel.disconnect()
         if parallel.rank() != 0:
             return None
         title = subject.benchmark.title if subject.benchmark else protocol.title
         results = {"benchmark": title, "protocol": protocol.name, "metrics": list(protocol.metrics)}
-        results |= summarise(features, metrics, measured, run_record(options)) | features_record(subject.folder)
+        results |= summarise(features, metrics, measured.means, run_record(options)) | features_record(subject.folder)
         print_table(results)
+        if options.definitions:
+            print_definitions(results)
         if options.per_class:
             print_classes(results)
-        write_report(subject.folder, results, features, shown, subject.images)
+        write_report(subject.folder, results, features, measured, subject.images)
         return results
 
 
@@ -189,46 +195,55 @@ class Grid:
     mixture: str = "torch"  # see models.eval.codebooks.fit_codebook
     mixture_device: str = "cpu"
     nearest: int = 10  # photos beside each sketch of the row to show
+    cluster_weights: tuple[float, ...] = (CLUSTER_WEIGHT,)
+
+    def keys(self):
+        """(M, K, cluster weight) of each row."""
+        return [(*row, weight) for row in self.rows for weight in self.cluster_weights]
 
 
-class Shown(NamedTuple):
-    """The row that a reader looks at first."""
+class Measured(NamedTuple):
+    """What a Grid gives. A row is (M, K, cluster weight), or None for one-to-one matching, which has the seed None."""
 
-    key: tuple[int, int] | None  # (M, K), None for one-to-one matching
-    values: dict  # one value a sketch by name, see models.eval.evaluation.evaluate
+    means: dict  # {row: {seed: class means by name and "definitions", or why there are none}}
+    queries: dict  # {row: {name: one value a sketch, the mean over seeds}}
+    shown: tuple | None  # the row that a reader looks at first
+    nearest: torch.Tensor  # (Q, k), its nearest photos for the first seed
 
 
 def measure(features, grid, metrics=STANDARD, device="cpu", dtype=torch.float32):
     """One-to-one matching and all rows of a Grid, by all processes together.
 
-    metrics, device, dtype: see models.eval.evaluation.evaluate.
-    Returns, in process 0, ({row: {seed: class means by name, or why there are none}}, Shown): a row is (M, K), or None
-    for one-to-one matching, which has the seed None.
+    metrics, device, dtype: see models.eval.evaluation.evaluate. Returns, in process 0, what was Measured, else None.
     """
+    keys, labels = grid.keys(), torch.from_numpy(features.query_labels)
     # As many clusters as classes, else the last row of the grid.
     classes = len(np.unique(features.gallery_labels))
-    look = next((row for row in grid.rows if row[1] == classes), grid.rows[-1] if grid.rows else None)
-    found, shown = {None: {}} | {row: {} for row in grid.rows}, None
+    look = next((key for key in keys if key[1] == classes), keys[-1] if keys else None)
+    means, queries, nearest = {None: {}} | {key: {} for key in keys}, {}, None
     share = parallel.share(len(features.query))
     own = replace(features, query=features.query[share], query_labels=features.query_labels[share])
-    labels = torch.from_numpy(features.query_labels)
-    for seed in grid.seeds if grid.rows else [None]:
-        codebooks, failures = fit_codebooks(features.gallery, grid.rows, seed, grid.mixture, grid.mixture_device)
-        for row, reason in failures.items():
-            found[row][str(seed)] = reason
-        if shown is None:  # one-to-one matching is the same for every seed
+    for number, seed in enumerate(grid.seeds if keys else [None]):
+        fitted, failures = fit_codebooks(features.gallery, grid.rows, seed, grid.mixture, grid.mixture_device)
+        codebooks = {key: Weighted(fitted[key[:2]], key[2]) for key in keys if key[:2] in fitted}
+        for key in keys:
+            if key[:2] in failures:
+                means[key][str(seed)] = failures[key[:2]]
+        if number == 0:  # one-to-one matching is the same for every seed
             look = look if look in codebooks else next(reversed(codebooks), None)
             codebooks = {None: None} | codebooks
-        nearest = {look: grid.nearest} if shown is None else {}
-        measured = evaluate(own, codebooks, metrics, nearest, device, dtype)
-        for row, values in measured.items():
+        kept = {look: grid.nearest} if number == 0 else {}
+        for key, values in evaluate(own, codebooks, (*metrics, *DEFINED), kept, device, dtype).items():
             whole = {name: parallel.joined(value) for name, value in values.items()}
             if parallel.rank() == 0:
-                means = {name: class_means(whole[name], labels)[1].numpy() for name in (*metrics, "curve")}
-                found[row][str(seed) if row else None] = means
-            measured[row] = whole
-        shown = shown or Shown(look, measured[look])
-    return found, shown
+                nearest = whole.pop("nearest", nearest)
+                found = {name: class_means(whole[name], labels)[1].numpy() for name in (*metrics, "curve")}
+                means[key][str(seed) if key else None] = found | {"definitions": by_definition(whole, labels)}
+                queries.setdefault(key, []).append(torch.stack([whole[name] for name in metrics]))
+    if parallel.rank() != 0:
+        return None
+    queries = {key: dict(zip(metrics, torch.stack(each).mean(dim=0), strict=True)) for key, each in queries.items()}
+    return Measured(means, queries, look, nearest)
 
 
 def zero_shot(student, images, loading, precision="fp32", metrics=STANDARD):

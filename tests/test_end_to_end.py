@@ -150,7 +150,9 @@ def test_a_collapsed_mixture_leaves_the_other_rows(tmp_path, capsys, monkeypatch
     assert "left out, a mixture collapsed" in captured.out
     one_to_one, fine, failed = results["rows"]
     assert fine["mAP@all"] > 0 and one_to_one["mAP@all"] > 0
-    assert list(failed) == ["matching", "M", "K", "failed"] and "sub-space 0" in failed["failed"]["123"]
+    assert (
+        list(failed) == ["matching", "M", "K", "cluster_weight", "failed"] and "sub-space 0" in failed["failed"]["123"]
+    )
     everything = test_tuberlin_ext_zeroshot.main([*arguments, "40"])["rows"]
     assert everything[0]["mAP@all"] == one_to_one["mAP@all"] and "failed" in everything[1]
 

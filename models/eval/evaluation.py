@@ -2,13 +2,16 @@
 
 import threading
 from contextlib import nullcontext
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from datasets.errors import lacks_memory
 from models import parallel
 from models.eval.matching import (
+    CLUSTER_WEIGHT,
     cluster_distances,
     code_members,
     euclidean_distances,
@@ -23,13 +26,20 @@ from models.networks import matmul_rules
 CPU_CHUNK, GPU_CHUNK = 24 << 20, 256 << 20
 
 
+class Weighted(NamedTuple):
+    """A codebook, and the weight of cluster distances in its scores. Rows that follow each other share distances."""
+
+    codebook: np.ndarray  # (M, K, d)
+    cluster_weight: float = CLUSTER_WEIGHT
+
+
 def evaluate(features, codebooks, metrics=STANDARD, nearest=None, device="cpu", dtype=torch.float32):
     """Measure one-to-one matching and one-to-many matching with each codebook.
 
-    features: Features; codebooks: {key: (M, K, d) array, or None for one-to-one matching}; metrics: names that
-    models.eval.metrics.metric takes; nearest: {key: how many of its nearest photos are kept, too}. Distances and scores
-    are of `dtype`. On the CPU chunks run side by side, one a core. A chunk that does not fit into a device's memory is
-    halved, and so are later ones, which is said once.
+    features: Features; codebooks: {key: (M, K, d) array, a Weighted one, or None for one-to-one matching}; metrics:
+    names that models.eval.metrics.metric takes; nearest: {key: how many of its nearest photos are kept, too}. Distances
+    and scores are of `dtype`. On the CPU chunks run side by side, one a core. A chunk that does not fit into a device's
+    memory is halved, and so are later ones, which is said once.
     Returns {key: {name: one value a query}} on the CPU: metrics (Q,), "curve" (Q, 11) and "nearest" (Q, k) int64.
     """
     functions, nearest = {name: metric(name) for name in metrics}, nearest or {}
@@ -82,32 +92,43 @@ class _Gallery:
         self.on_cpu = self.photos.device.type == "cpu"
         size = CPU_CHUNK if self.on_cpu else GPU_CHUNK
         self.chunk = max(1, size // (len(self.photos) * self.photos.element_size()))
-        self.codes, self.local = {}, threading.local()
+        self.rows, self.local = [], threading.local()  # (codes, or None for one-to-one, [(key, weight), ...])
+        known = None
         for key, codebook in codebooks.items():
-            if codebook is not None:
-                codebook = torch.from_numpy(codebook).to(self.photos)
-                codes = nearest_codes(self.photos, codebook)
-                self.codes[key] = codebook, code_members(codes, codebook.shape[1]).to(dtype)
-            else:
-                self.codes[key] = None
+            codebook, weight = codebook if isinstance(codebook, Weighted) else (codebook, CLUSTER_WEIGHT)
+            if not self.rows or codebook is None or codebook is not known:
+                self.rows.append((self._codes(codebook), []))
+            self.rows[-1][1].append((key, weight))
+            known = codebook
+        self.spare = 3 if any(len(keys) > 1 for _, keys in self.rows) else 2
 
     def __len__(self):
         return len(self.photos)
 
+    def _codes(self, codebook):
+        """(codebook on the device, members (M·K, N) of its codes), what a row compares sketches with; None for None."""
+        if codebook is None:
+            return None
+        codebook = torch.from_numpy(codebook).to(self.photos)
+        return codebook, code_members(nearest_codes(self.photos, codebook), codebook.shape[1]).to(self.photos.dtype)
+
     def scores(self, query):
         """Give (key, scores (Q, N)) for each row; the scores of one row are overwritten by those of the next."""
-        distances, fused = self._scratch(len(query))
+        distances, *spare = self._scratch(len(query))
         euclidean_distances(query, self.photos, out=distances)
-        for key, codes in self.codes.items():
+        for codes, keys in self.rows:
             if codes is None:
-                yield key, distances
-            else:
-                yield key, fused_scores(cluster_distances(query, *codes, out=fused), distances, out=fused)
+                yield keys[0][0], distances
+                continue
+            cluster = cluster_distances(query, *codes, out=spare[0])
+            for number, (key, weight) in enumerate(keys, 1):
+                out = cluster if number == len(keys) else spare[1]  # cluster distances last as long as they are needed
+                yield key, fused_scores(cluster, distances, weight, out=out)
 
     def _scratch(self, count):
-        """Two matrices of count queries × gallery; each thread keeps its own, as making new ones costs page faults."""
+        """Matrices of count queries × gallery; each thread keeps its own, as making new ones costs page faults."""
         if len(getattr(self.local, "matrices", [[]])[0]) < count:
-            self.local.matrices = [self.photos.new_empty(count, len(self)) for _ in range(2)]
+            self.local.matrices = [self.photos.new_empty(count, len(self)) for _ in range(self.spare)]
         return [matrix[:count] for matrix in self.local.matrices]
 
     def free(self):

@@ -7,7 +7,7 @@ Stands alone.
 import numpy as np
 import torch
 
-CLUSTER_WEIGHT, EUCLIDEAN_WEIGHT = 0.8, 0.2
+CLUSTER_WEIGHT = 0.8
 
 
 def euclidean_distances(query, gallery, out=None):
@@ -49,9 +49,13 @@ def cluster_distances(query, codebook, members, out=None):
     return _product(code_distances(query, codebook).flatten(1), members, out)
 
 
-def fused_scores(cluster, euclidean, out=None):
-    """0.8 · D + 0.2 · d. D is a squared distance and d is not, as in the release. Into `out`, which may be D itself."""
-    return torch.mul(cluster, CLUSTER_WEIGHT, out=out).add_(euclidean, alpha=EUCLIDEAN_WEIGHT)
+def fused_scores(cluster, euclidean, weight=CLUSTER_WEIGHT, out=None):
+    """weight · D + (1 − weight) · d. D is a squared distance and d is not, as in the release.
+
+    Into `out`, which may be D itself.
+    """
+    rest = round(1 - weight, 12)  # 0.2 beside 0.8, not 0.19999999999999996
+    return torch.mul(cluster, weight, out=out).add_(euclidean, alpha=rest)
 
 
 def _product(a, b, out=None):

@@ -1,13 +1,14 @@
 """AP, Prec@k and precision-recall curves of rankings, averaged over classes, as the zero-shot protocols define them.
 
 AP here is *interpolated* and its divisor counts the whole gallery; Prec@k divides by at most the gallery's size; both
-are averaged over the queries of a class, then over classes. Other tools mean other things by the same names.
-Only the ranks of a query's relevant photos matter, so a ranking is kept as those. Stands alone.
+are averaged over the queries of a class, then over classes. Other papers mean other things by the same names:
+DEFINITIONS has theirs. Only the ranks of a query's relevant photos matter, so a ranking is kept as those. Stands alone.
 """
 
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -107,8 +108,65 @@ def precision_at(ranking, k):
     return (ranking.hits[:, :k] <= k).sum(dim=1).double() / min(k, ranking.gallery_size)
 
 
-MEASURES = {"mAP": average_precision, "Prec": precision_at}
+def plain_average_precision(ranking, top=None):
+    """AP of each query without interpolation: the mean of the precisions at its relevant ranks r ≤ top.
+
+    Unlike `average_precision`, it divides by the relevant photos among those ranks. Returns (Q,) float64; 0 where
+    there are none.
+    """
+    hits = ranking.hits if top is None else torch.where(ranking.hits <= top, ranking.hits, torch.inf)
+    found = hits.isfinite().sum(dim=1)
+    return _precision(hits).sum(dim=1) / found.clamp(min=1)
+
+
+def capped_precision_at(ranking, k):
+    """Share of relevant photos among the first min(k, relevant in the gallery) ranks. Returns (Q,) float64."""
+    cut = ranking.in_gallery.clamp(max=k)
+    return (ranking.hits <= cut[:, None]).sum(dim=1).double() / cut.clamp(min=1)
+
+
+MEASURES = {
+    "mAP": average_precision,
+    "Prec": precision_at,
+    "plain mAP": plain_average_precision,
+    "capped Prec": capped_precision_at,
+}
 STANDARD = ("mAP@all", "mAP@200", "Prec@100", "Prec@200")  # what every results.json holds
+
+
+class Definition(NamedTuple):
+    """What papers mean by mAP and Prec."""
+
+    average_precision: str  # of MEASURES
+    precision: str | None
+    over_classes: bool  # the mean is over the queries of a class, then over classes; else over all queries
+
+
+DEFINITIONS = {
+    "SBKA, SAKE": Definition("mAP", "Prec", over_classes=True),
+    "ZSE-SBIR": Definition("mAP", "capped Prec", over_classes=False),
+    "SEM-PCYC": Definition("plain mAP", "Prec", over_classes=False),
+    "torchmetrics": Definition("plain mAP", None, over_classes=False),
+}
+DEFINED = (*STANDARD, "plain mAP@all", "plain mAP@200", "capped Prec@100", "capped Prec@200")  # what they need
+
+
+def by_definition(values, labels):
+    """Each of STANDARD under all DEFINITIONS: {definition: {name: float}}.
+
+    values: {name of DEFINED: (Q,) values of the queries}; labels: (Q,) their classes.
+    """
+    table = {}
+    for name, definition in DEFINITIONS.items():
+        table[name] = {}
+        for standard in STANDARD:
+            kind, _, cut = standard.partition("@")
+            measure = definition.average_precision if kind == "mAP" else definition.precision
+            if measure is not None:
+                found = values[f"{measure}@{cut}"]
+                mean = class_means(found, labels)[1].mean() if definition.over_classes else found.mean()
+                table[name][standard] = mean.item()
+    return table
 
 
 def metric(name):
@@ -140,9 +198,14 @@ def precision_at_recall(ranking):
     return ranking.best_precision.gather(1, (needed - 1).clamp(min=0))
 
 
+def _precision(hits):
+    """Precision at each hit."""
+    return torch.arange(1, hits.shape[1] + 1, dtype=torch.float64, device=hits.device) / hits
+
+
 def _best_precision(hits):
     """Best precision at each hit or any later one."""
-    precision = torch.arange(1, hits.shape[1] + 1, dtype=torch.float64, device=hits.device) / hits
+    precision = _precision(hits)
     return precision.flip(1).cummax(dim=1).values.flip(1) if hits.shape[1] else precision
 
 

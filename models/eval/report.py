@@ -1,12 +1,22 @@
-"""What a test leaves to look at: the table, results.json, precision over recall and the picture of retrievals."""
+"""What a test leaves: tables, results.json, per_query.npz, and the figures."""
 
 import numpy as np
 
 from datasets.errors import InputError
 from datasets.files import write_json, write_whole
-from datasets.images import read_rgb
-from models.eval.metrics import RECALL_LEVELS
+from models.eval.figures import (
+    draw_plane,
+    draw_precision_recall,
+    draw_retrievals,
+    main_rows,
+    retrieval_groups,
+    row_name,
+)
+from models.eval.matching import CLUSTER_WEIGHT
+from models.eval.metrics import STANDARD
 from models.parallel import note
+
+QUERIES = "per_query.npz"
 
 
 def summarise(features, metrics, measured, run_record):
@@ -27,7 +37,9 @@ def summarise(features, metrics, measured, run_record):
 
 def _summary(row, seeds, metrics, names):
     """A row of results.json from {seed: class means by name, or why there are none}."""
-    entry = {"matching": "one-to-one"} if row is None else {"matching": "one-to-many", "M": row[0], "K": row[1]}
+    entry = {"matching": "one-to-one" if row is None else "one-to-many"}
+    if row is not None:
+        entry |= dict(zip(("M", "K", "cluster_weight"), row, strict=True))
     failures = {seed: reason for seed, reason in seeds.items() if isinstance(reason, str)}
     if failures:
         entry["failed"] = failures
@@ -42,8 +54,16 @@ def _summary(row, seeds, metrics, names):
     entry["per_class"] = {
         label: {name: float(means[name][index]) for name in metrics} for index, label in enumerate(names)
     }
+    entry["definitions"] = _mean([each["definitions"] for each in fitted.values()])
     entry["precision_at_recall"] = means["curve"].mean(axis=0).tolist()
     return entry
+
+
+def _mean(tables):
+    """The mean of nested dicts of numbers."""
+    if not isinstance(tables[0], dict):
+        return float(np.mean(tables))
+    return {name: _mean([table[name] for table in tables]) for name in tables[0]}
 
 
 def _spread(values):
@@ -51,28 +71,64 @@ def _spread(values):
     return {"deviation": deviation, "range": [min(values), max(values)]}
 
 
-def write_report(folder, results, features, shown, images, count=4):
-    """Write results.json and the figures into `folder`, and print where they are, or why there is no figure.
+def write_report(folder, results, features, measured, images, count=4):
+    """Write results.json, per_query.npz and figures into `folder`, and print where they are, or why one is missing.
 
-    features: named Features; shown: a Shown of models.testing; images: UnseenImages, or None where they are not at
-    hand; count: sketches in each group of the picture of retrievals.
+    features: named Features; measured: a Measured of models.testing; images: UnseenImages, or None where they are not
+    at hand; count: sketches in each group of the picture of retrievals.
     """
     write_json(folder / "results.json", results)
     print(f"results: {folder / 'results.json'}")
+    at_hand = _drawable(features, images)
+    write_queries(folder / QUERIES, features, measured.queries, images.sketches.paths if at_hand else None)
+    print(f"each sketch: {folder / QUERIES}")
     try:
         draw_precision_recall(folder / "precision_recall.png", results)
         print(f"figure: {folder / 'precision_recall.png'}")
-        if not _drawable(features, images):
+        if results["options"].get("tsne"):
+            draw_plane(folder / "tsne.png", features, results["benchmark"])
+            print(f"figure: {folder / 'tsne.png'}")
+        if not at_hand:
             note("note: no picture of retrievals, the images of these features are not at hand (see --data_root)")
             return
-        groups = retrieval_groups(features, shown.values, results["metrics"][0], images, count)
-        matching = "one-to-many matching, M {}, K {}".format(*shown.key) if shown.key else "one-to-one matching"
-        draw_retrievals(folder / "retrievals.png", groups, f"{results['benchmark']}, {matching}")
+        values = measured.queries[measured.shown] | {"nearest": measured.nearest}
+        groups = retrieval_groups(features, values, results["metrics"][0], images, count)
+        title = f"{results['benchmark']}, {matching_name(measured.shown)}"
+        draw_retrievals(folder / "retrievals.png", groups, title)
         print(f"picture: {folder / 'retrievals.png'}")
     except ImportError:
         note("note: no figures, matplotlib is not installed")
     except InputError as error:
         note(f"note: no picture of retrievals, {error}")
+
+
+def matching_name(row):
+    """How a row (M, K, cluster weight), or None, matches, in words."""
+    if row is None:
+        return "one-to-one matching"
+    subspaces, clusters, weight = row
+    return f"one-to-many matching, M {subspaces}, K {clusters}" + (
+        "" if weight == CLUSTER_WEIGHT else f", weight {weight:g}"
+    )
+
+
+def write_queries(path, features, queries, files=None):
+    """Write per_query.npz: what each row gave each sketch, for models.compare.
+
+    features: named Features; queries: {row: {metric: (Q,)}}; files: of the sketches, None where they are not known.
+    Arrays: "rows" (R, 3) float64, M, K and cluster weight, 0 for one-to-one matching; "metrics" (n,) and "values"
+    (R, n, Q) float64; "class" and "sketch" (Q,) text, the sketch by its number where its file is not known.
+    """
+    files = [str(number) for number in range(len(features.query_labels))] if files is None else files
+    with write_whole(path) as file:
+        np.savez_compressed(
+            file,
+            rows=np.array([(0, 0, 0) if row is None else row for row in queries], np.float64),
+            metrics=np.array(list(next(iter(queries.values())))),
+            values=np.stack([np.stack([np.asarray(value) for value in each.values()]) for each in queries.values()]),
+            sketch=np.array([str(each) for each in files]),
+            **{"class": np.array(features.names)[features.query_labels]},
+        )
 
 
 def _drawable(features, images):
@@ -96,12 +152,20 @@ def print_table(results):
     counts = f"{results['queries']:,} sketches, {results['gallery']:,} photos, {results['classes']} classes"
     print(f"{results['benchmark']}: {counts}")
     spread = any("spread" in row for row in results["rows"])
+    weighted = len({row["cluster_weight"] for row in results["rows"] if "cluster_weight" in row}) > 1
     heads = "".join(f" {name:>9}" for name in metrics)
-    print(f"{'matching':12} {'M':>2} {'K':>4} {heads}" + (f"  {metrics[0]} over seeds" if spread else ""))
+    print(
+        f"{'matching':12} {'M':>2} {'K':>4} "
+        + (" weight " if weighted else "")
+        + heads
+        + (f"  {metrics[0]} over seeds" if spread else "")
+    )
     for row in results["rows"]:
         subspaces, clusters = row.get("M", "-"), row.get("K", "-")
         star = "*" if clusters == results["classes"] else " "
         line = f"{row['matching']:12} {subspaces:>2} {clusters:>3}{star} "
+        if weighted:
+            line += f" {row.get('cluster_weight', '-'):>6} "
         if metrics[0] in row:
             line += "".join(f" {row[name]:9.4f}" for name in metrics)
         else:
@@ -115,6 +179,15 @@ def print_table(results):
         print("* K = number of unseen classes")
 
 
+def print_definitions(results):
+    """Print each row under the DEFINITIONS of models.eval.metrics."""
+    print(f"\n{'what the same rankings are called elsewhere':31}" + "".join(f" {name:>9}" for name in STANDARD))
+    for row in results["rows"]:
+        for definition, values in row.get("definitions", {}).items():
+            cells = (f"{values[name]:9.4f}" if name in values else f"{'-':>9}" for name in STANDARD)
+            print(f"{row_name(row):16} {definition:26} " + " ".join(cells))
+
+
 def print_classes(results):
     """Print the metrics of each class for one-to-one matching and for the row of `main_rows` after it, best first."""
     rows, metrics = main_rows(results)[:2], results["metrics"]
@@ -125,122 +198,3 @@ def print_classes(results):
         values = [row["per_class"][name][metric] for row in rows for metric in metrics]
         cells = (f"  {value:{len(head)}.4f}" for value, head in zip(values, heads, strict=True))
         print("".join([f"{name:{width}}", *cells]))
-
-
-def main_rows(results):
-    """The rows to look at first: one-to-one and, for each M, K = number of unseen classes, else its last K."""
-    best = {}
-    for row in results["rows"]:
-        if "per_class" in row and best.get(row.get("M"), {}).get("K") != results["classes"]:
-            best[row.get("M")] = row
-    return list(best.values())
-
-
-def row_name(row):
-    """ "one-to-one" or "M 2, K 25"."""
-    return f"M {row['M']}, K {row['K']}" if "M" in row else row["matching"]
-
-
-def draw_precision_recall(path, results):
-    """Draw interpolated precision over recall, mean of classes, for the `main_rows` of `results`.
-
-    Raises ImportError without matplotlib.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axis = figure.subplots()
-    for row in main_rows(results):
-        label = f"{row_name(row)}, mAP@all {row['mAP@all']:.3f}"
-        axis.plot(RECALL_LEVELS, row["precision_at_recall"], marker=".", label=label)
-    axis.set(xlabel="recall", ylabel="precision (interpolated)", xlim=(0, 1), ylim=(0, 1))
-    axis.set_title(f"{results['benchmark']}: {results['classes']} unseen classes", fontsize=10)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    with write_whole(path) as file:
-        figure.savefig(file, format="png", dpi=130)
-
-
-def retrieval_groups(features, values, metric, images, count):
-    """Groups for `draw_retrievals`: sketches with the best, typical and worst values of a metric, `count` in each.
-
-    features: named Features; values: {metric: (Q,), "nearest": (Q, k)}; images: UnseenImages.
-    """
-    value, groups = values[metric].numpy(), []
-    kind = "AP" if metric.startswith("mAP") else metric
-    for title, picked in pick_queries(value, features.query_labels, count).items():
-        queries = []
-        for index in picked:
-            label = features.query_labels[index]
-            found = [
-                (images.photos.root / images.photos.paths[photo], features.gallery_labels[photo] == label)
-                for photo in values["nearest"][index]
-            ]
-            sketch = images.sketches.root / images.sketches.paths[index]
-            queries.append((f"{features.names[label]}\n{kind} {value[index]:.2f}", sketch, found))
-        groups.append((title, queries))
-    return groups
-
-
-def draw_retrievals(path, groups, title):
-    """Draw each query sketch beside its nearest photos, right ones framed green and wrong ones dashed red.
-
-    groups: list of (title, list of (caption, sketch file, [(photo file, whether it is right), ...])).
-    Raises ImportError without matplotlib.
-    """
-    from matplotlib.figure import Figure
-
-    groups = [group for group in groups if group[1]]
-    columns = 1 + max(len(photos) for _, queries in groups for _, _, photos in queries)
-    heights = [len(queries) for _, queries in groups]
-    figure = Figure(figsize=(1.25 * columns, 1.5 * sum(heights) + 0.35 * len(groups) + 0.4), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for part, (heading, queries) in zip(parts, groups, strict=True):
-        part.suptitle(heading, fontsize=10, weight="bold")
-        axes = part.subplots(len(queries), columns, squeeze=False)
-        for row, (caption, sketch, photos) in zip(axes, queries, strict=True):
-            for axis in row:
-                axis.set_axis_off()
-            row[0].imshow(_thumbnail(sketch))
-            row[0].set_title(caption, fontsize=8, parse_math=False)
-            for axis, (photo, right) in zip(row[1:], photos, strict=False):
-                axis.imshow(_thumbnail(photo))
-                axis.set_axis_on()
-                axis.set(xticks=[], yticks=[])
-                frame = dict(color="tab:green", linestyle="-") if right else dict(color="tab:red", linestyle="--")
-                axis.spines[:].set(linewidth=3, **frame)
-    with write_whole(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-
-
-def pick_queries(average_precision, labels, count):
-    """Indices of `count` queries each by AP, from as many classes as there are: {"best", "typical", "worst"}.
-
-    Typical are those nearest to the median. No query is in two groups.
-    """
-    order = np.argsort(-average_precision, kind="stable")
-    typical = np.argsort(np.abs(average_precision - np.median(average_precision)), kind="stable")
-    picked, taken = {}, set()
-    for group, ranking in (("best", order), ("worst", order[::-1]), ("typical", typical)):
-        picked[group] = _one_per_class([index for index in ranking if index not in taken], labels, count)
-        taken.update(picked[group])
-    return {group: sorted(picked[group], key=lambda index: -average_precision[index]) for group in _GROUPS}
-
-
-_GROUPS = ("best", "typical", "worst")
-
-
-def _one_per_class(ranking, labels, count):
-    """The first `count` of ranking, each class once before any comes again."""
-    first = list({labels[index]: index for index in reversed(ranking)}.values())
-    place = {index: number for number, index in enumerate(ranking)}
-    first.sort(key=place.get)
-    rest = [index for index in ranking if index not in set(first)]
-    return [*first, *rest][:count]
-
-
-def _thumbnail(path):
-    image = read_rgb(path)
-    image.thumbnail((160, 160))
-    return np.asarray(image)

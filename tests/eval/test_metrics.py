@@ -3,12 +3,16 @@ import torch
 
 from models.eval import metrics
 from models.eval.metrics import (
+    DEFINED,
     STANDARD,
     Ranking,
     _rank_by_order,
     average_precision,
+    by_definition,
+    capped_precision_at,
     class_means,
     metric,
+    plain_average_precision,
     precision_at,
     precision_at_recall,
     rank,
@@ -45,6 +49,32 @@ def test_metrics_equal_golden(golden, case):
         torch.testing.assert_close(values, z[name], rtol=0, atol=1e-12, equal_nan=True)
         _, means = class_means(values, z["query_labels"])
         torch.testing.assert_close(means.mean(), z[f"m{name}"], rtol=0, atol=1e-12)
+
+
+def test_definitions_of_other_papers_equal_golden(golden):
+    z = golden("definitions")
+    ranking = rank(z["distances"], z["query_labels"], z["gallery_labels"])
+    found = by_definition({name: metric(name)(ranking) for name in DEFINED}, z["query_labels"])
+    prefixes = {"SBKA, SAKE": "sbka", "ZSE-SBIR": "zse", "SEM-PCYC": "sem_pcyc", "torchmetrics": "torchmetrics"}
+    assert found.keys() == prefixes.keys()
+    for definition, values in found.items():
+        for name, value in values.items():
+            expected = z[f"{prefixes[definition]}_{name.lower().replace('@', '_')}"].item()
+            # torchmetrics computes in float32
+            assert value == pytest.approx(expected, abs=1e-5 if definition == "torchmetrics" else 1e-12)
+    assert list(found["torchmetrics"]) == ["mAP@all", "mAP@200"]
+    assert all(list(found[name]) == list(STANDARD) for name in list(prefixes)[:3])
+
+
+def test_other_definitions_by_hand():
+    ranking = ranking_of([2, 3, 5], 5)
+    assert plain_average_precision(ranking).item() == pytest.approx((1 / 2 + 2 / 3 + 3 / 5) / 3)
+    assert plain_average_precision(ranking, 4).item() == pytest.approx((1 / 2 + 2 / 3) / 2)  # of those it found
+    assert plain_average_precision(ranking, 1).item() == 0
+    assert plain_average_precision(ranking_of([], 4)).item() == 0
+    assert capped_precision_at(ranking, 2).item() == 1 / 2
+    assert capped_precision_at(ranking, 4).item() == pytest.approx(2 / 3)  # 3 are relevant: the first 3 ranks count
+    assert capped_precision_at(ranking_of([], 4), 2).item() == 0
 
 
 def test_average_precision_by_hand():
@@ -143,7 +173,8 @@ def test_a_metric_that_is_none_is_named_and_so_are_those_there_are(name):
     with pytest.raises(ValueError) as error:
         metric(name)
     assert str(error.value) == (
-        f"there is no metric {name!r}; there are mAP@all, mAP@k, Prec@k with a whole number k from 1 on"
+        f"there is no metric {name!r}; there are mAP@all, plain mAP@all, mAP@k, Prec@k, plain mAP@k, capped Prec@k "
+        "with a whole number k from 1 on"
     )
 
 

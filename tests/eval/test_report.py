@@ -5,15 +5,8 @@ import pytest
 from PIL import Image
 
 from datasets.protocols import PROTOCOLS
-from models.eval.report import (
-    draw_precision_recall,
-    draw_retrievals,
-    main_rows,
-    pick_queries,
-    print_classes,
-    print_table,
-    row_name,
-)
+from models.eval.figures import draw_precision_recall, draw_retrievals, main_rows, pick_queries, row_name
+from models.eval.report import print_classes, print_table
 
 
 def test_best_typical_and_worst_come_from_as_many_classes_as_there_are():

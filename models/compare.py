@@ -1,0 +1,280 @@
+"""Results of several runs side by side, with the uncertainty of their differences.
+
+    python -m models.compare checkpoint/A/seed* checkpoint/B/seed* --out comparison
+
+Each run is a folder that a test wrote results.json and per_query.npz into. Runs that differ in their seed alone are one
+setting, and the first setting is what the others are compared with. Writes a figure, a Markdown and a LaTeX table.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from datasets.errors import InputError, OneLineParser, ends_in_one_line, number, seed
+from datasets.files import check_writable, write_whole
+from models.eval.figures import row_name
+from models.eval.report import QUERIES
+
+# Options that tell runs of one setting apart, or are no part of it.
+_OF_A_RUN = {"seed", "savedir", "resume_dir", "data_root", "device", "workers", "mixture_device"}
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What a test left of one run."""
+
+    folder: Path
+    results: dict  # results.json
+    rows: list[tuple]  # (M, K, cluster weight), zeros for one-to-one matching
+    metrics: list[str]
+    values: np.ndarray  # (rows, metrics, Q)
+    classes: np.ndarray  # (Q,) text
+    sketches: np.ndarray  # (Q,) text
+
+
+@ends_in_one_line()
+def main(argv=None):
+    """Command line."""
+    parser = OneLineParser(prog="python -m models.compare", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="folders of tests; the first one's setting is compared with")
+    add("--names", nargs="+", metavar="NAME", help="what to call the settings, in the order of the runs")
+    add("--metric", help="what to compare (default: the protocol's first)")
+    add("--draws", type=number(int, 100, 10**6, "a whole number from 100 to a million"), default=10_000,
+        help="of the bootstrap")  # fmt: skip
+    add("--seed", type=seed, default=0, help="of the bootstrap")
+    add("--out", type=Path, default=Path("comparison"), metavar="DIR", help="takes the figure and the tables")
+    options = parser.parse_args(argv)
+    settings = group([read_tested(folder) for folder in options.runs])
+    names = options.names or [str(runs[0].folder) for runs in settings]
+    if len(names) != len(settings):
+        raise InputError(f"--names: {len(names)} names for {len(settings)} settings; name each of them, or none")
+    metric = options.metric or settings[0][0].results["metrics"][0]
+    if metric not in settings[0][0].metrics:
+        raise InputError(f"--metric {metric}: there is {', '.join(settings[0][0].metrics)}")
+    check_writable(options.out)
+    table = compare(settings, names, metric, options.draws, options.seed)
+    _write(options.out / "comparison.md", markdown(table, names, metric))
+    _write(options.out / "comparison.tex", latex(table, names, metric))
+    _write(options.out / "comparison.json", json.dumps({"metric": metric, "rows": table}, indent=1) + "\n")
+    print(markdown(table, names, metric), end="")
+    try:
+        draw(options.out / "comparison.png", table, names, metric)
+        print(f"tables and figure: {options.out}")
+    except ImportError:
+        print(f"tables: {options.out}; no figure, matplotlib is not installed")
+
+
+def read_tested(folder):
+    """The Tested of a folder. Raises InputError if the files are missing, torn or not of one test."""
+    folder = folder.parent if folder.name in ("results.json", QUERIES) else folder
+    path = folder / "results.json"
+    try:
+        results = json.loads(path.read_text())
+        benchmark, metrics, options = (results[name] for name in ("benchmark", "metrics", "options"))
+        if not (isinstance(benchmark, str) and isinstance(metrics, list) and isinstance(options, dict)):
+            raise TypeError
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run the test first") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path}: not the results of a test; run the test again") from None
+    path = folder / QUERIES
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in ("rows", "metrics", "values", "class", "sketch")}
+        rows, values = found["rows"], found["values"]
+        shape = len(rows), len(found["metrics"]), len(found["class"])
+        if rows.shape != (shape[0], 3) or values.shape != shape or found["sketch"].shape != shape[2:]:
+            raise ValueError
+        if not all(shape) or values.dtype.kind != "f" or np.isinf(values).any():
+            raise ValueError
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run the test again, earlier versions did not write it") from None
+    except Exception:  # a torn file can fail in any way
+        raise InputError(f"{path}: torn, or not what a test writes; run the test again") from None
+    names = [str(name) for name in found["metrics"]]
+    return Tested(
+        folder, results, [tuple(row) for row in rows.tolist()], names, values, found["class"], found["sketch"]
+    )
+
+
+def group(runs):
+    """Tested runs as lists of one setting each, in order of appearance.
+
+    Raises InputError where they are of different protocols, lists or sketches, or have no row in common.
+    """
+    settings, first = {}, runs[0]
+    for run in runs:
+        _check_alike(first, run)
+        settings.setdefault(_setting(run), []).append(run)
+    return list(settings.values())
+
+
+def _check_alike(first, run):
+    pair = f"{first.folder} and {run.folder}"
+    for name in ("benchmark", "protocol"):
+        if first.results.get(name) != run.results.get(name):
+            raise InputError(
+                f"{pair}: of {first.results.get(name)} and of {run.results.get(name)}; compare like with like"
+            )
+    sources = [(each.results.get("features") or {}).get("source") or {} for each in (first, run)]
+    for name in ("photo list", "sketch list"):
+        if all(name in each for each in sources) and sources[0][name] != sources[1][name]:
+            raise InputError(f"{pair}: tested on different {name}s; test both on the same lists")
+    same = np.array_equal(first.sketches, run.sketches) and np.array_equal(first.classes, run.classes)
+    if not same:
+        raise InputError(f"{pair}: tested with different sketches; test both on the same lists")
+    if not set(first.rows) & set(run.rows):
+        raise InputError(f"{pair}: have no row in common; test both with the same --subspaces and --clusters")
+
+
+def _setting(run):
+    """What runs of one setting have in common: the options of training, where they are known, and those of the test."""
+    trained = run.folder / "train.json"
+    try:
+        options = {"test": run.results["options"], "train": json.loads(trained.read_text())["options"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        options = {"test": run.results["options"], "train": {"savedir": str(run.folder)}}
+        return json.dumps(options, sort_keys=True)
+    kept = {
+        part: {name: value for name, value in each.items() if name not in _OF_A_RUN} for part, each in options.items()
+    }
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def compare(settings, names, metric, draws=10_000, seed=0):
+    """Rows that all settings have, each with all of them: a list of {"row", "settings": [{"name", "mean", "deviation"
+    over seeds (None for one), "seeds", "difference" and "interval" against the first}, ...]}.
+
+    settings: as `group` gives them; draws, seed: of the bootstrap.
+    """
+    first = settings[0][0]
+    common = [row for row in first.rows if all(row in run.rows for runs in settings for run in runs)]
+    classes = np.unique(first.classes, return_inverse=True)[1]
+    table = []
+    for row in common:
+        found = [np.stack([_of_row(run, row, metric) for run in runs]) for runs in settings]
+        entries = []
+        for name, values in zip(names, found, strict=True):
+            means = class_mean(values, classes)
+            deviation = float(means.std(ddof=1)) if len(means) > 1 else None
+            entry = {"name": name, "mean": float(means.mean()), "deviation": deviation, "seeds": len(means)}
+            if values is not found[0]:
+                difference = values.mean(axis=0) - found[0].mean(axis=0)
+                entry |= {"difference": float(class_mean(difference, classes)),
+                    "interval": bootstrap(difference, classes, draws, seed)}  # fmt: skip
+            entries.append(entry)
+        subspaces, clusters, weight = row
+        named = {"matching": "one-to-one"} if not clusters else {"M": int(subspaces), "K": int(clusters)}
+        table.append({"row": row_name(named | ({"cluster_weight": weight} if clusters else {})), "settings": entries})
+    return table
+
+
+def _of_row(run, row, metric):
+    return np.nan_to_num(run.values[run.rows.index(row), run.metrics.index(metric)])
+
+
+def class_mean(values, classes):
+    """Mean over the sketches of a class, then over classes, of values (..., Q); classes: (Q,) from 0."""
+    sums = np.stack([values[..., classes == label].mean(axis=-1) for label in range(classes.max() + 1)])
+    return sums.mean(axis=0)
+
+
+def bootstrap(values, classes, draws=10_000, seed=0, level=0.95):
+    """An interval of the class mean of values (Q,): [low, high], by drawing classes, then sketches within them.
+
+    classes: (Q,) from 0. The draws give the interval its shape, and the means of the classes its width, that of a
+    t-interval: new sketches within new classes count the spread of sketches twice, and few classes vary too little.
+    """
+    random = np.random.default_rng(seed)
+    groups = [values[classes == label] for label in range(classes.max() + 1)]
+    count, of_class = len(groups), np.array([group.mean() for group in groups])
+    drawn = np.empty((draws, count))
+    for place in range(0, draws, 256):
+        part = drawn[place : place + 256]
+        chosen = random.integers(count, size=part.shape)
+        for label, group in enumerate(groups):
+            where = np.nonzero(chosen == label)
+            part[where] = group[random.integers(len(group), size=(len(where[0]), len(group)))].mean(axis=1)
+    spread = drawn.mean(axis=1) - of_class.mean()
+    if count > 1 and spread.std() > 0:
+        wider = stats.t.ppf((1 + level) / 2, count - 1) / stats.norm.ppf((1 + level) / 2)
+        spread *= wider * of_class.std(ddof=1) / np.sqrt(count) / spread.std()
+    return (of_class.mean() + np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])).tolist()
+
+
+def markdown(table, names, metric):
+    """The table in Markdown: a line a row, a column a setting."""
+    lines = ["| " + " | ".join([metric, *names]) + " |", "|" + "---|" * (len(names) + 1)]
+    lines += ["| " + " | ".join([entry["row"], *map(_cell, entry["settings"])]) + " |" for entry in table]
+    return "\n".join([*lines, "", _LEGEND, ""])
+
+
+def latex(table, names, metric):
+    """The table in LaTeX, for booktabs."""
+    lines = [r"\begin{tabular}{l" + "c" * len(names) + "}", r"\toprule"]
+    lines += [" & ".join(map(_escaped, [metric, *names])) + r" \\", r"\midrule"]
+    for entry in table:
+        cells = [_escaped(_cell(each)).replace("±", r"$\pm$") for each in entry["settings"]]
+        lines.append(" & ".join([_escaped(entry["row"]), *cells]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", f"% {_LEGEND}", ""])
+
+
+_LEGEND = "Mean ± deviation over seeds; difference from the first and its 95 % interval (bootstrap of classes, then sketches)."
+
+
+def _cell(entry):
+    text = f"{entry['mean']:.3f}" + ("" if entry["deviation"] is None else f" ± {entry['deviation']:.3f}")
+    if "difference" in entry:
+        text += " ({:+.3f}, {:+.3f} to {:+.3f})".format(entry["difference"], *entry["interval"])
+    return text
+
+
+def _escaped(text):
+    for sign in "\\&%$#_{}~^":
+        text = text.replace(sign, {"\\": r"\textbackslash ", "~": r"\~{}", "^": r"\^{}"}.get(sign, "\\" + sign))
+    return text
+
+
+def draw(path, table, names, metric):
+    """Draw the differences from the first setting with their intervals, or, of one setting, its means.
+
+    Raises ImportError without matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.2 + 0.28 * len(table) * max(1, len(names) - 1)), layout="constrained")
+    axis = figure.subplots()
+    for place, name in enumerate(names[1:] or names):
+        entries = [row["settings"][place + (len(names) > 1)] for row in table]
+        places = [line + 0.8 * place / max(1, len(names) - 1) for line in range(len(table))]
+        if len(names) == 1:
+            axis.plot([entry["mean"] for entry in entries], places, "o", label=name)
+            continue
+        middle = np.array([entry["difference"] for entry in entries])
+        ends = np.abs(np.array([entry["interval"] for entry in entries]).T - middle)
+        axis.errorbar(middle, places, xerr=ends, fmt="o", capsize=3, label=name)
+    if len(names) > 1:
+        axis.axvline(0, color="grey", linewidth=0.8)
+    axis.set_yticks(range(len(table)), [row["row"] for row in table])
+    axis.invert_yaxis()
+    what = f"{metric}: difference from {names[0]}, 95 % interval" if len(names) > 1 else metric
+    axis.set_xlabel(what, parse_math=False)
+    axis.grid(axis="x", alpha=0.3)
+    for text in axis.legend(fontsize=8).get_texts():
+        text.set_parse_math(False)
+    with write_whole(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def _write(path, text):
+    with write_whole(path) as file:
+        file.write(text.encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Figures of a test: precision over recall, retrieved photos beside their sketches, the unseen classes in the plane.
+
+All raise ImportError without matplotlib.
+"""
+
+import numpy as np
+
+from datasets.files import write_whole
+from datasets.images import read_rgb
+from models.eval.matching import CLUSTER_WEIGHT
+from models.eval.metrics import RECALL_LEVELS
+
+
+def main_rows(results):
+    """The rows to look at first: one-to-one and, for each M, K = number of unseen classes, else its last K."""
+    best = {}
+    for row in results["rows"]:
+        if "per_class" in row and best.get(row.get("M"), {}).get("K") != results["classes"]:
+            best[row.get("M")] = row
+    return list(best.values())
+
+
+def row_name(row):
+    """ "one-to-one", "M 2, K 25" or, with another weight than the paper's, "M 2, K 25, w 0.5"."""
+    if "M" not in row:
+        return row["matching"]
+    weight = row.get("cluster_weight", CLUSTER_WEIGHT)
+    return f"M {row['M']}, K {row['K']}" + ("" if weight == CLUSTER_WEIGHT else f", w {weight:g}")
+
+
+def draw_precision_recall(path, results):
+    """Draw interpolated precision over recall, mean of classes, for the `main_rows` of `results`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axis = figure.subplots()
+    for row in main_rows(results):
+        label = f"{row_name(row)}, mAP@all {row['mAP@all']:.3f}"
+        axis.plot(RECALL_LEVELS, row["precision_at_recall"], marker=".", label=label)
+    axis.set(xlabel="recall", ylabel="precision (interpolated)", xlim=(0, 1), ylim=(0, 1))
+    axis.set_title(f"{results['benchmark']}: {results['classes']} unseen classes", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    with write_whole(path) as file:
+        figure.savefig(file, format="png", dpi=130)
+
+
+def draw_plane(path, features, title, most=60):
+    """Draw sketches and photos of named Features in the plane (t-SNE), each class in a colour and named.
+
+    At most `most` sketches and photos of a class, evenly spread over its list.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from sklearn.manifold import TSNE
+
+    query, gallery = (_spread_out(labels, most) for labels in (features.query_labels, features.gallery_labels))
+    vectors = np.concatenate([features.query[query], features.gallery[gallery]])
+    labels = np.concatenate([features.query_labels[query], features.gallery_labels[gallery]])
+    perplexity = min(30, (len(vectors) - 1) / 3)
+    places = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(vectors)
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    axis = figure.subplots()
+    classes = np.unique(labels)
+    for number, label in enumerate(classes):
+        colour = colormaps["hsv"](number / len(classes))
+        own, is_sketch = labels == label, np.arange(len(labels)) < len(query)
+        axis.scatter(*places[own & ~is_sketch].T, s=14, color=colour, marker="o", alpha=0.5, linewidths=0)
+        axis.scatter(*places[own & is_sketch].T, s=18, color=colour, marker="x", linewidths=0.9)
+        centre = np.median(places[own], axis=0)
+        axis.text(*centre, features.names[label], fontsize=7, ha="center", parse_math=False,
+            bbox=dict(facecolor="white", alpha=0.7, linewidth=0, pad=1))  # fmt: skip
+    for marker, name in (("x", "sketches"), ("o", "photos")):
+        axis.scatter([], [], color="grey", marker=marker, label=name)
+    axis.legend(fontsize=8)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(f"{title}: t-SNE of unseen classes, {len(query):,} sketches, {len(gallery):,} photos", fontsize=10)
+    with write_whole(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def _spread_out(labels, most):
+    """Indices of at most `most` of each label, evenly spread."""
+    chosen = []
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        chosen.append(own[np.linspace(0, len(own) - 1, min(most, len(own))).round().astype(int)])
+    return np.concatenate(chosen)
+
+
+def retrieval_groups(features, values, metric, images, count):
+    """Groups for `draw_retrievals`: sketches with the best, typical and worst values of a metric, `count` in each.
+
+    features: named Features; values: {metric: (Q,), "nearest": (Q, k)}; images: UnseenImages.
+    """
+    value, groups = values[metric].numpy(), []
+    kind = "AP" if metric.startswith("mAP") else metric
+    for title, picked in pick_queries(value, features.query_labels, count).items():
+        queries = []
+        for index in picked:
+            label = features.query_labels[index]
+            found = [
+                (images.photos.root / images.photos.paths[photo], features.gallery_labels[photo] == label)
+                for photo in values["nearest"][index]
+            ]
+            sketch = images.sketches.root / images.sketches.paths[index]
+            queries.append((f"{features.names[label]}\n{kind} {value[index]:.2f}", sketch, found))
+        groups.append((title, queries))
+    return groups
+
+
+def draw_retrievals(path, groups, title):
+    """Draw each query sketch beside its nearest photos, right ones framed green and wrong ones dashed red.
+
+    groups: list of (title, list of (caption, sketch file, [(photo file, whether it is right), ...])).
+
+    """
+    from matplotlib.figure import Figure
+
+    groups = [group for group in groups if group[1]]
+    columns = 1 + max(len(photos) for _, queries in groups for _, _, photos in queries)
+    heights = [len(queries) for _, queries in groups]
+    figure = Figure(figsize=(1.25 * columns, 1.5 * sum(heights) + 0.35 * len(groups) + 0.4), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, (heading, queries) in zip(parts, groups, strict=True):
+        part.suptitle(heading, fontsize=10, weight="bold")
+        axes = part.subplots(len(queries), columns, squeeze=False)
+        for row, (caption, sketch, photos) in zip(axes, queries, strict=True):
+            for axis in row:
+                axis.set_axis_off()
+            row[0].imshow(_thumbnail(sketch))
+            row[0].set_title(caption, fontsize=8, parse_math=False)
+            for axis, (photo, right) in zip(row[1:], photos, strict=False):
+                axis.imshow(_thumbnail(photo))
+                axis.set_axis_on()
+                axis.set(xticks=[], yticks=[])
+                frame = dict(color="tab:green", linestyle="-") if right else dict(color="tab:red", linestyle="--")
+                axis.spines[:].set(linewidth=3, **frame)
+    with write_whole(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def pick_queries(average_precision, labels, count):
+    """Indices of `count` queries each by AP, from as many classes as there are: {"best", "typical", "worst"}.
+
+    Typical are those nearest to the median. No query is in two groups.
+    """
+    order = np.argsort(-average_precision, kind="stable")
+    typical = np.argsort(np.abs(average_precision - np.median(average_precision)), kind="stable")
+    picked, taken = {}, set()
+    for group, ranking in (("best", order), ("worst", order[::-1]), ("typical", typical)):
+        picked[group] = _one_per_class([index for index in ranking if index not in taken], labels, count)
+        taken.update(picked[group])
+    return {group: sorted(picked[group], key=lambda index: -average_precision[index]) for group in _GROUPS}
+
+
+_GROUPS = ("best", "typical", "worst")
+
+
+def _one_per_class(ranking, labels, count):
+    """The first `count` of ranking, each class once before any comes again."""
+    first = list({labels[index]: index for index in reversed(ranking)}.values())
+    place = {index: number for number, index in enumerate(ranking)}
+    first.sort(key=place.get)
+    rest = [index for index in ranking if index not in set(first)]
+    return [*first, *rest][:count]
+
+
+def _thumbnail(path):
+    image = read_rgb(path)
+    image.thumbnail((160, 160))
+    return np.asarray(image)
