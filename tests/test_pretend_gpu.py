@@ -14,7 +14,7 @@ from datasets.zeroshot import Loading
 from models import step as step_room
 from models.alignment import Batch
 from models.data import TrainingData, open_training_data
-from models.eval import codebooks
+from models.eval import codebooks, mixture
 from models.eval.codebooks import fit_codebooks
 from models.eval.evaluation import evaluate
 from models.eval.features import Features, extract
@@ -220,19 +220,36 @@ def test_what_waits_is_counted(gpu):
     assert sum(gpu.waits.values()) == 1
 
 
-def test_a_mixture_is_the_cpus_and_waits_once_an_iteration(gpu):
+def points_of(components):
+    """Points (600, 12) float32 about as many centres, and the component that each starts in."""
     generator = np.random.default_rng(0)
-    points = generator.normal(size=(5, 12))[generator.integers(5, size=600)] + 0.7 * generator.normal(size=(600, 12))
-    points, start = torch.from_numpy(points), torch.arange(600) % 5
+    centres = generator.normal(size=(components, 12))[generator.integers(components, size=600)]
+    points = centres + 0.7 * generator.normal(size=(600, 12))
+    return torch.from_numpy(points).float(), torch.arange(600) % components
+
+
+def test_a_mixture_is_the_cpus_and_waits_once_an_iteration(gpu, monkeypatch):
+    monkeypatch.setattr(mixture, "ITERATIONS", 8)
+    points, start = points_of(5)
     expected = fit_mixture(points, start, 5)
     on_gpu = points.to("cuda:1")
     gpu.reset()
     found = fit_mixture(on_gpu, start, 5)
-    assert found.iterations == expected.iterations > 3
+    assert found.iterations == expected.iterations > 3 and found.means.dtype == torch.float64
     torch.testing.assert_close(values(found.means), expected.means, rtol=0, atol=1e-9)
     # Before the first iteration the start goes there, and the first components are known to be sound.
     assert sum(gpu.waits.values()) <= found.iterations + 3, gpu.waits
-    assert gpu.kernels < 60 * (found.iterations + 1)
+
+
+def test_an_iteration_asks_no_more_of_a_gpu_for_more_components(gpu, monkeypatch):
+    kernels = []
+    for iterations, components in ((1, 2), (1, 9), (2, 9)):
+        monkeypatch.setattr(mixture, "ITERATIONS", iterations)
+        points, start = points_of(components)
+        gpu.reset()
+        assert fit_mixture(points.to("cuda"), start, components).iterations == iterations
+        kernels.append(gpu.kernels)
+    assert kernels[0] == kernels[1] and kernels[2] - kernels[1] < 60
 
 
 def test_codebooks_are_the_cpus_and_k_means_stays_on_the_cpu(gpu, golden):
