@@ -6,13 +6,15 @@
     gpu.kernels, gpu.waits
 
 An operation on tensors of different devices fails, as it does on a real GPU. `kernels` counts the operations that a GPU
-would be given, and `waits` those for which the host would wait until the GPU has done all it was given. Values are the
-CPU's. What it cannot show: memory, speed, the rounding of a GPU, and libraries that are loaded on first use.
+would be given, and `waits` those for which the host would wait until the GPU has done all it was given. `held()` is how
+many bytes its tensors take. Values are the CPU's. What it cannot show: memory that runs out, what the C++ part of torch
+keeps for itself, speed, the rounding of a GPU, and libraries that are loaded on first use.
 """
 
 import collections
 import contextlib
 import functools
+import gc
 from unittest import mock
 
 import torch
@@ -165,6 +167,12 @@ class PretendGpu:
         self.kernels = 0
         self.waits.clear()
         self.names.clear()
+
+    def held(self):
+        """Bytes of all tensors that anything refers to; views of one memory count once."""
+        values = [each.value for each in gc.get_objects() if issubclass(type(each), OnGpu) and hasattr(each, "value")]
+        storages = [value.untyped_storage() for value in values]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def run(self, function, args, kwargs):
         """Run an operation on the CPU, and count what it would be on a GPU."""

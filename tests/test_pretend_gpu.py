@@ -12,6 +12,7 @@ from datasets.benchmark import open_benchmark
 from datasets.images import normalise
 from datasets.zeroshot import Loading
 from models import step as step_room
+from models import training
 from models.alignment import Batch
 from models.data import TrainingData, open_training_data
 from models.eval import codebooks, mixture
@@ -36,12 +37,12 @@ def gpu():
         yield pretended
 
 
-def create_run(device, seen_classes=5, imagenet_classes=20):
+def create_run(device, seen_classes=5, imagenet_classes=20, drop_path=0.0):
     torch.manual_seed(0)
     sizes = dict(
         num_classes=imagenet_classes, depths=[1, 1, 2, 1], dims=[4, 8, 12, 16], use_grn=True, ls_init_value=None
     )
-    student, teacher = Student(ConvNeXt(**sizes), seen_classes), Teacher(ConvNeXt(**sizes))
+    student, teacher = Student(ConvNeXt(**sizes, drop_path_rate=drop_path), seen_classes), Teacher(ConvNeXt(**sizes))
     teacher.backbone.load_state_dict(student.backbone.state_dict())
     place(student, teacher, device)
     return Run(student, teacher, create_optimizers(student, teacher, 1e-3, 1e-3, 5e-4))
@@ -137,11 +138,11 @@ def epochs(run, data, recipe):
 
 def test_a_batch_that_does_not_fit_is_taken_in_parts_and_that_is_said_once(gpu, tiny, monkeypatch, capsys):
     data = open_training_data(open_benchmark("sketchy", tiny), Loading(48, 6), imagenet_classes=None, validate=False)
-    recipe, own = Recipe(2, -1, 1e-3, 1e-3, parts=4), create_run("cpu", 2, 1000)
+    recipe, own = Recipe(2, -1, 1e-3, 1e-3, parts=4), create_run("cpu", 2, 1000, drop_path=0.5)
     expected = [each.clone() for each in epochs(own, data, recipe)]
     limited, tried = short_of_memory(2)
     monkeypatch.setattr(step_room, "_add_gradients", limited)
-    run, recipe = create_run("cuda", 2, 1000), Recipe(2, -1, 1e-3, 1e-3)
+    run, recipe = create_run("cuda", 2, 1000, drop_path=0.5), Recipe(2, -1, 1e-3, 1e-3)
     on_gpu = TrainingData(data.loader, data.mask.to("cuda"), data.files)
     # The second epoch knows what the first one found out.
     assert_close([values(each) for each in epochs(run, on_gpu, recipe)], expected)
@@ -151,14 +152,65 @@ def test_a_batch_that_does_not_fit_is_taken_in_parts_and_that_is_said_once(gpu, 
     assert len(said) == 1 and said[0].endswith("--accum_steps 4")
 
 
+@pytest.fixture
+def other_rules():
+    """The environment says the opposite of what the precision fp32 says of TF32."""
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = True
+    yield lambda: [switch.allow_tf32 for switch in switches]
+    for switch, allowed in zip(switches, before, strict=True):
+        switch.allow_tf32 = allowed
+
+
+def test_a_trial_holds_what_a_step_will_and_lets_go_of_it(gpu, monkeypatch, other_rules):
+    add, tried = step_room._add_gradients, []
+
+    def short_of_memory_once(student, teacher, batch, counts, bidirectional, precision):
+        tried.append((bidirectional, other_rules(), gpu.held()))
+        found, activations = add(student, teacher, batch, counts, bidirectional, precision), batch.images + 1
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError(f"CUDA out of memory beside {activations.shape}")
+        return found
+
+    run, batch = create_run("cuda"), moved(create_batch(), gpu, "cuda")
+    before, emptied = gpu.held(), []
+    monkeypatch.setattr(step_room, "_add_gradients", short_of_memory_once)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(gpu.held()))
+    assert step_room.parts_that_fit(run, batch, 1, "fp32") == 2
+    assert gpu.held() == before and emptied == [before]
+    for _ in range(2):  # the second has Adam's moments
+        train_step(run, batch, True, 2, "fp32")
+    assert all(each[:2] == (True, [False, False]) for each in tried)
+    whole, half, _, first, _, second, _ = (size for *_, size in tried)
+    assert half == whole  # nothing of the whole is left
+    assert 0.99 * second < half and first < 0.9 * second  # Adam also counts steps, in a number for each parameter
+
+
+def test_held_back_sketches_are_computed_by_the_rules_of_training(monkeypatch, other_rules):
+    run, data, seen = create_run("cpu"), TrainingData(None, None, [], validation=[], held_back=1), []
+    run.sums, run.step = torch.zeros(len(MEASURES)), 1
+    monkeypatch.setattr(training, "validate", lambda *_: seen.append(other_rules()) or 50.0)
+    close_epoch(run, data, Recipe(1, -1, 1e-3, 1e-3, precision="fp32"))
+    assert seen == [[False, False]] and run.history[0]["accuracy"] == 50
+
+
 def test_single_images_that_do_not_fit_end_the_run(gpu, monkeypatch):
     limited, _ = short_of_memory(0)
     monkeypatch.setattr(step_room, "_add_gradients", limited)
     with pytest.raises(torch.OutOfMemoryError):
         step_room.parts_that_fit(create_run("cuda"), moved(create_batch(), gpu, "cuda"), 1, "fp32")
-    monkeypatch.setattr(step_room, "_add_gradients", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # what is not a lack of memory is not tried again
+    tried = []
+    monkeypatch.setattr(step_room, "_add_gradients", lambda *_: illegal(tried))
+    with pytest.raises(RuntimeError, match="illegal memory access"):  # what is not a lack of memory is not tried again
         step_room.parts_that_fit(create_run("cuda"), moved(create_batch(), gpu, "cuda"), 1, "fp32")
+    assert tried == [1]
+
+
+def illegal(tried):
+    tried.append(1)
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 def test_extraction_waits_once_a_batch(gpu):
