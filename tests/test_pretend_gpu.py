@@ -11,14 +11,15 @@ from timm.models.convnext import ConvNeXt
 from datasets.benchmark import open_benchmark
 from datasets.images import normalise
 from datasets.zeroshot import Loading
+from models import parallel, training
 from models import step as step_room
-from models import training
 from models.alignment import Batch
 from models.data import TrainingData, open_training_data
-from models.eval import codebooks, mixture
+from models.eval import codebooks, evaluation, mixture
 from models.eval.codebooks import fit_codebooks
 from models.eval.evaluation import evaluate
 from models.eval.features import Features, extract
+from models.eval.matching import euclidean_distances
 from models.eval.metrics import average_precision, rank
 from models.eval.mixture import fit_mixture
 from models.networks import PRECISIONS, Student, Teacher, place
@@ -111,6 +112,8 @@ def test_an_epoch_waits_once_at_its_end_and_logs_every_step(gpu, tiny, tmp_path)
         waits.append(sum(gpu.waits.values()))
     assert waits == [0] * len(expected)
     assert dict(gpu.waits) == {"an event that nothing follows": 1}
+    # Of a step: images, labels, which are photos, noise; and back, what was measured.
+    assert gpu.copies == 5 * len(expected)
     assert_close(found, expected)
     assert_close(weights(run), weights(own))
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -221,7 +224,7 @@ def test_extraction_waits_once_a_batch(gpu):
     student = create_run("cuda:1").student
     gpu.reset()
     found = list(extract(student, loader, "cuda:1"))
-    assert dict(gpu.waits) == {"a copy to the host": len(batches)}
+    assert dict(gpu.waits) == {"a copy to the host": len(batches)} and gpu.copies == 2 * len(batches)
     for one, two in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, two, atol=1e-6)
 
@@ -238,6 +241,24 @@ def test_evaluation_waits_a_handful_a_chunk(gpu, golden):
     for key, row in expected.items():
         for name, value in row.items():
             torch.testing.assert_close(found[key][name], value, rtol=0, atol=1e-12)
+
+
+def test_a_chunk_of_sketches_that_is_halved_lets_go_of_the_whole(gpu, golden, monkeypatch):
+    z, tried = golden("matching"), []
+    features = Features(*(z[name].numpy() for name in ("gallery", "gallery_labels", "query", "query_labels")))
+
+    def short_of_memory(query, photos, out=None):
+        tried.append((len(query), gpu.held()))
+        found = euclidean_distances(query, photos, out=out)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return found
+
+    monkeypatch.setattr(evaluation, "euclidean_distances", short_of_memory)
+    evaluate(features, {None: None}, device="cuda", dtype=torch.float64)
+    (whole, before), (half, after), _ = tried
+    # Of each sketch: two rows of the scratch matrices, its feature and its label, 8 bytes a number.
+    assert before - after == (whole - half) * 8 * (2 * len(features.gallery) + features.query.shape[1] + 1)
 
 
 def test_ranks_are_the_cpus(gpu):
@@ -269,7 +290,7 @@ def test_what_waits_is_counted(gpu):
     gpu.pin(host := torch.ones(2)).to("cuda", non_blocking=True)
     assert not gpu.waits
     host.to("cuda")
-    assert sum(gpu.waits.values()) == 1
+    assert sum(gpu.waits.values()) == 1 and gpu.copies == 2
 
 
 def points_of(components):
@@ -319,3 +340,16 @@ def test_a_gpu_that_is_slow_in_float64_leaves_mixtures_to_the_cpu(monkeypatch, o
     codebooks.mixture_device.cache_clear()
     assert codebooks.mixture_device("cuda") == device and codebooks.mixture_device("cpu") == "cpu"
     codebooks.mixture_device.cache_clear()
+
+
+def test_a_process_takes_its_gpu_before_it_meets_the_others(monkeypatch):
+    called = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: called.append(str(device)))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, device_id: called.append((backend, str(device_id)))
+    )
+    parallel.connect(parallel.own_device("cuda"))
+    # Else every process would take memory of the first GPU, too. Gloo is for what the host says.
+    assert called == ["cuda:1", ("cpu:gloo,cuda:nccl", "cuda:1")]
