@@ -328,7 +328,9 @@ def test_an_iteration_asks_no_more_of_a_gpu_for_more_components(gpu, monkeypatch
 def test_codebooks_are_the_cpus_and_k_means_stays_on_the_cpu(gpu, golden):
     gallery = golden("matching")["gallery"].numpy()
     expected, _ = fit_codebooks(gallery, [(2, 5), (4, 6)])
+    gpu.reset()
     found, failures = fit_codebooks(gallery, [(2, 5), (4, 6)], device="cuda")
+    assert gpu.copies >= 6 and gpu.kernels > 100  # all six mixtures were there
     assert not failures and found.keys() == expected.keys()
     for key, codebook in expected.items():
         np.testing.assert_allclose(found[key], codebook, atol=1e-6)
