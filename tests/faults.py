@@ -237,6 +237,11 @@ def full_disk_in(command):
     return row
 
 
+def full_disk_in_drawing(place):
+    full_disk_in("miniature {new}")(place)
+    place.run(f"{PREPARE} miniature {{new}}")
+
+
 def nowhere_to_print(place):
     place.run(f"{PREPARE} check {{data}} --custom", 2, stdout="/dev/full")
 
@@ -302,7 +307,7 @@ ROWS = {  # what happens: (the script, a function that makes it happen in a Plac
     "disk full at the first checkpoint, then again": ("train_sketchy_ext", full_disk_before_the_first_checkpoint),
     "disk full at the features, then again": ("test_sketchy_ext_zeroshot", full_disk_in_a_test),
     "disk full at --json": ("prepare check", full_disk_in("check {data} --custom --json {new}.json")),
-    "disk full at an image": ("prepare miniature", full_disk_in("miniature {new}")),
+    "disk full at an image, then again": ("prepare miniature", full_disk_in_drawing),
     "disk full at the page": ("prepare summary", full_disk_in("summary {data} --out {new}")),
     "printing to /dev/full": ("prepare check", nowhere_to_print),
     "a second training in the folder": ("train_sketchy_ext", second_training),

@@ -9,6 +9,7 @@ from pretend_gpu import OnGpu, PretendGpu, values
 from timm.models.convnext import ConvNeXt
 
 from datasets.benchmark import open_benchmark
+from datasets.errors import ends_in_one_line
 from datasets.images import normalise
 from datasets.zeroshot import Loading
 from models import parallel, training
@@ -204,11 +205,20 @@ def test_single_images_that_do_not_fit_end_the_run(gpu, monkeypatch):
     monkeypatch.setattr(step_room, "_add_gradients", limited)
     with pytest.raises(torch.OutOfMemoryError):
         step_room.parts_that_fit(create_run("cuda"), moved(create_batch(), gpu, "cuda"), 1, "fp32")
-    tried = []
+
+
+def test_an_illegal_memory_access_is_no_lack_of_memory(gpu, monkeypatch):
+    tried, run, batch = [], create_run("cuda"), moved(create_batch(), gpu, "cuda")
     monkeypatch.setattr(step_room, "_add_gradients", lambda *_: illegal(tried))
-    with pytest.raises(RuntimeError, match="illegal memory access"):  # what is not a lack of memory is not tried again
-        step_room.parts_that_fit(create_run("cuda"), moved(create_batch(), gpu, "cuda"), 1, "fp32")
-    assert tried == [1]
+    for work in (
+        lambda: step_room.parts_that_fit(run, batch, 1, "fp32"),
+        lambda: evaluation._halving(lambda _: illegal(tried), lambda: None)(torch.arange(6)),
+        ends_in_one_line()(lambda: illegal(tried)),  # a bug keeps its traceback
+    ):
+        tried.clear()
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            work()
+        assert tried == [1]
 
 
 def illegal(tried):

@@ -176,7 +176,5 @@ def test_a_full_disk_is_named(tmp_path):
     part = Unfinished(tmp_path / "part", SOURCE, 3, 4)
     part.path.unlink()
     part.path.symlink_to("/dev/full")
-    with pytest.raises(
-        InputError, match=r"features cannot be kept \(No space left on device\); make room"
-    ):
+    with pytest.raises(InputError, match=r"features cannot be kept \(No space left on device\); make room"):
         part.add(np.zeros((1, 3), np.float32))
