@@ -173,12 +173,12 @@ def decoder_killed(place):
     go_on_training(place)
 
 
-def test_killed(place):
+def extraction_killed(place):
     kill(place, start_test(place))
     assert "are there already, going on" in "".join(place.run(TEST))
 
 
-def test_terminated(place):
+def extraction_terminated(place):
     process = start_test(place)
     os.kill(process.pid, signal.SIGTERM)
     place.end(process, -signal.SIGTERM)
@@ -298,8 +298,8 @@ ROWS = {  # what happens: (the script, a function that makes it happen in a Plac
     "SIGTERM, then --resume": ("train_sketchy_ext", training_terminated),
     "Ctrl-C, then --resume": ("train_sketchy_ext", training_interrupted),
     "SIGKILL of a process that decodes images, then --resume": ("train_sketchy_ext", decoder_killed),
-    "SIGKILL, then again": ("test_sketchy_ext_zeroshot", test_killed),
-    "SIGTERM, then again": ("test_sketchy_ext_zeroshot", test_terminated),
+    "SIGKILL, then again": ("test_sketchy_ext_zeroshot", extraction_killed),
+    "SIGTERM, then again": ("test_sketchy_ext_zeroshot", extraction_terminated),
     "SIGKILL while images are decoded, then again": ("prepare check", check_killed),
     "SIGTERM while images are decoded, then again": ("prepare check", check_terminated),
     "SIGKILL while images are drawn, then again": ("prepare miniature", miniature_killed),
