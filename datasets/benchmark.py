@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.errors import InputError
-from datasets.files import write_whole
+from datasets.files import check_known, why_unknown, write_whole
 from datasets.pickles import read_pickled_dict
 from datasets.protocols import PROTOCOLS, Protocol
 
@@ -120,6 +120,8 @@ def open_benchmark(protocol_name, root=None, zero_version=None, complain=refuse)
     protocol = PROTOCOLS[protocol_name]
     root = Path(root or protocol.data_root)
     lists = root / (zero_version or protocol.zero_version)
+    check_known(root)
+    check_known(lists)
     if not os.path.isdir(root):
         raise InputError(f"{root}: no such data folder; unpack {protocol.title} there or name another with --data_root")
     if not os.path.isdir(lists):
@@ -145,6 +147,7 @@ def _title(protocol, lists, seen, unseen):
 
 def check_root(root):
     """Raise InputError unless `root` is a folder."""
+    check_known(root)
     if not os.path.isdir(root):
         what = "is a file, perhaps an archive to unpack" if os.path.exists(root) else "no such folder"
         raise InputError(f"{root}: {what}; name the folder of the data set")
@@ -163,10 +166,22 @@ def find_layout(root, zero_version=None):
             if all(any(os.path.isfile(Path(root) / folder / each) for each in names) for names in kinds):
                 return name, folder
     inside = Path(root) / zero_version if zero_version else f"{root}/zeroshot*"
+    hidden = _hidden_lists(root, folders)
     raise InputError(
-        f"{inside}: no lists of unseen sketches and photos under any known names; make them with "
+        f"{inside}: no lists of unseen sketches and photos under any known names{hidden}; make them with "
         "python -m datasets.prepare lists, or name their folder with --zero_version"
     )
+
+
+def _hidden_lists(root, folders):
+    """A hint for the message where lists of unseen images may be that cannot be seen; else an empty text."""
+    keys = [key for key in LISTS if key[1] == "zero"]
+    names = {name for protocol in PROTOCOLS.values() for key in keys for name in protocol.list_names(*key)}
+    for folder in folders:
+        for name in (".", *sorted(names)):  # "." can be seen by who may look into the folder
+            if why := why_unknown(os.path.join(root, folder, name)):
+                return f" ({os.path.normpath(os.path.join(root, folder, name))} cannot be read: {why})"
+    return ""
 
 
 def read_list(path, root, classes, complain=refuse):
@@ -218,6 +233,7 @@ def read_mask(path, classes, imagenet_classes=1000):
 
     Raises InputError if the file is missing, refused or torn, lacks a class, or holds vectors of another length.
     """
+    check_known(path)
     if not os.path.isfile(path):
         raise InputError(f"{path}: no semantic mask; {_NEW_MASK}")
     mask = read_pickled_dict(path)
@@ -239,6 +255,8 @@ def check_images(files):
     for index, name in enumerate(files.paths):
         if not os.path.isfile(files.root / name):
             place = f"{files.source}:{files.lines[index]}"
+            if why := why_unknown(files.root / name):
+                raise InputError(f"{place}: {files.root / name} cannot be read ({why}); correct that")
             raise InputError(f"{place}: no image {files.root / name}; unpack the data, or set --data_root")
 
 

@@ -11,7 +11,10 @@ import os
 import re
 import signal
 import sys
+import time
 from contextlib import contextmanager
+
+PATIENCE = 30  # seconds
 
 
 class InputError(ValueError):
@@ -117,6 +120,8 @@ def ends_in_one_line(speaks=lambda: True):
                 message, status, own = f"error: {message}", 2, isinstance(error, OwnError)
             if speaks() or own:
                 print(message, file=sys.stderr)
+            elif status == 2:
+                let_another_tell()
             raise SystemExit(status)
 
         return wrapped
@@ -124,9 +129,20 @@ def ends_in_one_line(speaks=lambda: True):
     return decorate
 
 
+def let_another_tell():
+    """End with status 2 after an error that another process tells, once that had the time for it.
+
+    torchrun ends all processes as soon as one has ended, and the one that tells may be slower.
+    """
+    time.sleep(PATIENCE)
+    raise SystemExit(2)
+
+
 def lost_worker(error):
     """Whether an error means that a worker of a DataLoader died: torch noticed it, or the worker's pipe broke off."""
-    return isinstance(error, EOFError) or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error))
+    return isinstance(error, EOFError | ConnectionResetError) or (
+        isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    )
 
 
 def lacks_memory(error):
@@ -143,14 +159,14 @@ def _one_line(error):
         return re.sub(r"^[\w.]*InputError: ", "", str(error).strip().split("\n")[-1])
     if isinstance(error, PermissionError) and error.filename:
         return f"{error.filename}: {error.strerror}; change its permissions, or choose another"
+    if lost_worker(error):
+        return "a process that decodes images was killed, perhaps for memory; lower --workers"
     if isinstance(error, OSError):  # the machine refuses something: too many open files, a closed pipe
         return str(error)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({str(error).splitlines()[0]}); train without --compile"
     if type(error).__name__ == "BrokenProcessPool":  # its class takes long to import
         return "a process that works on images was killed, perhaps for memory; free some memory and try again"
-    if lost_worker(error):
-        return "a process that decodes images was killed, perhaps for memory; lower --workers"
     if isinstance(error, MemoryError | RuntimeError):  # torch raises RuntimeError when memory runs out
         if "NCCL" in str(error):
             return f"process {os.environ.get('RANK', 0)}: {str(error).strip().splitlines()[0]}"

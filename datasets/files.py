@@ -60,6 +60,26 @@ def check_writable(folder):
         raise InputError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
 
 
+def why_unknown(path):
+    """Why the system does not tell whether there is something at `path`: no permission, say, or a link in a circle.
+
+    None if it tells. os.path.isfile and the like take both for a file that is not there.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def check_known(path):
+    """Raise InputError if the system does not tell whether there is something at `path`; see `why_unknown`."""
+    if why := why_unknown(path):
+        raise InputError(f"{path}: cannot be read ({why}); correct its permissions or its link, or choose another")
+
+
 def digest(path):
     """SHA-256 of a file, in hex."""
     sha256 = hashlib.sha256()

@@ -5,6 +5,7 @@ number of workers, and after a restart.
 """
 
 import signal
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,8 +146,15 @@ def _stack(images):
 
 def _workers(loading):
     pinned = torch.device(loading.device).type == "cuda"
-    return dict(num_workers=loading.workers, pin_memory=pinned, worker_init_fn=_leave_interrupts_to_the_main_process)
+    return dict(num_workers=loading.workers, pin_memory=pinned, worker_init_fn=_prepare_worker)
 
 
-def _leave_interrupts_to_the_main_process(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _prepare_worker(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process sees to it
+    sys.excepthook = _without_lost_connections
+
+
+def _without_lost_connections(kind, error, trace):
+    """What a thread of a worker does with an error: the main process may be gone, and then there is nobody to tell."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from datasets.errors import InputError
+from datasets.errors import InputError, let_another_tell
 from models import parallel
 from models.alignment import TERMS
 from models.run import MEASURES
@@ -53,7 +53,7 @@ class Measured:
         # All processes are here. The first that has such images tells of them; without any, the first of all.
         having = [rank for rank, count in parallel.merged({parallel.rank(): len(bad)}).items() if count]
         if parallel.rank() != min(having, default=0):
-            raise SystemExit(2)
+            let_another_tell()
         images = "not of single images" if len(bad) in (0, len(step.sound)) else self._names(step.number, bad)
         raise InputError(
             f"epoch {self.epoch + 1}, step {step.number + 1}: {terms} not finite, {images}; the last checkpoint is as "

@@ -106,7 +106,7 @@ def train(run, data, recipe, keeper, watch=None, print_freq=10):
                         if is_first and keeper.schedule.is_due():
                             keeper.save(run)
                 close_epoch(run, data, recipe, watch)
-            except (RuntimeError, EOFError) as error:
+            except (RuntimeError, EOFError, ConnectionResetError) as error:
                 # A signal to the whole process group may have ended the processes that decode images. No step is half
                 # done then, so the run can be saved.
                 if lost_worker(error) and parallel.processes() == 1:

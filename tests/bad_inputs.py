@@ -1,14 +1,16 @@
 """A table of bad input to the seven scripts and to `prepare`, and what each prints.
 
     .venv/bin/python tests/bad_inputs.py            # prints the table; status 1 if a row is not one line and status 2
+    .venv/bin/python tests/bad_inputs.py --quick    # without the kills, full disks and second processes of faults.py
 
-tests/test_bad_inputs.py runs the same rows. A row is a command line on a small benchmark, some after damage to a file.
+tests/test_bad_inputs.py runs the quick rows. Each is a command line on a small benchmark, some after damage to a file.
 """
 
 import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import pickle
 import shutil
 import sys
@@ -157,7 +159,7 @@ def rows():
 
 
 def run(script, arguments, damage, folder, benchmark):
-    """(exit status or traceback's error, lines on stderr) of a command in a fresh copy of `benchmark` in `folder`."""
+    """(exit status or traceback's error, lines on stderr, what is left) of a command in a copy of `benchmark`."""
     data, features, out = folder / "data", folder / "features", folder / "out"
     shutil.copytree(benchmark, data)
     features.mkdir()
@@ -176,33 +178,42 @@ def run(script, arguments, damage, folder, benchmark):
         except BaseException as error:
             status = f"{type(error).__name__}: {error}"
     lines = [line for line in errors.getvalue().splitlines() if not line.startswith(("note: ", "features: "))]
-    left = [str(path) for path in folder.rglob(".*") if path.name not in (".", "..")]
+    left = [str(path) for path in folder.rglob(".*")] + [each.name for each in multiprocessing.active_children()]
     return status, lines, left
 
 
 def is_good(status, lines, left):
-    """Whether a command ended as promised: status 2, one line, and nothing left half-written."""
+    """Whether a command ended as promised: status 2, one line, and no half-written file or process left."""
     return status == 2 and len(lines) == 1 and lines[0].startswith("error: ") and not left
+
+
+def tell(script, name, place, said, wrong):
+    """Print a row of the table; wrong: what is not as promised, or None."""
+    said = " ".join(said).replace(str(place), "").replace("|", "\\|")
+    print(f"| {script} | {name} | {said if wrong is None else f'**{json.dumps(wrong)}**'} |", flush=True)
 
 
 def main():
     sys.path.insert(0, str(ROOT / "tests"))
+    import faults
     from conftest import write_tiny
 
-    bad = count = 0
+    results = []
     print("| script | input | what it prints |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         write_tiny(Path(folder) / "tiny")
-        for count, (name, script, arguments, damage) in enumerate(rows(), 1):
-            place = Path(folder) / str(count)
-            place.mkdir()
-            status, lines, left = run(script, arguments, damage, place, Path(folder) / "tiny")
-            good = is_good(status, lines, left)
-            bad += not good
-            said = " ".join(lines).replace(str(place), "").replace("|", "\\|")
-            print(f"| {script} | {name} | {said if good else f'**{json.dumps([status, lines, left])}**'} |", flush=True)
-            shutil.rmtree(place)
-    print(f"\n{count} rows, {bad} not as promised")
+        for name, script, arguments, damage in rows():
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                ended = run(script, arguments, damage, Path(place), Path(folder) / "tiny")
+                results.append(None if is_good(*ended) else ended)
+                tell(script, name, place, ended[1], results[-1])
+        for name, (script, act) in {} if "--quick" in sys.argv else faults.ROWS.items():
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                wrong, said = faults.run(act, Path(place), Path(folder) / "tiny")
+                results.append(wrong)
+                tell(script, name, place, said, wrong)
+    bad = sum(wrong is not None for wrong in results)
+    print(f"\n{len(results)} rows, {bad} not as promised")
     raise SystemExit(bool(bad))
 
 

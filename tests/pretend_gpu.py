@@ -3,16 +3,19 @@
     with PretendGpu() as gpu:
         network.to("cuda:1")
         ...
-    gpu.kernels, gpu.waits
+    gpu.kernels, gpu.copies, gpu.waits
 
 An operation on tensors of different devices fails, as it does on a real GPU. `kernels` counts the operations that a GPU
-would be given, and `waits` those for which the host would wait until the GPU has done all it was given. Values are the
-CPU's. What it cannot show: memory, speed, the rounding of a GPU, and libraries that are loaded on first use.
+would be given, `copies` those between host and GPU, and `waits` those for which the host would wait until the GPU has
+done all it was given. `held()` is how many bytes its tensors take. Values are the CPU's. What it cannot show: memory
+that runs out, what the C++ part of torch keeps for itself, speed, the rounding of a GPU, and libraries that are loaded
+on first use.
 """
 
 import collections
 import contextlib
 import functools
+import gc
 from unittest import mock
 
 import torch
@@ -65,6 +68,7 @@ class OnGpu(torch.Tensor):
             form = {} if memory_format is None else {"memory_format": memory_format}
             return super().to(dtype or self.dtype, **form)
         if device.type == "cpu":
+            PretendGpu.current.copies += 1
             PretendGpu.current.waits["a copy to the host"] += 1
             return self.value.to(dtype or self.dtype, copy=True)
         return torch.ops.aten._to_copy(self, device=device, dtype=dtype or self.dtype, non_blocking=non_blocking)
@@ -133,7 +137,7 @@ class PretendGpu:
     current = None
 
     def __init__(self):
-        self.kernels, self.waits, self.pinned = 0, collections.Counter(), set()
+        self.kernels, self.copies, self.waits, self.pinned = 0, 0, collections.Counter(), set()
         self.names = collections.Counter()  # kernels by name
 
     def __enter__(self):
@@ -162,9 +166,15 @@ class PretendGpu:
 
     def reset(self):
         """Count from 0 again."""
-        self.kernels = 0
+        self.kernels = self.copies = 0
         self.waits.clear()
         self.names.clear()
+
+    def held(self):
+        """Bytes of all tensors that anything refers to; views of one memory count once."""
+        values = [each.value for each in gc.get_objects() if issubclass(type(each), OnGpu) and hasattr(each, "value")]
+        storages = [value.untyped_storage() for value in values]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def run(self, function, args, kwargs):
         """Run an operation on the CPU, and count what it would be on a GPU."""
@@ -222,11 +232,13 @@ class PretendGpu:
             return to if to is not None and to.type == "cuda" else source.device
         if to is None or to.type != "cuda":
             return None
+        self.copies += 1
         if not (non_blocking and self._is_pinned(source)):
             self.waits["a copy from memory that is not pinned"] += 1
         return to
 
     def _count_copy(self, source, to, non_blocking):
+        self.copies += 1
         on_host = source if source.device.type == "cpu" else to
         if not (non_blocking and self._is_pinned(on_host)):
             self.waits["a copy between host and GPU that is waited for"] += 1

@@ -45,6 +45,11 @@ def test_input_errors_end_in_one_line(capsys, message):
         (MemoryError(), "error: out of memory; lower --batch_size or --input_size\n"),
         (RuntimeError("CUDA out of memory.\nTried"), "error: out of memory; lower --batch_size or --input_size\n"),
         (
+            ConnectionResetError(104, "Connection reset by peer"),
+            "error: a process that decodes images was killed, perhaps for memory; lower --workers\n",
+        ),
+        (BrokenPipeError(32, "Broken pipe"), "error: [Errno 32] Broken pipe\n"),
+        (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
             "error: a process that decodes images was killed, perhaps for memory; lower --workers\n",
         ),

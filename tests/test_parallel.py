@@ -14,6 +14,7 @@ import torch
 
 import test_sketchy_ext_zeroshot
 import train_sketchy_ext
+from datasets.errors import InputError
 from models import parallel
 from models.checkpoints import LAST, read_checkpoint
 
@@ -144,9 +145,14 @@ def test_processes_that_cannot_meet_say_so(tiny, tmp_path, fails, of_several):
     assert "start them with torchrun" in fails(*arguments)
 
 
-def test_only_the_first_process_is_heard(tiny, monkeypatch, capsys):
+def test_only_the_first_process_is_heard_and_others_give_it_time(tiny, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr("datasets.errors.time.sleep", waited.append)
     monkeypatch.setenv("RANK", "1")
     for options in (["--epochs", "0"], ["--data_root", str(tiny / "nowhere")]):
         with pytest.raises(SystemExit) as end:
             train_sketchy_ext.main(options)
         assert end.value.code == 2 and capsys.readouterr().err == ""
+    with pytest.raises(SystemExit), parallel.in_all():
+        raise InputError("what all find")
+    assert waited == [30, 30, 30]

@@ -134,7 +134,10 @@ def test_a_torn_checkpoint_never_takes_the_place_of_a_whole_one(tiny, tmp_path, 
     assert "it cannot be resumed, start anew with --overwrite" in fails(*arguments)
 
 
-@pytest.mark.parametrize("error", [EOFError(), RuntimeError("DataLoader worker (pid 7) exited unexpectedly")])
+@pytest.mark.parametrize("error", [
+    EOFError(), ConnectionResetError(104, "Connection reset by peer"),
+    RuntimeError("DataLoader worker (pid 7) exited unexpectedly"),
+])  # fmt: skip
 def test_a_signal_that_ends_workers_first_saves_all_the_same(tiny, tmp_path, monkeypatch, capsys, error):
     run(tiny, tmp_path / "whole")
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from datasets.benchmark import CLASS_NAMES, read_class_names, read_list, spelling
 from datasets.errors import InputError
+from datasets.files import check_known
 from datasets.prepare.listed_images import is_file
 from datasets.protocols import PROTOCOLS
 
@@ -68,6 +69,8 @@ def class_images(root, sources, classes, notes):
     for alternatives in sources:
         source = next((each for each in alternatives if os.path.isdir(Path(root) / each)), None)
         if source is None:
+            for each in alternatives:
+                check_known(Path(root) / each)
             raise InputError(f"{root}: no folder {' or '.join(alternatives)}; unpack the data there")
         for name, folder in _class_folders(Path(root) / source, classes, notes).items():
             found = _images(Path(root) / source / folder, notes)
@@ -78,7 +81,7 @@ def class_images(root, sources, classes, notes):
 def _class_folders(source, classes, notes):
     """{class: name of its folder in `source`}."""
     wanted, folders, others = {spelling(name): name for name in classes}, {}, []
-    for entry in _entries(source):
+    for entry in (entries := _entries(source)):
         if not os.path.isdir(entry.path):  # unlike entry.is_dir(), no error for a link that leads back to itself
             continue
         name = wanted.get(spelling(entry.name))
@@ -93,6 +96,9 @@ def _class_folders(source, classes, notes):
             notes.append(f"note: {source / entry.name}: taken for the class {name!r}")
         _note_links([entry], source, notes)
     if missing := [name for name in classes if name not in folders]:
+        for entry in entries:
+            if wanted.get(spelling(entry.name)) in missing:
+                check_known(entry.path)
         alike = difflib.get_close_matches(missing[0], others, n=1)
         way_out = f"rename {alike[0]!r} if that is it" if alike else "unpack the data again, or rename its folder"
         raise InputError(
@@ -150,6 +156,7 @@ def lists_from_lists(protocol, root, source):
     belongs to another protocol.
     """
     folder, notes, lists = Path(root) / source, [], {}
+    check_known(folder)
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder of lists; name the one to convert, such as zeroshot0")
     classes = {}

@@ -1,9 +1,11 @@
 """Codebooks of one-to-many matching: the component means of a Gaussian mixture in each sub-space of the gallery."""
 
 import functools
+import threading
 import time
 import warnings
 from concurrent.futures import as_completed
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -14,10 +16,10 @@ from tqdm import tqdm
 
 from models import parallel
 from models.eval.mixture import CollapsedComponent, fit_mixture
-from models.eval.workers import workers
+from models.eval.workers import available_cores, workers
 from models.parallel import note
 
-PATIENCE = 120  # seconds
+SILENCE, PATIENCE = 10, 120  # seconds
 CPU_ADVANTAGE = 8  # our EM on a CPU computes about an eighth of what it computes on a GPU
 
 
@@ -31,16 +33,18 @@ def fit_codebooks(gallery, grid, seed=123, mixture="torch", device="cpu"):
     # Many sub-spaces take longest, as EM needs more iterations in narrow ones, and come first.
     own, fitted = sorted(grid, reverse=True)[parallel.rank() :: parallel.processes()], {}
     on_gpu = mixture == "torch" and torch.device(device).type != "cpu"
-    with workers() as pool, _Progress(sum(subspaces for subspaces, _ in own)) as progress:
+    at_a_time = 1 if on_gpu else min(len(own), available_cores())
+    progress = _Progress(sum(subspaces for subspaces, _ in own), at_a_time)
+    with _without_warnings(), workers() as pool, progress:
         if on_gpu:
-            jobs = {pool.submit(_starts, gallery, *row, np.random.RandomState(seed)): row for row in own}
+            jobs = {pool.submit(_all_starts, gallery, row, seed): row for row in own}
         else:
-            jobs = {pool.submit(_fit_row, gallery, row, seed, mixture, progress.add): row for row in own}
+            jobs = {pool.submit(_fit_row, gallery, row, seed, mixture, done=progress.add): row for row in own}
         for job in as_completed(jobs):
             row = jobs[job]
             try:
                 result = job.result()
-                fitted[row] = _fit_from(gallery, result, row[1], device, progress.add) if on_gpu else result
+                fitted[row] = _fit_from(gallery, row, result, device, progress.add) if on_gpu else result
             except CollapsedComponent as error:
                 fitted[row] = str(error)
     fitted = parallel.merged(fitted)
@@ -73,31 +77,42 @@ def fit_codebook(gallery, subspaces, clusters, seed=123, mixture="torch", device
         raise ValueError(f"{clusters} clusters need as many gallery photos, there are {count}")
     if width % subspaces:
         raise ValueError(f"{width}-dimensional features cannot be cut into {subspaces} equal sub-spaces")
+    with _without_warnings():
+        return _fit_row(gallery, (subspaces, clusters), seed, mixture, device)
+
+
+@contextmanager
+def _without_warnings():
+    """Within this block, in all threads, scikit-learn does not say that photos repeat or that a mixture moves still."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
+def _fit_row(gallery, row, seed, mixture, device="cpu", done=None):
+    """fit_codebook without its checks; done: see `_joined`."""
     if mixture == "torch":
-        return _fit_from(gallery, _starts(gallery, subspaces, clusters, np.random.RandomState(seed)), clusters, device)
-    return _fit_row(gallery, (subspaces, clusters), seed, mixture)
-
-
-def _fit_row(gallery, row, seed, mixture, done=None):
-    """fit_codebook on the CPU; done: see `_joined`."""
+        return _fit_from(gallery, row, _starts(gallery, row, seed), device, done)
     (subspaces, clusters), random = row, np.random.RandomState(seed)
-    if mixture == "torch":
-        return _fit_from(gallery, _starts(gallery, subspaces, clusters, random), clusters, "cpu", done)
     parts = map(np.ascontiguousarray, np.split(gallery, subspaces, axis=1))
     return _joined((_fit_sklearn(part, clusters, random) for part in parts), gallery.dtype, done)
 
 
-def _starts(gallery, subspaces, clusters, random):
-    """The k-means cluster (N,) of each photo in each sub-space."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct photos than clusters
-        parts = map(np.ascontiguousarray, np.split(gallery, subspaces, axis=1))
-        return [KMeans(clusters, n_init=1, random_state=random).fit(part).labels_ for part in parts]
+def _starts(gallery, row, seed):
+    """Yield the k-means cluster (N,) of each photo in each sub-space."""
+    (subspaces, clusters), random = row, np.random.RandomState(seed)
+    for part in map(np.ascontiguousarray, np.split(gallery, subspaces, axis=1)):
+        yield KMeans(clusters, n_init=1, random_state=random).fit(part).labels_
 
 
-def _fit_from(gallery, starts, clusters, device, done=None):
+def _all_starts(gallery, row, seed):
+    return list(_starts(gallery, row, seed))
+
+
+def _fit_from(gallery, row, starts, device, done=None):
     """What fit_codebook returns, from the k-means clusters in each sub-space; done: see `_joined`."""
-    parts = zip(np.split(gallery, len(starts), axis=1), starts, strict=True)
+    subspaces, clusters = row
+    parts = zip(np.split(gallery, subspaces, axis=1), starts, strict=True)
     return _joined((_fit_torch(part, start, clusters, device) for part, start in parts), gallery.dtype, done)
 
 
@@ -125,14 +140,12 @@ def _fit_torch(part, start, clusters, device):
 
 
 def _fit_sklearn(part, clusters, random):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        try:
-            fitted = GaussianMixture(clusters, covariance_type="full", random_state=random).fit(part)
-        except ValueError as error:
-            if "ill-defined" not in str(error):
-                raise
-            raise CollapsedComponent("a component collapsed onto too few photos") from None
+    try:
+        fitted = GaussianMixture(clusters, covariance_type="full", random_state=random).fit(part)
+    except ValueError as error:
+        if "ill-defined" not in str(error):
+            raise
+        raise CollapsedComponent("a component collapsed onto too few photos") from None
     return fitted.means_, fitted.converged_
 
 
@@ -159,16 +172,22 @@ def _seconds_of_a_product(device, size=1024):
 
 
 class _Progress:
-    """The bar of the mixtures; says once how long they take, where that is minutes and there is no bar to see it."""
+    """The bar of the mixtures. Where there is none, it is said how far they are and how long they take, each once."""
 
-    def __init__(self, total):
+    def __init__(self, total, at_a_time):
         self.total, self.count, self.began, self.told = total, 0, time.monotonic(), False
+        self.enough = max(4, 2 * at_a_time)  # the first few of several that run side by side would tell too much
+        self.timer = threading.Timer(SILENCE, self._say_how_far)
+        self.timer.daemon = True
 
     def __enter__(self):
         self.bar = tqdm(total=self.total, desc="mixtures", unit="mixture", leave=False, disable=parallel.bar())
+        if self.bar.disable:
+            self.timer.start()
         return self
 
     def __exit__(self, *_):
+        self.timer.cancel()
         self.bar.close()
 
     def add(self):
@@ -176,7 +195,10 @@ class _Progress:
         self.bar.update()
         self.count += 1
         seconds = (time.monotonic() - self.began) * (self.total / self.count - 1)
-        # The first few of several that run side by side would tell too much.
-        if self.bar.disable and self.count >= 4 and not self.told and seconds > PATIENCE:
+        if self.bar.disable and self.count >= self.enough and not self.told and seconds > PATIENCE:
             self.told = True
             note(f"note: the other {self.total - self.count} mixtures take about {seconds / 60:.0f} minutes")
+
+    def _say_how_far(self):
+        if not self.told:
+            note(f"note: {self.count} of {self.total} mixtures are fitted after {SILENCE} seconds")

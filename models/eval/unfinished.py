@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 
+from datasets.errors import InputError
+
 
 class Unfinished:
     """Features of a list of images in a hidden file.
@@ -27,9 +29,14 @@ class Unfinished:
                 file.write(self.header)
 
     def add(self, rows):
-        """Append rows (n, width) float32; they outlive the process from here on."""
-        with open(self.path, "ab") as file:
-            file.write(rows.tobytes())
+        """Append rows (n, width) float32; they outlive the process from here on. Raises InputError if that fails."""
+        try:
+            with open(self.path, "ab") as file:
+                file.write(rows.tobytes())
+        except OSError as error:
+            raise InputError(
+                f"{self.path.parent}: features cannot be kept ({error.strerror}); make room, and start again to go on"
+            ) from error
 
     def read(self):
         """All rows so far: (n, width) float32."""

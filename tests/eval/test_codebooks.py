@@ -72,3 +72,35 @@ def test_long_work_without_a_bar_says_once_how_long_it_takes(monkeypatch, capsys
     monkeypatch.setattr(codebooks, "PATIENCE", 1e9)
     codebooks.fit_codebooks(gallery, [(2, 3), (4, 2)])
     assert "minutes" not in capsys.readouterr().err
+
+
+def test_work_that_takes_a_while_without_a_bar_says_how_far_it_is(monkeypatch, capsys):
+    class Timer:
+        """Rings at once."""
+
+        def __init__(self, seconds, ring):
+            self.ring, self.cancelled = ring, False
+            timers.append((seconds, self))
+
+        def start(self):
+            self.ring()
+
+        def cancel(self):
+            self.cancelled = True
+
+    timers = []
+    monkeypatch.setattr(codebooks.threading, "Timer", Timer)
+    gallery = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    codebooks.fit_codebooks(gallery, [(2, 3), (4, 2)])
+    assert capsys.readouterr().err == "note: 0 of 6 mixtures are fitted after 10 seconds\n"
+    assert [(seconds, timer.cancelled) for seconds, timer in timers] == [(10, True)]
+
+
+def test_k_means_and_mixture_of_a_sub_space_come_before_the_next(monkeypatch):
+    """So that what the first few take tells what all take."""
+    order, k_means, em = [], codebooks.KMeans.fit, codebooks.fit_mixture
+    monkeypatch.setattr(codebooks.KMeans, "fit", lambda *each: order.append("k-means") or k_means(*each))
+    monkeypatch.setattr(codebooks, "fit_mixture", lambda *each: order.append("EM") or em(*each))
+    gallery = np.random.default_rng(0).normal(size=(60, 9)).astype(np.float32)
+    codebooks.fit_codebooks(gallery, [(3, 2)])
+    assert order == 3 * ["k-means", "EM"]

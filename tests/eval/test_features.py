@@ -171,3 +171,12 @@ def test_what_cannot_be_trusted_is_extracted_anew(images, tmp_path, damage):
     part = Unfinished(path, source, 4 if damage == "another width" else 3, 2)
     assert part.done == (2 if damage == "zeros" else 0)  # three sound rows, batches of two
     assert len(part.read()) == part.done
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk is Linux's /dev/full")
+def test_a_full_disk_is_named(tmp_path):
+    part = Unfinished(tmp_path / "part", SOURCE, 3, 4)
+    part.path.unlink()
+    part.path.symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"features cannot be kept \(No space left on device\); make room"):
+        part.add(np.zeros((1, 3), np.float32))

@@ -7,7 +7,9 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,6 +233,80 @@ def test_what_is_odd_is_noted_and_no_fault(benchmark, name):
 def test_a_looping_link_is_no_fault_of_the_images_beside_it(benchmark):
     loop(benchmark / "photo/cow/loop.png")
     assert [*findings(benchmark)] == [[], []]
+
+
+@pytest.mark.parametrize(("at", "options", "words"), [
+    ("zeroshot1", ["--custom"], r"\(.*/zeroshot1 cannot be read: Too many levels of symbolic links\)"),
+    ("zeroshot1", ["--protocol", "sketchy"], r"/zeroshot1: cannot be read \(Too many levels"),
+    (".", ["--protocol", "sketchy"], r"/data: cannot be read \(Too many levels"),
+    ("zeroshot1/all_photo_filelist_zero.txt", ["--custom"], r"\(.*_zero\.txt cannot be read: Too many levels"),
+    ("zeroshot1/" + SKETCHES.format("test"), ["--custom"], r"_test\.txt: cannot be read \(Too many levels"),
+    ("zeroshot1/cid_mask.pickle", ["--custom"], r"cid_mask\.pickle: cannot be read \(Too many levels"),
+])  # fmt: skip
+def test_a_looping_link_is_not_taken_for_something_missing(benchmark, fails, capsys, at, options, words):
+    loop(benchmark / at)
+    with pytest.raises(SystemExit):
+        prepare.main(["check", str(benchmark), *options])
+    printed = "".join(capsys.readouterr())
+    assert re.search(words, printed) and "no such" not in printed, printed
+
+
+@pytest.fixture
+def shut(benchmark):
+    """shut(name, mode, ...) is (faults, notes) of a check with a folder of that mode, by someone who is not root."""
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place) / "data"
+        shutil.copytree(benchmark, root)
+        (root / "a folder beside the data").mkdir()
+        os.chmod(place, 0o755)
+        findings(root)  # loads what only root may read, perhaps
+
+        def check(name, mode, **options):
+            with as_nobody(root):
+                os.chmod(root / name, mode)
+                try:
+                    return findings(root, **options)
+                finally:
+                    os.chmod(root / name, 0o755)
+
+        yield check
+
+
+@contextlib.contextmanager
+def as_nobody(root):
+    """Within this block root is someone whom permissions stop, and owns `root` and all in it."""
+    was_root = os.geteuid() == 0
+    if was_root:
+        for path in (root, *root.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if was_root:
+            os.seteuid(0)
+
+
+NOBODY = 65534
+of_posix = pytest.mark.skipif(not hasattr(os, "seteuid"), reason="permissions are those of POSIX")
+
+
+@of_posix
+@pytest.mark.parametrize(("name", "mode", "options", "words"), [
+    ("photo/cow", 0, {}, r"_zero\.txt:3: no image .*/cow/zero0\.png, its folder cannot be read \(Permission denied\)"),
+    ("zeroshot1", 0, {}, r"\(.*/zeroshot1 cannot be read: Permission denied\)"),
+    ("zeroshot1", 0, {"protocol_name": "sketchy"}, r"cname_cid\.txt: cannot be read \(Permission denied\)"),
+    (".", 0o444, {}, r" cannot be read: Permission denied\)"),
+    (".", 0, {"protocol_name": "sketchy"}, r"/zeroshot1: cannot be read \(Permission denied\)"),
+])  # fmt: skip
+def test_a_folder_that_is_shut_is_not_taken_for_a_missing_one(shut, name, mode, options, words):
+    faults, _ = shut(name, mode, **options)
+    assert re.search(words, "\n".join(faults)) and not any("no such" in line or "unpack" in line for line in faults)
+
+
+@of_posix
+def test_a_shut_folder_beside_the_data_is_no_fault(shut):
+    assert [*shut("a folder beside the data", 0)] == [[], []]
 
 
 def test_an_image_that_may_not_be_read_is_told_without_a_number(benchmark, monkeypatch):

@@ -154,9 +154,16 @@ def _half(root):
     shutil.rmtree(root / "images")
 
 
+def _loop(path):
+    shutil.rmtree(path)
+    path.symlink_to(path)
+
+
 @pytest.mark.parametrize(
     ("plant", "words"),
     [
+        (lambda root: _loop(root / "images"), r"/images: cannot be read \(Too many levels of symbolic links\)"),
+        (lambda root: _loop(root / "images/bat"), r"images/bat: cannot be read \(Too many levels of symbolic links\)"),
         (_missing, r"images: 1 of 110 classes are missing, first 'bat'; rename 'batt' if that is it"),
         (_two, r"'Fire Hydrant' and 'fire_hydrant' are both the class 'fire_hydrant'; merge them"),
         (_empty, r"images/bat: holds no image; unpack the data again"),
