@@ -224,7 +224,10 @@ def latex(table, names, metric):
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", f"% {_LEGEND}", ""])
 
 
-_LEGEND = "Mean ± deviation over seeds; difference from the first and its 95 % interval (bootstrap of classes, then sketches)."
+_LEGEND = (
+    "Mean ± deviation over seeds; difference from the first and its 95 % interval "
+    "(bootstrap of classes, then sketches)."
+)
 
 
 def _cell(entry):

@@ -34,7 +34,7 @@ TRAINING = "--batch_size 3 --epochs 1 --max_steps 1"
 NUMBERS = ("-1", "nan", "1.5", "ten", "", "99999999999")
 OF_BOTH = [
     ("--data_root", ["", "{data}/nowhere", "{data}/zeroshot1/cname_cid.txt"]), ("--zero_version", ["", "a/b", "..", "."]),
-    ("--model", ["", "vit", "convnextv2"]), ("--nb_classes", [*NUMBERS, "100"]), ("--imagenet_classes", NUMBERS),
+    ("--model", ["", "vit", "convnextv2", "vit_small_patch14_dinov2", "resnet50.none"]), ("--nb_classes", [*NUMBERS, "100"]), ("--imagenet_classes", NUMBERS),
     ("--input_size", [*NUMBERS, "31", "5000"]), ("--workers", ["-1", "two", ""]),
     ("--device", ["", "abacus", "cuda:99", "meta"]), ("--precision", ["", "fp16", "FP32"]), ("--batch_size", [*NUMBERS, "0"]),
 ]  # fmt: skip
@@ -44,12 +44,14 @@ OF_TRAINING = [
     ("--lr", ["-1", "nan", "inf", "fast"]), ("--learning-rate", ["-1"]), ("--teacher_lr", ["-1", "nan"]),
     ("--weight_decay", ["-1", "nan"]), ("--wd", ["much"]), ("--accum_steps", ["0", "-1"]), ("--seed", ["-1", "4294967296"]),
     ("--save_every", ["", "0e", "5", "1.5m", "ten", "3d"]), ("--print_freq", ["0"]), ("-p", ["often"]),
-    ("--eval_every", ["-1"]),
+    ("--eval_every", ["-1"]), ("--losses", ["", "ka_student", "cls cls2"]), ("--mask_weight", ["-0.1", "nan", "inf", "x"]),
+    ("--modality_weight", ["-1", "nan"]),
 ]  # fmt: skip
 OF_TESTING = [
     ("-s", ["", "{data}"]), ("--mode", ["0", "3", "both"]), ("--clusters", ["0", "-2", "two", "61", ""]),
     ("--subspaces", ["0", "7", "-1", "many"]), ("--mixture", ["kmeans", ""]), ("--mixture_device", ["", "gpu", "cuda:99"]),
-    ("--mixture_seeds", ["-1", "4294967296", "x"]), ("--distances", ["float16"]), ("--nearest", ["0", "51"]),
+    ("--mixture_seeds", ["-1", "4294967296", "x"]), ("--cluster_weight", ["-0.1", "1.1", "nan", ""]),
+    ("--distances", ["float16"]), ("--nearest", ["0", "51"]),
 ]  # fmt: skip
 IDLE = ["--layer_decay_type", "--clip_grad", "--head_init_scale", "--eval", "--evaluate", "-e", "--freeze_features", "-f",
         "--model_prefix", "--epoch", "--no_such_option"]  # fmt: skip

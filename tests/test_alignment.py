@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from models.alignment import Batch, alignment_losses, knowledge_loss, modality_loss
+from models.alignment import TERMS, Batch, Objective, alignment_losses, knowledge_loss, modality_loss
 from models.networks import StudentOutput
 
 LOSSES = {
@@ -57,3 +57,46 @@ def test_a_batch_without_photos_costs_nothing():
 def test_features_spread_like_the_noise_cost_nothing():
     noise = torch.randn(5, 8, dtype=torch.float64)
     assert modality_loss(noise + 3.0, noise).item() == pytest.approx(0, abs=1e-12)
+
+
+def random_step(generator):
+    """(StudentOutput, teacher's logits, Batch) of six images, leaves that take gradients."""
+    shapes = {"seen_logits": (6, 3), "imagenet_logits": (6, 8), "features": (6, 5)}
+    draw = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for name, shape in shapes.items()
+    }
+    teacher = torch.randn(6, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    labels, is_photo = torch.arange(6) % 3, torch.tensor([1.0, 0, 1, 1, 0, 1], dtype=torch.float64)
+    mask, noise = (torch.randn(6, width, generator=generator, dtype=torch.float64) for width in (8, 5))
+    return StudentOutput(**draw), teacher, Batch(None, labels, is_photo, mask, noise)
+
+
+@pytest.mark.parametrize("left_out", [(), ("ma",), ("ka_teacher",), ("ka_student", "ka_teacher"), ("ka_student", "ma")])
+def test_a_term_that_is_left_out_is_measured_and_has_no_gradient(left_out):
+    student, teacher, batch = random_step(torch.Generator().manual_seed(0))
+    kept = tuple(term for term in TERMS if term not in left_out)
+    losses = alignment_losses(student, teacher, batch, True, objective=Objective(kept))
+    whole = alignment_losses(student, teacher, batch, True)
+    assert all(losses[term] == whole[term] for term in TERMS)
+    weight = {"cls": 1, "ka_student": 1, "ma": 0.1, "ka_teacher": 1}
+    total = sum(weight[term] * whole[term] for term in kept)
+    assert losses["total"].item() == pytest.approx(total.item(), abs=1e-12)
+    leaves = (*student, teacher)
+    expected = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(losses["total"], leaves, allow_unused=True)
+    for one, two in zip(found, expected, strict=True):
+        zero = torch.zeros(1, dtype=torch.float64)
+        torch.testing.assert_close(
+            zero if one is None else one, (zero if two is None else two).expand_as(zero if one is None else one)
+        )
+
+
+def test_weights_of_mask_and_modality():
+    student, teacher, batch = random_step(torch.Generator().manual_seed(0))
+    doubled = alignment_losses(student, teacher, batch._replace(mask=2 * batch.mask), True)
+    heavy = alignment_losses(student, teacher, batch, True, objective=Objective(mask_weight=0.6, modality_weight=3.0))
+    assert heavy["ka_student"].item() == pytest.approx(doubled["ka_student"].item(), abs=1e-12)
+    assert heavy["ka_teacher"].item() == pytest.approx(doubled["ka_teacher"].item(), abs=1e-12)
+    expected = heavy["cls"] + heavy["ka_student"] + 3.0 * heavy["ma"]
+    assert heavy["student"].item() == pytest.approx(expected.item(), abs=1e-12)
