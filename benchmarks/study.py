@@ -1,0 +1,252 @@
+"""What each part of the method brings: every variant trained with the same budget, each at its own learning rate.
+
+    .venv/bin/python benchmarks/study.py benchmarks/study/sketchy25.json --data_root DIR --weights FILE
+    .venv/bin/python benchmarks/study.py benchmarks/study/sketchy25.json --report
+
+The rate of a variant is the one with the best accuracy on held-back sketches of seen classes, of the first seed on the
+first split; unseen classes have no say. Runs that are done are not done again, one that was stopped goes on, and one
+that another process is at is left to it. What was measured is kept beside the study's file, for the report.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from datasets.errors import InputError, ends_in_one_line  # noqa: E402
+from datasets.files import sole_writer, write_json, write_whole  # noqa: E402
+from datasets.protocols import PROTOCOLS  # noqa: E402
+from models.compare import bootstrap, class_mean  # noqa: E402
+from models.eval.report import QUERIES  # noqa: E402
+from models.options import test_parser, train_parser  # noqa: E402
+
+PARTS = {"train", "test", "splits", "variants", "rates", "seeds"}
+SPLIT, VARIANT = {"script", "clusters", "train"}, {"name", "train", "splits"}
+
+
+class Job(NamedTuple):
+    """A training and its test."""
+
+    split: str
+    variant: str
+    rate: str
+    seed: int
+
+    @property
+    def key(self):
+        return "/".join(map(str, self))
+
+
+@ends_in_one_line()
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("study", type=Path, help="what is varied, JSON")
+    add("--data_root", metavar="DIR", help="the data set")
+    add("--weights", metavar="FILE", help="ImageNet weights that all runs start from")
+    add("--runs", type=Path, default=Path("checkpoint/study"), metavar="DIR", help="takes the runs")
+    add("--threads", type=int, default=1, help="of each run; two studies side by side want one each")
+    add("--report", action="store_true", help="run nothing, print the tables and draw the figures")
+    options = parser.parse_args(argv)
+    study = read_study(options.study)
+    records = Records(options.study)
+    if not options.report:
+        if not (options.data_root and options.weights):
+            raise InputError("--data_root and --weights: needed to run a study; --report does without")
+        while (job := next_job(study, records, options.runs)) is not None:
+            do(job, study, options)
+            records.take(job, options.runs / job.key)
+    report(study, records, options.study)
+
+
+def read_study(path):
+    """The content of a study's file. Raises InputError naming what is unknown, missing or misspelt in it."""
+    try:
+        study = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a study ({error}); see benchmarks/study/sketchy25.json") from None
+    _check_parts(path, "the study", study, PARTS, PARTS)
+    for name, split in study["splits"].items():
+        _check_parts(path, f"split {name}", split, SPLIT, SPLIT)
+    for name, variant in study["variants"].items():
+        _check_parts(path, f"variant {name}", variant, VARIANT, VARIANT - {"splits"})
+        for split in variant.get("splits", study["splits"]):
+            if split not in study["splits"]:
+                raise InputError(f"{path}: variant {name}: there is no split {split}")
+            job = Job(split, name, study["rates"][0], study["seeds"][0])
+            for parser, command in zip((train_parser, test_parser), commands(job, study, "", "", ""), strict=True):
+                try:
+                    parser(PROTOCOLS["sketchy"]).parse_args(command[1:])
+                except InputError as error:
+                    raise InputError(f"{path}: variant {name}: {error}") from None
+    return study
+
+
+def _check_parts(path, where, found, known, needed):
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: {where} is not names and values")
+    for name in found.keys() - known:
+        raise InputError(f"{path}: {where} has an unknown {name!r}; it may have {', '.join(sorted(known))}")
+    for name in needed - found.keys():
+        raise InputError(f"{path}: {where} lacks {name!r}")
+
+
+def commands(job, study, data_root, weights, folder):
+    """The arguments of a Job's train script and of its test script, the script's name first."""
+    split, variant = study["splits"][job.split], study["variants"][job.variant]
+    common = ["--data_root", str(data_root) or ".", "--zero_version", job.split]
+    train = [*study["train"].split(), "--lr", job.rate, *split["train"].split(), *shlex.split(variant["train"])]
+    train += ["--seed", str(job.seed), "--finetune", str(weights) or "none", "--savedir", str(folder) or "."]
+    test = [*study["test"].split(), "--clusters", str(split["clusters"]), "--resume_dir", str(folder) or "."]
+    return ["train_sketchy_ext", *common, *train], [split["script"], *common, *test]
+
+
+def next_job(study, records, runs):
+    """The first Job that is neither done nor in another process's hands; None where there is none."""
+    for job in jobs(study, records):
+        if job.key not in records.runs and not _is_taken(runs / job.key):
+            return job
+    return None
+
+
+def jobs(study, records):
+    """All Jobs in order: the first seed on the first split at every rate, then, at the chosen rates, the others."""
+    splits, seeds = list(study["splits"]), study["seeds"]
+    trained = [name for name in study["variants"] if name != "untrained"]
+    for split in splits:
+        if "untrained" in study["variants"]:
+            yield Job(split, "untrained", "0", seeds[0])
+    for rate in study["rates"]:
+        for variant in trained:
+            yield Job(splits[0], variant, rate, seeds[0])
+    for seed in seeds:
+        for split in splits:
+            for variant in trained:
+                rate = chosen_rate(study, records, variant)
+                if rate and split in study["variants"][variant].get("splits", splits):
+                    yield Job(split, variant, rate, seed)
+
+
+def chosen_rate(study, records, variant):
+    """The rate with the best accuracy on held-back sketches of seen classes; None while some are not measured."""
+    first = next(iter(study["splits"]))
+    best = {}
+    for rate in study["rates"]:
+        record = records.runs.get(Job(first, variant, rate, study["seeds"][0]).key)
+        if record is None:
+            return None
+        best[rate] = record["tested"]
+    return max(best, key=best.get)
+
+
+def _is_taken(folder):
+    """Whether another process trains or tests in a folder."""
+    if not folder.is_dir():
+        return False
+    try:
+        with sole_writer(folder, "training"), sole_writer(folder, "testing"):
+            return False
+    except InputError:
+        return True
+
+
+def do(job, study, options):
+    """Train and test a Job, going on where it was stopped."""
+    folder = (options.runs / job.key).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    data_root, weights = Path(options.data_root).resolve(), Path(options.weights).resolve()
+    train, test = commands(job, study, data_root, weights, folder)
+    if any((folder / name).exists() for name in ("checkpoint.pth.tar", "checkpoint.previous.pth.tar")):
+        train.append("--resume")
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    print(f"{job.key}: {' '.join(train)}", flush=True)
+    for script, *arguments in (train, test):
+        command = [sys.executable, ROOT / f"{script}.py", *arguments]
+        status = subprocess.run(command, env=environment, cwd=ROOT).returncode
+        if status:
+            raise SystemExit(status)
+
+
+class Records:
+    """What was measured in the runs of a study, beside its file: <study>_runs.json and <study>_queries.npz."""
+
+    def __init__(self, path):
+        self.json, self.arrays = path.with_name(f"{path.stem}_runs.json"), path.with_name(f"{path.stem}_queries.npz")
+        self.read()
+
+    def read(self):
+        """Take what is there."""
+        self.runs = json.loads(self.json.read_text()) if self.json.exists() else {}
+        self.queries = {}
+        if self.arrays.exists():
+            with np.load(self.arrays, allow_pickle=False) as arrays:
+                self.queries = {name: arrays[name] for name in arrays.files}
+
+    def take(self, job, folder):
+        """Add what a Job left in its folder, to what is there by now."""
+        self.read()
+        results, trained = (json.loads((folder / f"{name}.json").read_text()) for name in ("results", "train"))
+        with np.load(folder / QUERIES, allow_pickle=False) as arrays:
+            self.queries[job.key] = arrays["values"][:, list(arrays["metrics"]).index(results["metrics"][0])].astype(
+                np.float32
+            )
+            self.queries[f"{job.split}/classes"] = np.unique(arrays["class"], return_inverse=True)[1].astype(np.int16)
+        self.runs[job.key] = {
+            "metrics": results["metrics"],
+            "accuracy": [entry.get("accuracy", 0.0) for entry in trained["epochs"]],
+            # of the epoch that is tested, the best one after warm-up
+            "tested": max([e.get("accuracy", 0.0) for e in trained["epochs"] if e["phase"] != "warm-up"], default=0.0),
+            "rows": [
+                {name: row.get(name) for name in ("matching", "M", "K", *results["metrics"])} for row in results["rows"]
+            ],
+        }
+        write_json(self.json, dict(sorted(self.runs.items())))
+        with write_whole(self.arrays) as file:
+            np.savez_compressed(file, **dict(sorted(self.queries.items())))
+
+
+def report(study, records, path):
+    """Print the choice of rates and a table a split: mean ± deviation over seeds, interval against cross entropy."""
+    print("\naccuracy (%) on held-back sketches of seen classes, tested epoch and last; * chosen")
+    for variant in study["variants"]:
+        cells, chosen = [], chosen_rate(study, records, variant)
+        for rate in study["rates"]:
+            record = records.runs.get(Job(next(iter(study["splits"])), variant, rate, study["seeds"][0]).key)
+            if record:
+                star = "*" if rate == chosen else " "
+                cells.append(f"{rate}: {record['tested']:.1f} {record['accuracy'][-1]:.1f}{star}")
+        print(f"{study['variants'][variant]['name']:26} {'   '.join(cells)}")
+    for split in study["splits"]:
+        print(f"\n{split}")
+        base = {}
+        for variant, about in study["variants"].items():
+            rate = "0" if variant == "untrained" else chosen_rate(study, records, variant)
+            keys = [Job(split, variant, rate, seed).key for seed in study["seeds"]]
+            keys = [key for key in keys if key in records.runs]
+            if not keys:
+                continue
+            classes = records.queries[f"{split}/classes"]
+            for number, row in enumerate(records.runs[keys[0]]["rows"]):
+                values = np.stack([records.queries[key][number] for key in keys]).astype(np.float64)
+                means = class_mean(values, classes)
+                text = f"{means.mean():.3f}" + (f" ± {means.std(ddof=1):.3f}" if len(keys) > 1 else "        ")
+                if variant == "cls":
+                    base[number] = values.mean(axis=0)
+                elif number in base:
+                    difference = values.mean(axis=0) - base[number]
+                    low, high = bootstrap(difference, classes)
+                    text += f"  {class_mean(difference, classes):+.3f} ({low:+.3f} to {high:+.3f})"
+                print(f"{about['name']:26} {row['matching']:12} {len(keys)} seeds  {text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
