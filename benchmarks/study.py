@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/study.py benchmarks/study/sketchy25.json --report
 
 The rate of a variant is the one with the best accuracy on held-back sketches of seen classes, of the first seed on the
-first split; unseen classes have no say. Runs that are done are not done again, one that was stopped goes on, and one
+first split; unseen classes have no say. Two rates in the middle are tried, then the neighbours of the best. Runs that are done are not done again, one that was stopped goes on, and one
 that another process is at is left to it. What was measured is kept beside the study's file, for the report.
 """
 
@@ -125,9 +125,11 @@ def jobs(study, records):
     for split in splits:
         if "untrained" in study["variants"]:
             yield Job(split, "untrained", "0", seeds[0])
-    for rate in study["rates"]:
+    for number in range(len(study["rates"])):
         for variant in trained:
-            yield Job(splits[0], variant, rate, seeds[0])
+            tried = rates_to_try(study, records, variant)
+            if number < len(tried):
+                yield Job(splits[0], variant, tried[number], seeds[0])
     for seed in seeds:
         for split in splits:
             for variant in trained:
@@ -136,16 +138,33 @@ def jobs(study, records):
                     yield Job(split, variant, rate, seed)
 
 
+def rates_to_try(study, records, variant):
+    """The rates that are, or should be, tried by now: two in the middle, and the neighbours of the best one."""
+    rates, middle = study["rates"], len(study["rates"]) // 2
+    tried = rates[max(0, middle - 1) : middle + 1]
+    while True:
+        found = _accuracies(study, records, variant, tried)
+        if len(found) < len(tried):
+            return tried
+        best = rates.index(max(found, key=found.get))
+        new = [rate for rate in rates[max(0, best - 1) : best + 2] if rate not in tried]
+        if not new:
+            return tried
+        tried = tried + new
+
+
 def chosen_rate(study, records, variant):
     """The rate with the best accuracy on held-back sketches of seen classes; None while some are not measured."""
-    first = next(iter(study["splits"]))
-    best = {}
-    for rate in study["rates"]:
-        record = records.runs.get(Job(first, variant, rate, study["seeds"][0]).key)
-        if record is None:
-            return None
-        best[rate] = record["tested"]
-    return max(best, key=best.get)
+    tried = rates_to_try(study, records, variant)
+    found = _accuracies(study, records, variant, tried)
+    return max(found, key=found.get) if len(found) == len(tried) else None
+
+
+def _accuracies(study, records, variant, rates):
+    """{rate: accuracy of the tested epoch}, of the first seed on the first split, of those that are measured."""
+    first, seed = next(iter(study["splits"])), study["seeds"][0]
+    runs = {rate: records.runs.get(Job(first, variant, rate, seed).key) for rate in rates}
+    return {rate: run["tested"] for rate, run in runs.items() if run}
 
 
 def _is_taken(folder):

@@ -56,7 +56,7 @@ def train_parser(protocol):
     add("--precision", choices=PRECISIONS, default="tf32",
         help="arithmetic: float32, but TF32 for convolutions on CUDA (tf32, as the authors' runs had) or for matrix "
         "products, too (tf32_all); all float32 (fp32); bfloat16 in the networks, not in the losses (bf16)")  # fmt: skip
-    add("--compile", action="store_true", help="compile the networks with torch.compile; needs a C++ compiler")
+    _add_compile(parser)
     add("--accum_steps", type=_positive, default=1, metavar="N",
         help="take a batch in N parts and sum their gradients: the same step in less memory")  # fmt: skip
     add("--grad_checkpointing", action="store_true",
@@ -123,6 +123,7 @@ def test_parser(protocol):
     add("--precision", choices=PRECISIONS, default="tf32",
         help="arithmetic of feature extraction: float32, but TF32 for convolutions on CUDA (tf32) or for matrix "
         "products, too (tf32_all); all float32 (fp32); bfloat16 (bf16)")  # fmt: skip
+    _add_compile(parser)
     add("--recompute", action="store_true", help="extract the features even if features_zero.pickle is up to date")
     _add_machine(parser)
     _refuse_idle(parser)
@@ -214,6 +215,11 @@ def _add_model(parser, protocol):
     parser.add_argument("--imagenet_classes", type=_positive, default=1000, help="outputs of the ImageNet head")
     parser.add_argument("--input_size", type=_size,
         help="side of an input image, in pixels (default: 224, or what the model takes)")  # fmt: skip
+
+
+def _add_compile(parser):
+    parser.add_argument("--compile", action="store_true", help="compile the networks with torch.compile; needs a C++ "
+        "compiler")  # fmt: skip
 
 
 def _add_machine(parser):

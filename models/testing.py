@@ -41,8 +41,8 @@ def main(protocol_name, argv=None):
         subject.benchmark.check_seen_classes(options.nb_classes)
     with parallel.together(subject.folder, "testing"):
         loading = Loading(options.input_size, options.batch_size, options.workers, options.device)
-        network = options.model, options.imagenet_classes
-        features = features_of(subject, *network, loading, options.precision, options.recompute)
+        network = Network(options.model, options.imagenet_classes, options.compile)
+        features = features_of(subject, network, loading, options.precision, options.recompute)
         rows = [(m, k) for m in options.subspaces for k in options.clusters] if options.mode == 2 else []
         with parallel.in_all():  # all processes have the same features
             features = name_classes(features, subject.benchmark)
@@ -103,16 +103,24 @@ def find_subject(protocol, place, data_root, zero_version):
         return Subject(folder, checkpoint, None, None, error)
 
 
-def features_of(subject, model, imagenet_classes, loading, precision="fp32", recompute=False):
+class Network(NamedTuple):
+    """The network of a checkpoint."""
+
+    model: str
+    imagenet_classes: int = 1000
+    compiled: bool = False  # by torch.compile, which changes features by rounding at most
+
+
+def features_of(subject, network, loading, precision="fp32", recompute=False):
     """Features of a Subject: those of features_zero.pickle if they will do, else computed, by all processes together.
 
-    model, imagenet_classes: of the checkpoint's network; loading: a Loading; precision: see models.networks.arithmetic;
+    network: the checkpoint's Network; loading: a Loading; precision: see models.networks.arithmetic;
     recompute: compute them even so. Raises InputError where they must be computed and cannot.
     """
     folder, checkpoint, images = subject.folder, subject.checkpoint, subject.images
     if checkpoint is None and recompute:
         raise InputError(f"--recompute: {folder} holds no checkpoint to compute features with; test them as they are")
-    source = checkpoint and source_of(checkpoint, model, loading.size, precision, subject.benchmark)
+    source = checkpoint and source_of(checkpoint, network.model, loading.size, precision, subject.benchmark)
     features = None if recompute else stored_features(folder, checkpoint, source)
     if features is None and images is None:
         stored = os.path.isfile(folder / FEATURES)
@@ -121,11 +129,14 @@ def features_of(subject, model, imagenet_classes, loading, precision="fp32", rec
     if features is not None:
         parallel.connect(loading.device)
         return features
-    student, trained_with = load_student(checkpoint, model, len(subject.benchmark.seen_names), imagenet_classes)
+    seen_classes = len(subject.benchmark.seen_names)
+    student, trained_with = load_student(checkpoint, network.model, seen_classes, network.imagenet_classes)
     size = trained_with.get("input_size", loading.size)
     if size != loading.size:
         note(f"note: {checkpoint} was trained with --input_size {size}, not {loading.size}")
     images.check()
+    if network.compiled:
+        student.compile_features()
     parallel.connect(loading.device)
     try:
         return compute_features(folder, student.to(loading.device), images, loading, precision, source)
