@@ -4,8 +4,9 @@
     .venv/bin/python benchmarks/study.py benchmarks/study/sketchy25.json --report
 
 The rate of a variant is the one with the best accuracy on held-back sketches of seen classes, of the first seed on the
-first split; unseen classes have no say. Two rates in the middle are tried, then the neighbours of the best. Runs that are done are not done again, one that was stopped goes on, and one
-that another process is at is left to it. What was measured is kept beside the study's file, for the report.
+first split; unseen classes have no say. Two rates in the middle are tried, then the neighbours of the best. Runs that
+are done are not done again, one that was stopped goes on, and one that another process is at is left to it. What was
+measured is kept beside the study's file, for the report.
 """
 
 import argparse

@@ -39,16 +39,7 @@ class Tested:
 @ends_in_one_line()
 def main(argv=None):
     """Command line."""
-    parser = OneLineParser(prog="python -m models.compare", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="folders of tests; the first one's setting is compared with")
-    add("--names", nargs="+", metavar="NAME", help="what to call the settings, in the order of the runs")
-    add("--metric", help="what to compare (default: the protocol's first)")
-    add("--draws", type=number(int, 100, 10**6, "a whole number from 100 to a million"), default=10_000,
-        help="of the bootstrap")  # fmt: skip
-    add("--seed", type=seed, default=0, help="of the bootstrap")
-    add("--out", type=Path, default=Path("comparison"), metavar="DIR", help="takes the figure and the tables")
-    options = parser.parse_args(argv)
+    options = create_parser().parse_args(argv)
     settings = group([read_tested(folder) for folder in options.runs])
     names = options.names or [str(runs[0].folder) for runs in settings]
     if len(names) != len(settings):
@@ -67,6 +58,20 @@ def main(argv=None):
         print(f"tables and figure: {options.out}")
     except ImportError:
         print(f"tables: {options.out}; no figure, matplotlib is not installed")
+
+
+def create_parser():
+    """The options of the command."""
+    parser = OneLineParser(prog="python -m models.compare", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="folders of tests; the first one's setting is compared with")
+    add("--names", nargs="+", metavar="NAME", help="what to call the settings, in the order of the runs")
+    add("--metric", help="what to compare (default: the protocol's first)")
+    add("--draws", type=number(int, 100, 10**6, "a whole number from 100 to a million"), default=10_000,
+        help="of the bootstrap")  # fmt: skip
+    add("--seed", type=seed, default=0, help="of the bootstrap")
+    add("--out", type=Path, default=Path("comparison"), metavar="DIR", help="takes the figure and the tables")
+    return parser
 
 
 def read_tested(folder):

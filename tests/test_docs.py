@@ -12,7 +12,7 @@ import pytest
 
 from datasets.prepare.commands import create_parser
 from datasets.protocols import PROTOCOLS
-from models import options
+from models import compare, options
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,7 +42,7 @@ def anchors(page):
 
 @pytest.fixture(scope="module")
 def known_options():
-    parsers = [create_parser()]
+    parsers = [create_parser(), compare.create_parser()]
     for protocol in PROTOCOLS.values():
         parsers += [options.train_parser(protocol), options.test_parser(protocol)]
     for action in parsers[0]._actions:
