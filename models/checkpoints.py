@@ -213,7 +213,10 @@ def _renamed(options):
 def _check_same_options(before, now, path):
     for name, value in now.items():
         if name not in HARMLESS and before[name] != value:
-            raise InputError(f"--resume: {path} was trained with --{name} {before[name]}, not {value}; use the same")
+            before, now = (
+                " ".join(map(str, each)) if isinstance(each, list) else each for each in (before[name], value)
+            )
+            raise InputError(f"--resume: {path} was trained with --{name} {before}, not {now}; use the same")
 
 
 def data_record(files, benchmark, has_mask):

@@ -107,6 +107,37 @@ def test_features_alone_are_enough(tmp_path, monkeypatch, script, map_at, prec_a
     assert expected[0] < 0.99
 
 
+def test_each_weight_is_a_set_of_rows_and_each_sketch_is_kept(tmp_path, capsys):
+    _, _, _, labels = features_of_three_classes(tmp_path / "features_zero.pickle", width=16, photos=200)
+    arguments = ["--resume_dir", str(tmp_path), "--clusters", "3", "6", "--subspaces", "2", "--device", "cpu"]
+    more = ["--cluster_weight", "0.5", "0.8", "--mixture_seeds", "1", "2", "--definitions"]
+    results = test_tuberlin_ext_zeroshot.main([*arguments, *more])
+    printed = capsys.readouterr().out
+    rows = [(row.get("M"), row.get("K"), row.get("cluster_weight")) for row in results["rows"]]
+    assert rows == [(None, None, None), *((2, k, weight) for k in (3, 6) for weight in (0.5, 0.8))]
+    assert "weight" in printed.splitlines()[1] and "ZSE-SBIR" in printed and "SEM-PCYC" in printed
+    with np.load(tmp_path / "per_query.npz", allow_pickle=False) as kept:
+        assert kept["rows"].tolist() == [[0, 0, 0], *([2, k, weight] for k in (3, 6) for weight in (0.5, 0.8))]
+        assert kept["class"].tolist() == [str(label) for label in labels]
+        for row, values in zip(results["rows"], kept["values"], strict=True):
+            for metric, value in zip(kept["metrics"], values, strict=True):
+                means = [value[labels == label].mean() for label in np.unique(labels)]
+                assert np.mean(means) == pytest.approx(row[str(metric)], abs=1e-12)
+            assert row["definitions"]["SBKA, SAKE"]["mAP@200"] == pytest.approx(row["mAP@200"], abs=1e-12)
+            assert row["definitions"]["ZSE-SBIR"]["mAP@all"] == pytest.approx(values[0].mean(), abs=1e-12)
+    default = test_tuberlin_ext_zeroshot.main([*arguments, "--mixture_seeds", "1", "2"])["rows"]
+    assert [row["mAP@all"] for row in default] == [
+        row["mAP@all"] for row in results["rows"] if row.get("cluster_weight") != 0.5
+    ]
+
+
+@pytest.mark.draws
+def test_the_plane_of_unseen_classes_is_drawn(tmp_path):
+    features_of_three_classes(tmp_path / "features_zero.pickle", width=16, photos=200)
+    test_tuberlin_ext_zeroshot.main(["--resume_dir", str(tmp_path), "--mode", "1", "--device", "cpu", "--tsne"])
+    assert (tmp_path / "tsne.png").stat().st_size > 10_000
+
+
 def test_mixtures_of_several_seeds_are_summed_up(tmp_path, capsys):
     features_of_three_classes(tmp_path / "features_zero.pickle", width=16, photos=200)
     arguments = ["--resume_dir", str(tmp_path), "--clusters", "3", "6", "--subspaces", "2", "--device", "cpu"]

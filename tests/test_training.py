@@ -14,7 +14,7 @@ from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST, Keeper, read_check
 from models.networks import Student, Teacher
 from models.run import Recipe, Run, create_optimizers, set_learning_rates
 from models.training import train_step
-from models.weights import load_published, published_state
+from models.weights import create_pair, load_published, published_state
 
 LOSSES = {"cls": "loss_cls", "ka_student": "loss_kd_1", "ma": "loss_kld", "student": "loss_total"}
 SMALL = (
@@ -118,6 +118,41 @@ def test_interrupted_and_resumed_ends_with_the_same_weights(tiny, tmp_path, monk
     record = json.loads((halves / "train.json").read_text())
     assert [entry["phase"] for entry in record["epochs"]] == ["warm-up", "bidirectional", "bidirectional"]
     assert record["options"]["seed"] == 0 and record["versions"]["torch"]
+
+
+@pytest.mark.parametrize("losses", [["cls"], ["cls", "ka_teacher"]])
+def test_a_run_of_some_terms_goes_on_and_wears_no_head_away(tiny, tmp_path, monkeypatch, losses):
+    """A head that nothing is learnt in must not move by weight decay alone: in all epochs, or in warm-up."""
+    more = ["--losses", *losses]
+    run(tiny, tmp_path / "whole", *more)
+    torch.manual_seed(0)
+    start, _ = create_pair("convnextv2_atto", 2, "none")
+    save = Keeper.save
+
+    def save_then_stop(keeper, run, *args):
+        save(keeper, run, *args)
+        assert torch.equal(run.student.head.weight, start.head.weight)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Keeper, "save", save_then_stop)
+        run(tiny, tmp_path / "halves", *more)
+    run(tiny, tmp_path / "halves", *more, "--resume")
+    one, two = (read_checkpoint(tmp_path / name / LAST) for name in ("whole", "halves"))
+    for part in ("state_dict", "teacher"):
+        assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())
+    stays = torch.equal(one["teacher"]["head.weight"], start.head.weight)
+    assert stays == ("ka_teacher" not in losses)
+    assert one["options"]["losses"] == losses
+
+
+def test_a_run_is_not_resumed_with_other_losses(tiny, tmp_path, fails):
+    run(tiny, tmp_path, "--epochs", 1, "--losses", "cls", "ma")
+    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--resume", "--epochs", 1]
+    message = fails(train_sketchy_ext.main, *arguments, "--losses", "cls")
+    assert "was trained with --losses cls ma, not cls; use the same" in message
+    message = fails(train_sketchy_ext.main, *arguments, "--losses", "ma", "cls", "--mask_weight", 0.5)
+    assert "was trained with --mask_weight 0.3, not 0.5" in message
 
 
 def test_only_the_head_of_the_teacher_changes_and_only_after_warmup(tiny, tmp_path):

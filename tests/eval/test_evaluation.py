@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from models.eval import evaluation
-from models.eval.evaluation import evaluate
+from models.eval.evaluation import Weighted, evaluate
 from models.eval.features import Features
-from models.eval.matching import euclidean_distances
+from models.eval.matching import cluster_distances, code_members, euclidean_distances, nearest_codes
 from models.eval.metrics import STANDARD, average_precision, precision_at, precision_at_recall, rank
 
 
@@ -41,6 +41,21 @@ def test_all_rows_of_one_pass_equal_golden_rows(features, codebooks, golden):
         torch.testing.assert_close(measured[None][name], z[f"one_{golden_name}"], rtol=0, atol=1e-10)
         for m, k in list(codebooks)[1:]:
             torch.testing.assert_close(measured[m, k][name], z[f"M{m}K{k}_{golden_name}"], rtol=0, atol=each)
+
+
+def test_rows_of_several_weights_share_distances_and_equal_their_formula(features, codebooks, golden):
+    book, labels = codebooks[2, 5], torch.from_numpy(features.query_labels)
+    rows = {weight: Weighted(book, weight) for weight in (0.0, 0.3, 0.8, 1.0)}
+    measured = evaluate(features, {None: None} | rows | {"other": codebooks[4, 7]}, dtype=torch.float64)
+    query, gallery, means = (torch.from_numpy(each).double() for each in (features.query, features.gallery, book))
+    cluster = cluster_distances(query, means, code_members(nearest_codes(gallery, means), 5).double())
+    for weight in rows:
+        scores = weight * cluster + (1 - weight) * euclidean_distances(query, gallery)
+        expected = average_precision(rank(scores, labels, torch.from_numpy(features.gallery_labels)))
+        torch.testing.assert_close(measured[weight]["mAP@all"], expected, rtol=0, atol=1e-9)
+    plain = evaluate(features, {0.8: book, "other": codebooks[4, 7]}, dtype=torch.float64)
+    same({key: measured[key] for key in plain}, plain)  # 0.8 by default, to the bit
+    assert not torch.equal(measured[0.3]["mAP@all"], measured[1.0]["mAP@all"])
 
 
 def test_float32_moves_no_metric_by_a_ten_thousandth(features, codebooks):
