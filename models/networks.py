@@ -152,12 +152,12 @@ def arithmetic(precision, device):
 class Facts(NamedTuple):
     """What timm knows of a model before it is built."""
 
-    imagenet_classes: int  # outputs of its pretrained head, 0 for none
+    imagenet_classes: int  # outputs of its pretrained head
     size: int | None  # side of the images that it takes, None for any
 
 
 def facts_of(model):
-    """Facts of timm's `model`. Raises ValueError where timm knows none of that name."""
+    """Facts of timm's `model`. Raises ValueError where timm knows none of that name, or it has no ImageNet head."""
     import timm  # takes seconds, and stored features need no network
 
     if not timm.is_model(model):
@@ -167,6 +167,8 @@ def facts_of(model):
         known = timm.get_pretrained_cfg(model)
     except RuntimeError as error:  # no pretrained weights of that name
         raise ValueError(str(error)) from None
+    if not known.num_classes:
+        raise ValueError(f"{model} has no ImageNet head to align")
     return Facts(known.num_classes, known.input_size[-1] if known.fixed_input_size else None)
 
 
@@ -183,8 +185,6 @@ def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=Fals
         # The names of timm's hub: masked autoencoding, then fine-tuned on ImageNet-1K, as the published weights are.
         model = f"{model}.fcmae_ft_in1k"
     classes = facts_of(model).imagenet_classes
-    if not classes:
-        raise ValueError(f"{model} has no ImageNet head to align")
     if pretrained and classes != imagenet_classes:
         raise ValueError(f"the head of {model} has {classes} classes; set --imagenet_classes {classes}")
     more = {"drop_path_rate": drop_path} if drop_path else {}

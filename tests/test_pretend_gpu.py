@@ -171,9 +171,9 @@ def other_rules():
 def test_a_trial_holds_what_a_step_will_and_lets_go_of_it(gpu, monkeypatch, other_rules):
     add, tried = step_room._add_gradients, []
 
-    def short_of_memory_once(student, teacher, batch, counts, bidirectional, precision):
-        tried.append((bidirectional, other_rules(), gpu.held()))
-        found, activations = add(student, teacher, batch, counts, bidirectional, precision), batch.images + 1
+    def short_of_memory_once(student, teacher, batch, counts, objective, precision):
+        tried.append(("ka_teacher" in objective.terms, other_rules(), gpu.held()))
+        found, activations = add(student, teacher, batch, counts, objective, precision), batch.images + 1
         if len(tried) == 1:
             raise torch.OutOfMemoryError(f"CUDA out of memory beside {activations.shape}")
         return found
