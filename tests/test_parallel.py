@@ -21,6 +21,7 @@ from models.checkpoints import LAST, read_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "--model convnextv2_atto --input_size 32 --device cpu --workers 1".split()
 TRAIN = [*MODEL, *"--finetune none --batch_size 12 --epochs 2 --warmup_epochs 0 --eval_every 1".split()]
+TRAIN += "--max_steps 6 --print_freq 3".split()
 
 
 def together(processes, *command):
@@ -33,16 +34,14 @@ def together(processes, *command):
     return result.returncode, result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_two_processes_take_the_golden_steps(golden, tmp_path, parts):
-    z, target = golden("train_step"), tmp_path / "weights.pt"
-    status, _, complaints = together(
-        2, ROOT / "tests/golden_steps.py", ROOT / "tests/golden/train_step.npz", target, parts
-    )
+def test_two_processes_take_the_golden_steps_whole_and_in_parts(golden, tmp_path):
+    z, script = golden("train_step"), ROOT / "tests/golden_steps.py"
+    status, _, complaints = together(2, script, ROOT / "tests/golden/train_step.npz", tmp_path, 1, 2)
     assert status == 0, complaints
-    for name, state in torch.load(target, weights_only=True).items():
-        for parameter, value in state.items():
-            torch.testing.assert_close(value, z[f"{name}_final/{parameter}"], rtol=0, atol=1e-9)
+    for parts in (1, 2):
+        for name, state in torch.load(tmp_path / f"{parts}.pt", weights_only=True).items():
+            for parameter, value in state.items():
+                torch.testing.assert_close(value, z[f"{name}_final/{parameter}"], rtol=0, atol=1e-9)
 
 
 def test_two_processes_train_and_test_as_one(miniature, tmp_path):

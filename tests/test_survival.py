@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo
-from torture import torture
+import torture
 
 import train_quickdraw_ext
 import train_sketchy_ext
@@ -57,8 +57,9 @@ def at_step(monkeypatch):
     return plan
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_weights(miniature, tmp_path):
-    counts = torture(miniature, tmp_path, kills=2, epochs=2)
+def test_killed_at_any_moment_it_ends_with_the_same_weights(miniature, tmp_path, monkeypatch):
+    monkeypatch.setattr(torture, "TRAIN", [*torture.TRAIN, "--max_steps", "12"])
+    counts = torture.torture(miniature, tmp_path, kills=2, epochs=2)
     assert counts["write"] == 1 and counts["step"] == 1
 
 
