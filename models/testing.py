@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from datasets.benchmark import Benchmark, UnseenImages, open_benchmark
-from datasets.errors import InputError, ends_in_one_line
+from datasets.errors import InputError, ends_in_one_line, sigterm_raises
 from datasets.files import check_writable
 from datasets.protocols import PROTOCOLS, protocol_of
 from datasets.zeroshot import Loading
@@ -39,7 +39,7 @@ def main(protocol_name, argv=None):
     subject = find_subject(protocol, options.resume_dir, options.data_root, options.zero_version)
     if subject.benchmark:
         subject.benchmark.check_seen_classes(options.nb_classes)
-    with parallel.together(subject.folder, "testing"):
+    with sigterm_raises(), parallel.together(subject.folder, "testing"):
         loading = Loading(options.input_size, options.batch_size, options.workers, options.device)
         network = Network(options.model, options.imagenet_classes, options.compile)
         features = features_of(subject, network, loading, options.precision, options.recompute)

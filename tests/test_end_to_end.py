@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -105,6 +106,15 @@ def test_features_alone_are_enough(tmp_path, monkeypatch, script, map_at, prec_a
                 (average_precision(ranking, map_at), precision_at(ranking, prec_at))]  # fmt: skip
     assert [results["rows"][0][name] for name in results["metrics"]] == pytest.approx(expected, abs=1e-12)
     assert expected[0] < 0.99
+
+
+def test_a_terminated_test_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    features_of_three_classes(tmp_path / "features_zero.pickle", width=16)
+    monkeypatch.setattr("models.testing.measure", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as end:
+        test_tuberlin_ext_zeroshot.main(["--resume_dir", str(tmp_path), "--mode", "1", "--device", "cpu"])
+    assert end.value.code == 143 and capsys.readouterr().err.splitlines()[-1] == "terminated"
+    assert [path.name for path in tmp_path.iterdir()] == ["features_zero.pickle"]
 
 
 def test_each_weight_is_a_set_of_rows_and_each_sketch_is_kept(tmp_path, capsys):
