@@ -213,6 +213,15 @@ def _known(backbone, name, default):
     return tuple(getattr(backbone, "pretrained_cfg", {}).get(name, default))
 
 
+def takes_size(backbone, size):
+    """Whether a backbone takes images of `size` pixels a side."""
+    try:
+        _without_values(backbone).eval()(torch.empty(1, 3, size, size, device="meta"))
+    except (RuntimeError, AssertionError, ValueError):
+        return False
+    return True
+
+
 def _ends_normalised(backbone):
     """Whether the last layer before a backbone's head is a LayerNorm or the like, whatever pools its output.
 

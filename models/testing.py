@@ -23,6 +23,7 @@ from models.eval.metrics import DEFINED, STANDARD, by_definition, class_means
 from models.eval.report import print_classes, print_definitions, print_table, summarise, write_report
 from models.options import resolve, run_record, test_parser
 from models.parallel import note
+from models.weights import check_size
 
 
 @ends_in_one_line(speaks=parallel.speaks)
@@ -134,6 +135,7 @@ def features_of(subject, network, loading, precision="fp32", recompute=False):
     size = trained_with.get("input_size", loading.size)
     if size != loading.size:
         note(f"note: {checkpoint} was trained with --input_size {size}, not {loading.size}")
+    check_size(student, network.model, loading.size)
     images.check()
     if network.compiled:
         student.compile_features()

@@ -38,7 +38,7 @@ from models.progress import EpochBar, Log, show_epoch
 from models.run import MEASURES, Recipe, Run, create_optimizers, set_learning_rates
 from models.step import parts_that_fit, train_step
 from models.testing import watch_unseen
-from models.weights import create_pair
+from models.weights import check_size, create_pair
 
 
 @ends_in_one_line(speaks=parallel.speaks)
@@ -68,6 +68,7 @@ def main(protocol_name, argv=None):
         finetune = "none" if options.resume else options.finetune
         seen_classes = len(benchmark.seen_names)
         pair = create_pair(options.model, seen_classes, finetune, options.imagenet_classes, options.drop_path)
+        check_size(pair[0], options.model, options.input_size)
         try:
             place(*pair, options.device, options.grad_checkpointing, options.compile)
         except ValueError as error:

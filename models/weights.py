@@ -12,7 +12,7 @@ import re
 import torch
 
 from datasets.errors import InputError
-from models.networks import Student, Teacher, create_backbone
+from models.networks import Student, Teacher, create_backbone, takes_size
 from models.torchfiles import gist, is_plain_tensor, read_torch
 
 _TO_PUBLISHED = [  # timm's name of a parameter, published name
@@ -99,6 +99,12 @@ def _is_counter(name, value):
     """Whether it is BatchNorm's number of batches."""
     is_number = isinstance(value, torch.Tensor) and value.dtype == torch.int64 and value.ndim == 0
     return name.endswith(".num_batches_tracked") and is_number
+
+
+def check_size(student, model, size):
+    """Raise InputError if a Student's backbone takes no images of `size` pixels a side."""
+    if not takes_size(student.backbone, size):
+        raise InputError(f"--input_size {size}: {model} takes no images of that size; try 224, or leave it out")
 
 
 def student_of(model, classes, imagenet_classes=1000, drop_path=0.0, pretrained=False):

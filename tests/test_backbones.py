@@ -173,6 +173,19 @@ def test_a_network_of_a_fixed_size_takes_no_other():
         input_size("resnet5", 128)
 
 
+def test_images_too_small_for_a_network_are_told_before_training(tiny, tmp_path, fails):
+    small = ["--data_root", tiny, "--model", "inception_v3", "--device", "cpu", "--workers", 0, "--batch_size", 3]
+    message = fails(train_sketchy_ext.main, *small, "--finetune", "none", "--input_size", 32, "--savedir", tmp_path)
+    assert "--input_size 32: inception_v3 takes no images of that size" in message
+    assert not list(tmp_path.glob("*.pth.tar"))
+
+
+def test_a_network_that_cannot_compute_twice_is_named(tiny, tmp_path, fails):
+    small = ["--data_root", tiny, "--model", "vgg11", "--device", "cpu", "--workers", 0, "--batch_size", 3]
+    message = fails(train_sketchy_ext.main, *small, "--finetune", "none", "--grad_checkpointing", "--savedir", tmp_path)
+    assert "--grad_checkpointing: this model cannot compute its activations twice" in message
+
+
 def test_statistics_are_the_networks_own():
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     student = Student(create_backbone("tf_efficientnet_lite0", 7), 5)
