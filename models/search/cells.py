@@ -1,0 +1,250 @@
+"""Exact search in millions of features: photos stand sorted by cell, and bounds tell which cells can be left out.
+
+A cell holds photos with the same codes, so they share the cluster distance D to a sketch q; its features lie in a ball,
+so that d = ‖q − g‖ is at least the distance to the ball's centre less its radius. Cells come by ascending
+0.8 · D + 0.2 · (bound of d), and the search stops where that exceeds the k-th best score so far.
+
+Inside a cell outlines tell which photos can be left out: the coordinates of a feature in a few directions, and the
+length of its rest. ‖outline(q) − outline(g)‖ ≤ ‖q − g‖, at a twelfth of the cost.
+
+Bounds are float32 and allow for its rounding; what they leave is scored in float64, as models.eval.matching defines
+it. Features have length 1. Stands alone, on NumPy.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+CLUSTER_WEIGHT = 0.8  # as in models.eval.matching
+DIRECTIONS = 63  # of an outline
+BLOCK = 8192  # features at a time
+FEW = 0.25  # share of features that is gathered rather than read through
+SLACK = 4e-6  # rounding of a score in float32
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Photos sorted by cell. N photos of D values, C cells, codes in M sub-spaces."""
+
+    features: np.ndarray  # (N, D) float32, of length 1
+    places: np.ndarray  # (N,) int32, which decides ties: the lower comes first
+    codebook: np.ndarray  # (M, K, D/M) float32; M is 0 without one
+    codes: np.ndarray  # (C, M) int32
+    ends: np.ndarray  # (C,) int64, where each cell ends
+    balls: np.ndarray  # (C, 2) float32: radius, and squared length of the centre
+    centres: np.ndarray  # (C, D) float32; (0, D) if they are the cells' code words
+    basis: np.ndarray  # (P, D) float32, orthonormal
+    outlines: np.ndarray  # (N, P + 1) float32
+
+
+class Nearest(NamedTuple):
+    """The k photos with the lowest scores, ascending."""
+
+    rows: np.ndarray  # (k,) int64
+    scores: np.ndarray  # (k,) float64
+    distances: np.ndarray  # (k,) float64, d
+    cluster_distances: np.ndarray  # (k,) float64, D; NaN without a codebook
+    scanned: int  # photos whose features were looked at
+    outlined: int  # photos whose outlines were looked at
+
+
+def codes_of(features, codebook):
+    """The nearest code word of each part of features (N, D), as matching.nearest_codes gives it: (N, M) int32."""
+    codes = np.empty((len(features), len(codebook)), np.int32)
+    means = codebook.astype(np.float64)
+    for start in range(0, len(features) if len(codebook) else 0, BLOCK):
+        block = np.asarray(features[start : start + BLOCK], np.float64)
+        for part, (values, words) in enumerate(zip(np.split(block, len(means), axis=1), means, strict=True)):
+            # ‖g‖² is the same for all words.
+            codes[start : start + BLOCK, part] = ((words**2).sum(axis=1) - 2 * values @ words.T).argmin(axis=1)
+    return codes
+
+
+def sorted_by_cell(codes):
+    """The order of photos by their codes (N, M), and then as they are: (permutation (N,), codes (C, M), ends (C,)).
+
+    A cell has at most BLOCK photos; larger ones are cut.
+    """
+    permutation = np.lexsort(codes.T[::-1]) if codes.shape[1] else np.arange(len(codes))
+    codes = codes[permutation]
+    starts = np.flatnonzero(np.append(True, (codes[1:] != codes[:-1]).any(axis=1)))
+    ends = np.append(starts[1:], len(codes))
+    ends = np.concatenate([np.append(np.arange(a + BLOCK, b, BLOCK), b) for a, b in zip(starts, ends, strict=True)])
+    return permutation, codes[ends - 1], ends.astype(np.int64)
+
+
+def balls_of(features, ends, codes, codebook):
+    """(balls, centres) of Cells. Centres are means or, where cells are as good as photos, code words."""
+    few = len(codebook) > 0 and len(ends) * 4 > len(features)
+    balls, centres = np.empty((len(ends), 2), np.float32), []
+    for cells in _blocks(ends):
+        start = ends[cells.start - 1] if cells.start else 0
+        block = features[start : ends[cells.stop - 1]].astype(np.float64)
+        sizes = np.diff(ends[cells], prepend=start)
+        starts = ends[cells] - sizes - start
+        if few:
+            middle = words_of(codes[cells], codebook).astype(np.float64)
+        else:
+            middle = (np.add.reduceat(block, starts) / sizes[:, None]).astype(np.float32).astype(np.float64)
+            centres.append(middle.astype(np.float32))
+        radii = np.maximum.reduceat(np.sqrt(((block - np.repeat(middle, sizes, axis=0)) ** 2).sum(axis=1)), starts)
+        balls[cells, 0] = np.nextafter(radii.astype(np.float32), np.float32(np.inf))
+        balls[cells, 1] = (middle**2).sum(axis=1)
+    return balls, np.concatenate(centres) if centres else np.empty((0, features.shape[1]), np.float32)
+
+
+def words_of(codes, codebook):
+    """Code words of codes (C, M), their parts joined: (C, D)."""
+    return np.concatenate([words[own] for words, own in zip(codebook, codes.T, strict=True)], axis=1)
+
+
+def basis_of(features):
+    """The directions (P, D) float32 that hold most of features (n, D)."""
+    _, vectors = np.linalg.eigh(features.T.astype(np.float64) @ features)
+    return np.ascontiguousarray(vectors[:, ::-1][:, :DIRECTIONS].T.astype(np.float32))
+
+
+def outlines_of(features, basis):
+    """Outlines (n, P + 1) float32 of features (n, D)."""
+    inside = features @ basis.T
+    rest = np.sqrt(np.clip((features**2).sum(axis=1) - (inside**2).sum(axis=1), 0, None))
+    return np.concatenate([inside, rest[:, None]], axis=1)
+
+
+def search(cells, query, k, weight=CLUSTER_WEIGHT):
+    """The k photos with the lowest weight · D + (1 − weight) · d, ties by place: as comparing all of them gives.
+
+    query: (D,) float32 of length 1; weight 0 is one-to-one matching, any other needs a codebook. Returns Nearest.
+    Raises ValueError if features are not finite.
+    """
+    k = min(k, len(cells.features))
+    scan = _Scan(cells, query, k, weight)
+    order = np.argsort(scan.bounds, kind="stable")
+    bounds = scan.bounds[order]
+    counts = scan.sizes[order].cumsum()
+    done, wanted = 0, max(2 * k, 1024)
+    while done < (within := bounds.searchsorted(scan.best, side="right")):
+        before = counts[done - 1] if done else 0
+        stop = min(within, counts.searchsorted(before + wanted) + 1)
+        scan.add(np.sort(order[done:stop]))
+        done, wanted = stop, 4 * wanted
+    return scan.result()
+
+
+class _Scan:
+    """A search in progress. best: no photo with a higher score can be among the k."""
+
+    def __init__(self, cells, query, k, weight):
+        self.cells, self.k = cells, k
+        self.query = np.ascontiguousarray(query, np.float32)
+        self.outline = outlines_of(self.query[None], cells.basis)[0]
+        self.weight, self.rest = weight, round(1 - weight, 12)
+        self.sizes = np.diff(cells.ends, prepend=0)
+        # A product of D terms may be off by D roundings of numbers that add up to 1 at most.
+        self.margin = 4 * (len(query) + 8) * 2.0**-24
+        self.cluster = _cluster_distances(cells, self.query)
+        self.base = (weight * self.cluster if weight else np.zeros(len(cells.ends))).astype(np.float32)
+        self.bounds = self.base + self.rest * self._least_distances() - SLACK
+        self.best, self.scanned, self.outlined = np.inf, 0, 0
+        self.rows, self.lows, self.highs = np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.float32)
+
+    def _least_distances(self):
+        """What no photo of each cell is nearer than: (C,)."""
+        radii, lengths = self.cells.balls.T
+        if len(self.cells.centres):
+            squares = 1 + lengths - 2 * (self.cells.centres @ self.query)
+        else:
+            squares = self.cluster
+        squares = np.maximum(squares - self.margin, 0)
+        return np.maximum(np.sqrt(squares) - radii, 0)
+
+    def add(self, chosen):
+        """Look at the photos of cells `chosen`, ascending."""
+        ends, sizes = self.cells.ends[chosen], self.sizes[chosen]
+        for part in _blocks(sizes.cumsum(), 8 * BLOCK):
+            self._add(ends[part] - sizes[part], ends[part], np.repeat(self.base[chosen[part]], sizes[part]))
+            self._settle()
+
+    def _add(self, starts, ends, base):
+        """Look at the photos from each of `starts` to its end; base: weight · D of each photo."""
+        runs = _joined(starts, ends)
+        shift = np.repeat([start for start, _ in runs], [end - start for start, end in runs])
+        shift -= np.repeat(np.cumsum([0, *(end - start for start, end in runs[:-1])]), [b - a for a, b in runs])
+        rows = np.arange(len(base)) + shift
+        if self.best < np.inf:
+            products = _products(self.cells.outlines, self.outline, runs, len(base))
+            self.outlined += len(base)
+            kept = np.flatnonzero(base + self.rest * self._distances(products, 1) <= self.best + SLACK)
+            if len(kept) < FEW * len(base):
+                rows, base, runs = rows[kept], base[kept], None
+        products = self.cells.features[rows] @ self.query if runs is None else _products(
+            self.cells.features, self.query, runs, len(base))  # fmt: skip
+        self.scanned += len(rows)
+        lows = base + self.rest * self._distances(products, 1) - SLACK
+        kept = np.flatnonzero(lows <= self.best)
+        highs = base[kept] + self.rest * self._distances(products[kept], -1) + SLACK
+        self.rows, self.lows = np.append(self.rows, rows[kept]), np.append(self.lows, lows[kept])
+        self.highs = np.append(self.highs, highs)
+
+    def _distances(self, products, sign):
+        """d of products q · g, less (sign 1) or more (sign −1) what rounding may have done."""
+        return np.sqrt(np.maximum(2 - 2 * products - np.float32(sign * self.margin), 0))
+
+    def _settle(self):
+        """Lower `best`, and forget what it rules out."""
+        if len(self.highs) >= self.k:
+            self.best = np.partition(self.highs, self.k - 1)[self.k - 1]
+            kept = self.lows <= self.best
+            self.rows, self.lows, self.highs = self.rows[kept], self.lows[kept], self.highs[kept]
+
+    def result(self):
+        """Score what is left in float64. Raises ValueError if features are not finite."""
+        if len(self.rows) < self.k:
+            raise ValueError("features are not finite")
+        parts = [self._exact(self.rows[start : start + BLOCK]) for start in range(0, len(self.rows), BLOCK)]
+        scores, distances, cluster = (np.concatenate(values) for values in zip(*parts, strict=True))
+        order = np.lexsort([self.cells.places[self.rows], scores])[: self.k]
+        values = (values[order] for values in (self.rows, scores, distances, cluster))
+        return Nearest(*values, self.scanned, self.outlined)
+
+    def _exact(self, rows):
+        """(scores, d, D) of photos."""
+        difference = self.cells.features[rows].astype(np.float64) - self.query.astype(np.float64)
+        distances = np.sqrt((difference**2).sum(axis=1))
+        cluster = self.cluster[self.cells.ends.searchsorted(rows, side="right")]
+        return (self.weight * cluster + self.rest * distances if self.weight else distances), distances, cluster
+
+
+def _cluster_distances(cells, query):
+    """D of each cell, (C,) float64; NaN without a codebook."""
+    if not len(cells.codebook):
+        return np.full(len(cells.ends), np.nan)
+    parts = query.astype(np.float64).reshape(len(cells.codebook), 1, -1)
+    squares = ((cells.codebook - parts) ** 2).sum(axis=2)
+    return sum(own[codes] for own, codes in zip(squares, cells.codes.T, strict=True))
+
+
+def _products(features, query, runs, count):
+    """features · query for the rows of each run (start, end), one after the other: (count,) float32."""
+    products, done = np.empty(count, np.float32), 0
+    for start, end in runs:
+        np.dot(features[start:end], query, out=products[done : done + end - start])
+        done += end - start
+    return products
+
+
+def _joined(starts, ends):
+    """[(start, end), ...] of runs of photos, ascending, those that touch as one."""
+    apart = np.flatnonzero(starts[1:] != ends[:-1])
+    return list(zip(starts[np.append(0, apart + 1)].tolist(), ends[np.append(apart, -1)].tolist(), strict=True))
+
+
+def _blocks(ends, size=BLOCK):
+    """Yield slices of cells, which end after `ends` photos, with about `size` photos each."""
+    first = 0
+    while first < len(ends):
+        before = ends[first - 1] if first else 0
+        last = max(first + 1, int(ends.searchsorted(before + size, side="right")))
+        yield slice(first, last)
+        first = last
