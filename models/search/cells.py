@@ -152,10 +152,8 @@ class _Scan:
     def _least_distances(self):
         """What no photo of each cell is nearer than: (C,)."""
         radii, lengths = self.cells.balls.T
-        if len(self.cells.centres):
-            squares = 1 + lengths - 2 * (self.cells.centres @ self.query)
-        else:
-            squares = self.cluster
+        centres = self.cells.centres
+        squares = 1 + lengths - 2 * (centres @ self.query) if len(centres) else self.cluster
         squares = np.maximum(squares - self.margin, 0)
         return np.maximum(np.sqrt(squares) - radii, 0)
 

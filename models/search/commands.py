@@ -33,7 +33,7 @@ def create_parser():
             "--index", type=_path, default=Path("photo_index"), metavar="DIR", help="folder of the index"
         )
         added.add_argument("--checkpoint", type=_path, metavar="FILE",
-            help="what a train script wrote, or the authors' model_best.pth.tar (default: that of the index)")  # fmt: skip
+            help="what a train script wrote, ours or the authors' (default: that of the index)")  # fmt: skip
         added.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
         return added
 
@@ -46,7 +46,7 @@ def create_parser():
     add("--input_size", type=number(int, 32, 4096, "a whole number of pixels from 32 to 4096"),
         help="side of an input image, in pixels (default: what the checkpoint was trained with, else 224)")  # fmt: skip
     add("--imagenet_classes", type=_positive, help="outputs of the ImageNet head (default: what the checkpoint tells)")
-    add("--clusters", type=_positive, metavar="K", help="of one-to-many matching (default: a 25th of the photos, from 2 "
+    add("--clusters", type=_positive, metavar="K", help="clusters (default: a 25th of the photos, from 2 "
         f"to 100; none for fewer than {update.FEWEST} photos)")  # fmt: skip
     add("--subspaces", type=_positive, metavar="M", help="parts of a feature (default: 2)")
     add("--refit", action="store_true", help="fit the clusters to the photos there are now")

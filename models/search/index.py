@@ -32,8 +32,9 @@ RECORD = np.dtype([
 ])  # fmt: skip
 # Of N photos in C cells; opened at once, or mapped.
 ARRAYS = {
-    "features": ("<f4", 2, True), "outlines": ("<f4", 2, True), "centres": ("<f4", 2, True), "records": (RECORD, 1, True),
-    "paths": ("u1", 1, True), "places": ("<i4", 1, False), "codebook": ("<f4", 3, False), "codes": ("<i4", 2, False),
+    "features": ("<f4", 2, True), "outlines": ("<f4", 2, True), "centres": ("<f4", 2, True),
+    "records": (RECORD, 1, True), "paths": ("u1", 1, True),
+    "places": ("<i4", 1, False), "codebook": ("<f4", 3, False), "codes": ("<i4", 2, False),
     "ends": ("<i8", 1, False), "balls": ("<f4", 2, False), "basis": ("<f4", 2, False),
 }  # fmt: skip
 _OURS = re.compile(rf"({'|'.join(ARRAYS)})-\d+\.npy|thumbnails-\d+\.bin|\.{re.escape(INDEX)}\..*")

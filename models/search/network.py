@@ -48,8 +48,8 @@ class Network:
 def load_network(checkpoint, model=None, input_size=None, imagenet_classes=None, device="cpu"):
     """The Network of a checkpoint, ours or the authors'.
 
-    model, input_size, imagenet_classes: what it was trained with, where it does not tell: the authors' files do not, and
-    are taken for convnextv2_tiny's unless told otherwise. Raises InputError if it is none, or of another model.
+    model, input_size, imagenet_classes: what it was trained with, if it does not tell. The authors' do not, and are
+    taken for convnextv2_tiny's. Raises InputError if it is none, or of another model.
     """
     path = Path(checkpoint).absolute()
     content = read_checkpoint(path)
