@@ -1,11 +1,12 @@
 """Exact search in millions of features: photos stand sorted by cell, and bounds tell which cells can be left out.
 
-A cell holds photos with the same codes, so they share the cluster distance D to a sketch q; its features lie in a ball,
-so that d = ‖q − g‖ is at least the distance to the ball's centre less its radius. Cells come by ascending
-0.8 · D + 0.2 · (bound of d), and the search stops where that exceeds the k-th best score so far.
+A feature has an outline: its coordinates in a few directions, and the length of its rest. That of a sketch q and of a
+photo g are never further apart than d = ‖q − g‖, and cost a twelfth.
 
-Inside a cell outlines tell which photos can be left out: the coordinates of a feature in a few directions, and the
-length of its rest. ‖outline(q) − outline(g)‖ ≤ ‖q − g‖, at a twelfth of the cost.
+A cell holds photos with the same codes, so they share the cluster distance D to a sketch. Their outlines lie in a ball,
+so that d is at least the distance to the ball's centre less its radius. Cells come by ascending 0.8 · D + 0.2 · (bound
+of d), and the search stops where that exceeds the k-th best score so far. Inside a cell each photo's outline tells
+whether it can be left out.
 
 Bounds are float32 and allow for its rounding; what they leave is scored in float64, as models.eval.matching defines
 it. Features have length 1. Stands alone, on NumPy.
@@ -19,7 +20,9 @@ import numpy as np
 CLUSTER_WEIGHT = 0.8  # as in models.eval.matching
 DIRECTIONS = 63  # of an outline
 BLOCK = 8192  # features at a time
+SWEEP = 8 * BLOCK
 FEW = 0.25  # share of features that is gathered rather than read through
+MANY = 0.25  # share of photos that is read through rather than cell by cell
 SLACK = 4e-6  # rounding of a score in float32
 
 
@@ -32,8 +35,8 @@ class Cells:
     codebook: np.ndarray  # (M, K, D/M) float32; M is 0 without one
     codes: np.ndarray  # (C, M) int32
     ends: np.ndarray  # (C,) int64, where each cell ends
-    balls: np.ndarray  # (C, 2) float32: radius, and squared length of the centre
-    centres: np.ndarray  # (C, D) float32; (0, D) if they are the cells' code words
+    centres: np.ndarray  # (C, P + 1) float32, of the balls around the outlines of each cell
+    radii: np.ndarray  # (C,) float32
     basis: np.ndarray  # (P, D) float32, orthonormal
     outlines: np.ndarray  # (N, P + 1) float32
 
@@ -74,29 +77,18 @@ def sorted_by_cell(codes):
     return permutation, codes[ends - 1], ends.astype(np.int64)
 
 
-def balls_of(features, ends, codes, codebook):
-    """(balls, centres) of Cells. Centres are means or, where cells are as good as photos, code words."""
-    few = len(codebook) > 0 and len(ends) * 4 > len(features)
-    balls, centres = np.empty((len(ends), 2), np.float32), []
+def balls_of(outlines, ends):
+    """(centres, radii) of Cells."""
+    centres, radii = np.empty((len(ends), outlines.shape[1]), np.float32), np.empty(len(ends), np.float32)
     for cells in _blocks(ends):
         start = ends[cells.start - 1] if cells.start else 0
-        block = features[start : ends[cells.stop - 1]].astype(np.float64)
+        block = outlines[start : ends[cells.stop - 1]].astype(np.float64)
         sizes = np.diff(ends[cells], prepend=start)
         starts = ends[cells] - sizes - start
-        if few:
-            middle = words_of(codes[cells], codebook).astype(np.float64)
-        else:
-            middle = (np.add.reduceat(block, starts) / sizes[:, None]).astype(np.float32).astype(np.float64)
-            centres.append(middle.astype(np.float32))
-        radii = np.maximum.reduceat(np.sqrt(((block - np.repeat(middle, sizes, axis=0)) ** 2).sum(axis=1)), starts)
-        balls[cells, 0] = np.nextafter(radii.astype(np.float32), np.float32(np.inf))
-        balls[cells, 1] = (middle**2).sum(axis=1)
-    return balls, np.concatenate(centres) if centres else np.empty((0, features.shape[1]), np.float32)
-
-
-def words_of(codes, codebook):
-    """Code words of codes (C, M), their parts joined: (C, D)."""
-    return np.concatenate([words[own] for words, own in zip(codebook, codes.T, strict=True)], axis=1)
+        centres[cells] = np.add.reduceat(block, starts) / sizes[:, None]
+        apart = np.sqrt(((block - np.repeat(centres[cells], sizes, axis=0)) ** 2).sum(axis=1))
+        radii[cells] = np.nextafter(np.maximum.reduceat(apart, starts).astype(np.float32), np.float32(np.inf))
+    return centres, radii
 
 
 def basis_of(features):
@@ -118,17 +110,18 @@ def search(cells, query, k, weight=CLUSTER_WEIGHT):
     query: (D,) float32 of length 1; weight 0 is one-to-one matching, any other needs a codebook. Returns Nearest.
     Raises ValueError if features are not finite.
     """
-    k = min(k, len(cells.features))
-    scan = _Scan(cells, query, k, weight)
+    scan = _Scan(cells, query, min(k, len(cells.features)), weight)
     order = np.argsort(scan.bounds, kind="stable")
-    bounds = scan.bounds[order]
-    counts = scan.sizes[order].cumsum()
+    bounds, counts = scan.bounds[order], scan.sizes[order].cumsum()
     done, wanted = 0, max(2 * k, 1024)
     while done < (within := bounds.searchsorted(scan.best, side="right")):
         before = counts[done - 1] if done else 0
+        if done and counts[within - 1] - before > MANY * len(cells.features):
+            scan.sweep(order[done:within])
+            break
         stop = min(within, counts.searchsorted(before + wanted) + 1)
         scan.add(np.sort(order[done:stop]))
-        done, wanted = stop, 4 * wanted
+        done, wanted = stop, min(4 * wanted, SWEEP)
     return scan.result()
 
 
@@ -146,55 +139,54 @@ class _Scan:
         self.cluster = _cluster_distances(cells, self.query)
         self.base = (weight * self.cluster if weight else np.zeros(len(cells.ends))).astype(np.float32)
         self.bounds = self.base + self.rest * self._least_distances() - SLACK
-        self.best, self.scanned, self.outlined = np.inf, 0, 0
+        self.best, self.outlines_help, self.scanned, self.outlined = np.inf, True, 0, 0
         self.rows, self.lows, self.highs = np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.float32)
 
     def _least_distances(self):
         """What no photo of each cell is nearer than: (C,)."""
-        radii, lengths = self.cells.balls.T
-        centres = self.cells.centres
-        squares = 1 + lengths - 2 * (centres @ self.query) if len(centres) else self.cluster
-        squares = np.maximum(squares - self.margin, 0)
-        return np.maximum(np.sqrt(squares) - radii, 0)
+        apart = np.sqrt(((self.cells.centres - self.outline) ** 2).sum(axis=1))
+        return np.sqrt(np.maximum(np.maximum(apart - self.cells.radii, 0) ** 2 - self.margin, 0))
 
     def add(self, chosen):
-        """Look at the photos of cells `chosen`, ascending."""
+        """Look at the photos of cells `chosen`, ascending, cell by cell."""
         ends, sizes = self.cells.ends[chosen], self.sizes[chosen]
-        for part in _blocks(sizes.cumsum(), 8 * BLOCK):
-            self._add(ends[part] - sizes[part], ends[part], np.repeat(self.base[chosen[part]], sizes[part]))
-            self._settle()
+        rows = np.repeat(ends - sizes.cumsum(), sizes) + np.arange(sizes.sum())
+        self._look(rows, np.repeat(self.base[chosen], sizes), _joined(ends - sizes, ends))
 
-    def _add(self, starts, ends, base):
-        """Look at the photos from each of `starts` to its end; base: weight · D of each photo."""
-        runs = _joined(starts, ends)
-        shift = np.repeat([start for start, _ in runs], [end - start for start, end in runs])
-        shift -= np.repeat(np.cumsum([0, *(end - start for start, end in runs[:-1])]), [b - a for a, b in runs])
-        rows = np.arange(len(base)) + shift
-        if self.best < np.inf:
-            products = _products(self.cells.outlines, self.outline, runs, len(base))
-            self.outlined += len(base)
+    def sweep(self, chosen):
+        """Look at the photos of cells `chosen`, reading through all: faster where they are many."""
+        base = np.full(len(self.base), np.inf, np.float32)
+        base[chosen] = self.base[chosen]
+        base = np.repeat(base, self.sizes)
+        for start in range(0, len(base), SWEEP):
+            end = min(start + SWEEP, len(base))
+            self._look(np.arange(start, end), base[start:end], [(start, end)])
+
+    def _look(self, rows, base, runs):
+        """Look at photos; rows: their numbers, in `runs` of (start, end); base: weight · D of each."""
+        if self.best < np.inf and self.outlines_help:
+            products = _products(self.cells.outlines, self.outline, runs)
+            self.outlined += len(rows)
             kept = np.flatnonzero(base + self.rest * self._distances(products, 1) <= self.best + SLACK)
-            if len(kept) < FEW * len(base):
+            self.outlines_help = len(rows) < SWEEP or len(kept) < FEW * len(rows)
+            if len(kept) < FEW * len(rows):
                 rows, base, runs = rows[kept], base[kept], None
-        products = self.cells.features[rows] @ self.query if runs is None else _products(
-            self.cells.features, self.query, runs, len(base))  # fmt: skip
+        features = self.cells.features
+        products = _products(features, self.query, runs) if runs else features[rows] @ self.query
         self.scanned += len(rows)
         lows = base + self.rest * self._distances(products, 1) - SLACK
         kept = np.flatnonzero(lows <= self.best)
         highs = base[kept] + self.rest * self._distances(products[kept], -1) + SLACK
         self.rows, self.lows = np.append(self.rows, rows[kept]), np.append(self.lows, lows[kept])
         self.highs = np.append(self.highs, highs)
-
-    def _distances(self, products, sign):
-        """d of products q · g, less (sign 1) or more (sign −1) what rounding may have done."""
-        return np.sqrt(np.maximum(2 - 2 * products - np.float32(sign * self.margin), 0))
-
-    def _settle(self):
-        """Lower `best`, and forget what it rules out."""
         if len(self.highs) >= self.k:
             self.best = np.partition(self.highs, self.k - 1)[self.k - 1]
             kept = self.lows <= self.best
             self.rows, self.lows, self.highs = self.rows[kept], self.lows[kept], self.highs[kept]
+
+    def _distances(self, products, sign):
+        """d of products q · g, less (sign 1) or more (sign −1) what rounding may have done."""
+        return np.sqrt(np.maximum(2 - 2 * products - np.float32(sign * self.margin), 0))
 
     def result(self):
         """Score what is left in float64. Raises ValueError if features are not finite."""
@@ -223,9 +215,11 @@ def _cluster_distances(cells, query):
     return sum(own[codes] for own, codes in zip(squares, cells.codes.T, strict=True))
 
 
-def _products(features, query, runs, count):
-    """features · query for the rows of each run (start, end), one after the other: (count,) float32."""
-    products, done = np.empty(count, np.float32), 0
+def _products(features, query, runs):
+    """features · query for the rows of each run (start, end), one after the other."""
+    if len(runs) == 1:
+        return features[slice(*runs[0])] @ query
+    products, done = np.empty(sum(end - start for start, end in runs), np.float32), 0
     for start, end in runs:
         np.dot(features[start:end], query, out=products[done : done + end - start])
         done += end - start

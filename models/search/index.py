@@ -32,10 +32,10 @@ RECORD = np.dtype([
 ])  # fmt: skip
 # Of N photos in C cells; opened at once, or mapped.
 ARRAYS = {
-    "features": ("<f4", 2, True), "outlines": ("<f4", 2, True), "centres": ("<f4", 2, True),
+    "features": ("<f4", 2, True), "outlines": ("<f4", 2, True), "centres": ("<f4", 2, False),
     "records": (RECORD, 1, True), "paths": ("u1", 1, True),
     "places": ("<i4", 1, False), "codebook": ("<f4", 3, False), "codes": ("<i4", 2, False),
-    "ends": ("<i8", 1, False), "balls": ("<f4", 2, False), "basis": ("<f4", 2, False),
+    "ends": ("<i8", 1, False), "radii": ("<f4", 1, False), "basis": ("<f4", 2, False),
 }  # fmt: skip
 _OURS = re.compile(rf"({'|'.join(ARRAYS)})-\d+\.npy|thumbnails-\d+\.bin|\.{re.escape(INDEX)}\..*")
 
@@ -157,11 +157,11 @@ def _check_cells(cells, width):
         and number > 0 and (np.diff(cells.ends, prepend=0) > 0).all() and cells.ends[-1] == count
         and (parts == 0 or parts * own == width) and cells.codes.shape == (number, parts)
         and (parts == 0 or (cells.codes.min() >= 0 and cells.codes.max() < words))
-        and cells.balls.shape == (number, 2)
-        and cells.centres.shape in ((number, width), *([(0, width)] if parts else []))
+        and cells.radii.shape == (number,)
+        and cells.centres.shape == (number, len(cells.basis) + 1)
         and cells.basis.ndim == 2 and cells.basis.shape[1] == width
         and cells.outlines.shape == (count, len(cells.basis) + 1)
-        and all(np.isfinite(each).all() for each in (cells.codebook, cells.balls, cells.basis))
+        and all(np.isfinite(each).all() for each in (cells.codebook, cells.centres, cells.radii, cells.basis))
     )  # fmt: skip
     if not fit:
         raise ValueError("its parts do not fit together")
@@ -200,12 +200,12 @@ def write_index(folder, facts, photos, rows, codebook):
             block = rows(order[start : start + BLOCK])
             features.write(block.tobytes())
             outlines.write(search_cells.outlines_of(block, basis).tobytes())
-    balls, centres = search_cells.balls_of(np.load(names["features"], mmap_mode="r"), ends, codes, codebook)
+    centres, radii = search_cells.balls_of(np.load(names["outlines"], mmap_mode="r"), ends)
     records, paths = records[order], [paths[row] for row in order]
     records["path_end"] = np.cumsum([len(path) for path in paths])
     arrays = {
         "records": records, "paths": np.frombuffer(b"".join(paths), np.uint8), "places": order.astype(np.int32),
-        "codebook": codebook, "codes": codes, "ends": ends, "balls": balls, "centres": centres, "basis": basis,
+        "codebook": codebook, "codes": codes, "ends": ends, "centres": centres, "radii": radii, "basis": basis,
     }  # fmt: skip
     for name, array in arrays.items():
         with open(names[name], "wb") as file:
