@@ -20,7 +20,7 @@ import numpy as np
 CLUSTER_WEIGHT = 0.8  # as in models.eval.matching
 DIRECTIONS = 63  # of an outline
 BLOCK = 8192  # features at a time
-SWEEP = 8 * BLOCK
+GROUP = 8 * BLOCK  # photos of cells that are looked at together
 FEW = 0.25  # share of features that is gathered rather than read through
 MANY = 0.25  # share of photos that is read through rather than cell by cell
 SLACK = 4e-6  # rounding of a score in float32
@@ -121,7 +121,7 @@ def search(cells, query, k, weight=CLUSTER_WEIGHT):
             break
         stop = min(within, counts.searchsorted(before + wanted) + 1)
         scan.add(np.sort(order[done:stop]))
-        done, wanted = stop, min(4 * wanted, SWEEP)
+        done, wanted = stop, min(4 * wanted, GROUP)
     return scan.result()
 
 
@@ -139,7 +139,7 @@ class _Scan:
         self.cluster = _cluster_distances(cells, self.query)
         self.base = (weight * self.cluster if weight else np.zeros(len(cells.ends))).astype(np.float32)
         self.bounds = self.base + self.rest * self._least_distances() - SLACK
-        self.best, self.outlines_help, self.scanned, self.outlined = np.inf, True, 0, 0
+        self.best, self.scanned, self.outlined = np.inf, 0, 0
         self.rows, self.lows, self.highs = np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.float32)
 
     def _least_distances(self):
@@ -151,31 +151,46 @@ class _Scan:
         """Look at the photos of cells `chosen`, ascending, cell by cell."""
         ends, sizes = self.cells.ends[chosen], self.sizes[chosen]
         rows = np.repeat(ends - sizes.cumsum(), sizes) + np.arange(sizes.sum())
-        self._look(rows, np.repeat(self.base[chosen], sizes), _joined(ends - sizes, ends))
+        base, runs = np.repeat(self.base[chosen], sizes), _joined(ends - sizes, ends)
+        if self.best < np.inf:
+            kept = np.flatnonzero(self._outlined(base, runs) <= self.best)
+            if len(kept) < FEW * len(rows):
+                rows, base, runs = rows[kept], base[kept], None
+        self._score(rows, base, runs)
 
     def sweep(self, chosen):
-        """Look at the photos of cells `chosen`, reading through all: faster where they are many."""
+        """Look at the photos of cells `chosen`, reading through all outlines: faster where they are many."""
         base = np.full(len(self.base), np.inf, np.float32)
         base[chosen] = self.base[chosen]
         base = np.repeat(base, self.sizes)
-        for start in range(0, len(base), SWEEP):
-            end = min(start + SWEEP, len(base))
-            self._look(np.arange(start, end), base[start:end], [(start, end)])
+        parts = [(start, min(start + BLOCK, len(base))) for start in range(0, len(base), BLOCK)]
+        lows = np.concatenate([self._outlined(base[slice(*part)], [part]) for part in parts])
+        first = np.argpartition(lows, min(16 * self.k, len(lows) - 1))[: 16 * self.k]
+        first.sort()
+        self._score(first, base[first])  # which lowers `best` for all the others
+        lows[first] = np.inf
+        kept = np.flatnonzero(lows <= self.best)
+        if len(kept) < FEW * len(lows):
+            for start in range(0, len(kept), BLOCK):
+                self._score(kept[start : start + BLOCK], base[kept[start : start + BLOCK]])
+            return
+        base[lows > self.best] = np.inf
+        for start, end in parts:
+            self._score(np.arange(start, end), base[start:end], [(start, end)])
 
-    def _look(self, rows, base, runs):
-        """Look at photos; rows: their numbers, in `runs` of (start, end); base: weight · D of each."""
-        if self.best < np.inf and self.outlines_help:
-            products = _products(self.cells.outlines, self.outline, runs)
-            self.outlined += len(rows)
-            kept = np.flatnonzero(base + self.rest * self._distances(products, 1) <= self.best + SLACK)
-            self.outlines_help = len(rows) < SWEEP or len(kept) < FEW * len(rows)
-            if len(kept) < FEW * len(rows):
-                rows, base, runs = rows[kept], base[kept], None
+    def _outlined(self, base, runs):
+        """What the scores of photos are at least, by their outlines. runs: (start, end); base: weight · D of each."""
+        self.outlined += len(base)
+        return base + self.rest * self._distances(_products(self.cells.outlines, self.outline, runs), 1) - SLACK
+
+    def _score(self, rows, base, runs=None):
+        """Look at the features of photos `rows`, which are those in `runs`, if that is given."""
         features = self.cells.features
         products = _products(features, self.query, runs) if runs else features[rows] @ self.query
         self.scanned += len(rows)
         lows = base + self.rest * self._distances(products, 1) - SLACK
         kept = np.flatnonzero(lows <= self.best)
+        kept = kept[np.isfinite(base[kept])]
         highs = base[kept] + self.rest * self._distances(products[kept], -1) + SLACK
         self.rows, self.lows = np.append(self.rows, rows[kept]), np.append(self.lows, lows[kept])
         self.highs = np.append(self.highs, highs)
