@@ -9,13 +9,17 @@ of d), and the search stops where that exceeds the k-th best score so far. Insid
 whether it can be left out.
 
 Bounds are float32 and allow for its rounding; what they leave is scored in float64, as models.eval.matching defines
-it. Features have length 1. Stands alone, on NumPy.
+it. Features have length 1. Stands alone, on NumPy and threadpoolctl.
 """
 
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 CLUSTER_WEIGHT = 0.8  # as in models.eval.matching
 DIRECTIONS = 63  # of an outline
@@ -110,10 +114,15 @@ def search(cells, query, k, weight=CLUSTER_WEIGHT):
     query: (D,) float32 of length 1; weight 0 is one-to-one matching, any other needs a codebook. Returns Nearest.
     Raises ValueError if features are not finite.
     """
-    scan = _Scan(cells, query, min(k, len(cells.features)), weight)
+    # Waiting for each other in every product, as BLAS's own threads do, takes longer than the product.
+    with _blas().limit(limits=1, user_api="blas"):
+        return _search(_Scan(cells, query, min(k, len(cells.features)), weight), cells)
+
+
+def _search(scan, cells):
     order = np.argsort(scan.bounds, kind="stable")
     bounds, counts = scan.bounds[order], scan.sizes[order].cumsum()
-    done, wanted = 0, max(2 * k, 1024)
+    done, wanted = 0, max(2 * scan.k, 1024)
     while done < (within := bounds.searchsorted(scan.best, side="right")):
         before = counts[done - 1] if done else 0
         if done and counts[within - 1] - before > MANY * len(cells.features):
@@ -153,6 +162,7 @@ class _Scan:
         rows = np.repeat(ends - sizes.cumsum(), sizes) + np.arange(sizes.sum())
         base, runs = np.repeat(self.base[chosen], sizes), _joined(ends - sizes, ends)
         if self.best < np.inf:
+            self.outlined += len(rows)
             kept = np.flatnonzero(self._outlined(base, runs) <= self.best)
             if len(kept) < FEW * len(rows):
                 rows, base, runs = rows[kept], base[kept], None
@@ -163,8 +173,9 @@ class _Scan:
         base = np.full(len(self.base), np.inf, np.float32)
         base[chosen] = self.base[chosen]
         base = np.repeat(base, self.sizes)
-        parts = [(start, min(start + BLOCK, len(base))) for start in range(0, len(base), BLOCK)]
-        lows = np.concatenate([self._outlined(base[slice(*part)], [part]) for part in parts])
+        parts = [(start, min(start + GROUP, len(base))) for start in range(0, len(base), GROUP)]
+        lows = np.concatenate(list(_threads().map(lambda part: self._outlined(base[slice(*part)], [part]), parts)))
+        self.outlined += len(lows)
         first = np.argpartition(lows, min(16 * self.k, len(lows) - 1))[: 16 * self.k]
         first.sort()
         self._score(first, base[first])  # which lowers `best` for all the others
@@ -175,18 +186,21 @@ class _Scan:
                 self._score(kept[start : start + BLOCK], base[kept[start : start + BLOCK]])
             return
         base[lows > self.best] = np.inf
-        for start, end in parts:
-            self._score(np.arange(start, end), base[start:end], [(start, end)])
+        products = _threads().map(lambda part: _products(self.cells.features, self.query, [part]), parts)
+        for (start, end), product in zip(parts, products, strict=True):
+            self._settle(np.arange(start, end), base[start:end], product)
 
     def _outlined(self, base, runs):
         """What the scores of photos are at least, by their outlines. runs: (start, end); base: weight · D of each."""
-        self.outlined += len(base)
         return base + self.rest * self._distances(_products(self.cells.outlines, self.outline, runs), 1) - SLACK
 
     def _score(self, rows, base, runs=None):
         """Look at the features of photos `rows`, which are those in `runs`, if that is given."""
         features = self.cells.features
-        products = _products(features, self.query, runs) if runs else features[rows] @ self.query
+        self._settle(rows, base, _products(features, self.query, runs) if runs else features[rows] @ self.query)
+
+    def _settle(self, rows, base, products):
+        """Keep those of `rows` that may be among the k, by their products with the query."""
         self.scanned += len(rows)
         lows = base + self.rest * self._distances(products, 1) - SLACK
         kept = np.flatnonzero(lows <= self.best)
@@ -219,6 +233,16 @@ class _Scan:
         distances = np.sqrt((difference**2).sum(axis=1))
         cluster = self.cluster[self.cells.ends.searchsorted(rows, side="right")]
         return (self.weight * cluster + self.rest * distances if self.weight else distances), distances, cluster
+
+
+@functools.cache
+def _blas():
+    return ThreadpoolController()
+
+
+@functools.cache
+def _threads():
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
 def _cluster_distances(cells, query):
