@@ -29,22 +29,14 @@ def without_warnings():
 
 
 def read_rgb(path):
-    """Decode an image file of any mode as 8-bit RGB (PIL.Image).
+    """Decode an image file of any mode as 8-bit RGB (PIL.Image), see `as_rgb`.
 
-    16-bit grey is scaled to 8 bits, and transparent parts become white. Pillow's own conversion would turn both into
-    black or white. Raises InputError naming the file if it does not exist, may not be read, is damaged or is no image.
+    Raises InputError naming the file if it does not exist, may not be read, is damaged or is no image.
     """
     try:
         with without_warnings(), Image.open(path) as image:
             image.load()
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16-bit grey
-                grey = np.asarray(image).astype(np.float64) / 257
-                return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                paper = Image.new("RGBA", image.size, "white")
-                return Image.alpha_composite(paper, image).convert("RGB")
-            return image.convert("RGB")
+            return as_rgb(image)
     except FileNotFoundError:
         raise InputError(f"{path}: no such image; unpack the data again, or take it out of its list") from None
     except PermissionError as error:
@@ -53,6 +45,22 @@ def read_rgb(path):
         raise InputError(
             f"{path}: not a readable image ({error}); fetch it again, or take it out of its list"
         ) from error
+
+
+def as_rgb(image):
+    """A loaded PIL.Image of any mode as 8-bit RGB.
+
+    16-bit grey is scaled to 8 bits, and transparent parts become white. Pillow's own conversion would turn both into
+    black or white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16-bit grey
+        grey = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(paper, image).convert("RGB")
+    return image.convert("RGB")
 
 
 class Augmentation(NamedTuple):

@@ -146,10 +146,11 @@ def _stack(images):
 
 def _workers(loading):
     pinned = torch.device(loading.device).type == "cuda"
-    return dict(num_workers=loading.workers, pin_memory=pinned, worker_init_fn=_prepare_worker)
+    return dict(num_workers=loading.workers, pin_memory=pinned, worker_init_fn=prepare_worker)
 
 
-def _prepare_worker(_):
+def prepare_worker(_):
+    """Prepare a process of a DataLoader: it leaves Ctrl-C to its parent, and does not tell when that is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process sees to it
     sys.excepthook = _without_lost_connections
 

@@ -174,7 +174,7 @@ def restore(run, savedir, record, defaults):
         raise InputError(f"{path}: damaged, it cannot be resumed ({error}); start anew") from error
     if saved["protocol"] != record["protocol"]:
         raise InputError(f"--resume: {path} was trained for {saved['protocol']}, not {record['protocol']}")
-    _check_same_options(defaults | _renamed(saved["options"]), record["options"], path)
+    _check_same_options(defaults | renamed(saved["options"]), record["options"], path)
     _check_same_data(saved["data"], record["data"])
     for optimizer, state in zip(run.optimizers, saved["adam"], strict=True):
         optimizer.load_state_dict(state)
@@ -202,7 +202,7 @@ def _read_last(savedir):
     raise InputError(f"{torn}; it cannot be resumed, start anew with --overwrite")
 
 
-def _renamed(options):
+def renamed(options):
     """Options of a checkpoint by their present names."""
     options = {**options}
     if "imagenet_classes" not in options and "nb_classes" in options:  # which were the ImageNet classes before

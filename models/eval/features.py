@@ -74,12 +74,20 @@ def extract(student, loader, device, title="features", precision="fp32", done=0)
     total = done + len(loader.dataset)
     with tqdm(total=total, initial=done, desc=title, unit="image", leave=False, disable=parallel.bar()) as bar:
         for images, _ in loader:
-            with torch.inference_mode(), arithmetic(precision, device):
-                images = normalise(images.to(device, non_blocking=True), *student.statistics)
-                features = student.features(images.contiguous(memory_format=torch.channels_last))
-                rows = F.normalize(features.float(), dim=1).cpu().numpy()
+            rows = embed(student, images, device, precision)
             yield rows
             bar.update(len(rows))
+
+
+def embed(student, images, device, precision="fp32"):
+    """L2-normalised features of images (n, 3, H, W) uint8: (n, D) float32 array. `student` is as `extract` leaves it.
+
+    precision: see models.networks.arithmetic.
+    """
+    with torch.inference_mode(), arithmetic(precision, device):
+        images = normalise(images.to(device, non_blocking=True), *student.statistics)
+        features = student.features(images.contiguous(memory_format=torch.channels_last))
+        return F.normalize(features.float(), dim=1).cpu().numpy()
 
 
 def compute_features(folder, student, images, loading, precision, source):

@@ -1,0 +1,281 @@
+"""Exact search in millions of features: photos stand sorted by cell, and bounds tell which cells can be left out.
+
+A feature has an outline: its coordinates in a few directions, and the length of its rest. That of a sketch q and of a
+photo g are never further apart than d = ‖q − g‖, and cost a twelfth.
+
+A cell holds photos with the same codes, so they share the cluster distance D to a sketch. Their outlines lie in a ball,
+so that d is at least the distance to the ball's centre less its radius. Cells come by ascending 0.8 · D + 0.2 · (bound
+of d), and the search stops where that exceeds the k-th best score so far. Inside a cell each photo's outline tells
+whether it can be left out.
+
+Bounds are float32 and allow for its rounding; what they leave is scored in float64, as models.eval.matching defines
+it. Features have length 1. Stands alone, on NumPy and threadpoolctl.
+"""
+
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+CLUSTER_WEIGHT = 0.8  # as in models.eval.matching
+DIRECTIONS = 63  # of an outline
+BLOCK = 8192  # features at a time
+GROUP = 8 * BLOCK  # photos of cells that are looked at together
+FEW = 0.25  # share of features that is gathered rather than read through
+MANY = 0.25  # share of photos that is read through rather than cell by cell
+SLACK = 4e-6  # rounding of a score in float32
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Photos sorted by cell. N photos of D values, C cells, codes in M sub-spaces."""
+
+    features: np.ndarray  # (N, D) float32, of length 1
+    places: np.ndarray  # (N,) int32, which decides ties: the lower comes first
+    codebook: np.ndarray  # (M, K, D/M) float32; M is 0 without one
+    codes: np.ndarray  # (C, M) int32
+    ends: np.ndarray  # (C,) int64, where each cell ends
+    centres: np.ndarray  # (C, P + 1) float32, of the balls around the outlines of each cell
+    radii: np.ndarray  # (C,) float32
+    basis: np.ndarray  # (P, D) float32, orthonormal
+    outlines: np.ndarray  # (N, P + 1) float32
+
+
+class Nearest(NamedTuple):
+    """The k photos with the lowest scores, ascending."""
+
+    rows: np.ndarray  # (k,) int64
+    scores: np.ndarray  # (k,) float64
+    distances: np.ndarray  # (k,) float64, d
+    cluster_distances: np.ndarray  # (k,) float64, D; NaN without a codebook
+    scanned: int  # photos whose features were looked at
+    outlined: int  # photos whose outlines were looked at
+
+
+def codes_of(features, codebook):
+    """The nearest code word of each part of features (N, D), as matching.nearest_codes gives it: (N, M) int32."""
+    codes = np.empty((len(features), len(codebook)), np.int32)
+    means = codebook.astype(np.float64)
+    for start in range(0, len(features) if len(codebook) else 0, BLOCK):
+        block = np.asarray(features[start : start + BLOCK], np.float64)
+        for part, (values, words) in enumerate(zip(np.split(block, len(means), axis=1), means, strict=True)):
+            # ‖g‖² is the same for all words.
+            codes[start : start + BLOCK, part] = ((words**2).sum(axis=1) - 2 * values @ words.T).argmin(axis=1)
+    return codes
+
+
+def sorted_by_cell(codes):
+    """The order of photos by their codes (N, M), and then as they are: (permutation (N,), codes (C, M), ends (C,)).
+
+    A cell has at most BLOCK photos; larger ones are cut.
+    """
+    permutation = np.lexsort(codes.T[::-1]) if codes.shape[1] else np.arange(len(codes))
+    codes = codes[permutation]
+    starts = np.flatnonzero(np.append(True, (codes[1:] != codes[:-1]).any(axis=1)))
+    ends = np.append(starts[1:], len(codes))
+    ends = np.concatenate([np.append(np.arange(a + BLOCK, b, BLOCK), b) for a, b in zip(starts, ends, strict=True)])
+    return permutation, codes[ends - 1], ends.astype(np.int64)
+
+
+def balls_of(outlines, ends):
+    """(centres, radii) of Cells."""
+    centres, radii = np.empty((len(ends), outlines.shape[1]), np.float32), np.empty(len(ends), np.float32)
+    for cells in _blocks(ends):
+        start = ends[cells.start - 1] if cells.start else 0
+        block = outlines[start : ends[cells.stop - 1]].astype(np.float64)
+        sizes = np.diff(ends[cells], prepend=start)
+        starts = ends[cells] - sizes - start
+        centres[cells] = np.add.reduceat(block, starts) / sizes[:, None]
+        apart = np.sqrt(((block - np.repeat(centres[cells], sizes, axis=0)) ** 2).sum(axis=1))
+        radii[cells] = np.nextafter(np.maximum.reduceat(apart, starts).astype(np.float32), np.float32(np.inf))
+    return centres, radii
+
+
+def basis_of(features):
+    """The directions (P, D) float32 that hold most of features (n, D)."""
+    _, vectors = np.linalg.eigh(features.T.astype(np.float64) @ features)
+    return np.ascontiguousarray(vectors[:, ::-1][:, :DIRECTIONS].T.astype(np.float32))
+
+
+def outlines_of(features, basis):
+    """Outlines (n, P + 1) float32 of features (n, D)."""
+    inside = features @ basis.T
+    rest = np.sqrt(np.clip((features**2).sum(axis=1) - (inside**2).sum(axis=1), 0, None))
+    return np.concatenate([inside, rest[:, None]], axis=1)
+
+
+def search(cells, query, k, weight=CLUSTER_WEIGHT):
+    """The k photos with the lowest weight · D + (1 − weight) · d, ties by place: as comparing all of them gives.
+
+    query: (D,) float32 of length 1; weight 0 is one-to-one matching, any other needs a codebook. Returns Nearest.
+    Raises ValueError if features are not finite.
+    """
+    # Waiting for each other in every product, as BLAS's own threads do, takes longer than the product.
+    with _blas().limit(limits=1, user_api="blas"):
+        return _search(_Scan(cells, query, min(k, len(cells.features)), weight), cells)
+
+
+def _search(scan, cells):
+    order = np.argsort(scan.bounds, kind="stable")
+    bounds, counts = scan.bounds[order], scan.sizes[order].cumsum()
+    done, wanted = 0, max(2 * scan.k, 1024)
+    while done < (within := bounds.searchsorted(scan.best, side="right")):
+        before = counts[done - 1] if done else 0
+        if done and counts[within - 1] - before > MANY * len(cells.features):
+            scan.sweep(order[done:within])
+            break
+        stop = min(within, counts.searchsorted(before + wanted) + 1)
+        scan.add(np.sort(order[done:stop]))
+        done, wanted = stop, min(4 * wanted, GROUP)
+    return scan.result()
+
+
+class _Scan:
+    """A search in progress. best: no photo with a higher score can be among the k."""
+
+    def __init__(self, cells, query, k, weight):
+        self.cells, self.k = cells, k
+        self.query = np.ascontiguousarray(query, np.float32)
+        self.outline = outlines_of(self.query[None], cells.basis)[0]
+        self.weight, self.rest = weight, round(1 - weight, 12)
+        self.sizes = np.diff(cells.ends, prepend=0)
+        # A product of D terms may be off by D roundings of numbers that add up to 1 at most.
+        self.margin = 4 * (len(query) + 8) * 2.0**-24
+        self.cluster = _cluster_distances(cells, self.query)
+        self.base = (weight * self.cluster if weight else np.zeros(len(cells.ends))).astype(np.float32)
+        self.bounds = self.base + self.rest * self._least_distances() - SLACK
+        self.best, self.scanned, self.outlined = np.inf, 0, 0
+        self.rows, self.lows, self.highs = np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.float32)
+
+    def _least_distances(self):
+        """What no photo of each cell is nearer than: (C,)."""
+        apart = np.sqrt(((self.cells.centres - self.outline) ** 2).sum(axis=1))
+        return np.sqrt(np.maximum(np.maximum(apart - self.cells.radii, 0) ** 2 - self.margin, 0))
+
+    def add(self, chosen):
+        """Look at the photos of cells `chosen`, ascending, cell by cell."""
+        ends, sizes = self.cells.ends[chosen], self.sizes[chosen]
+        rows = np.repeat(ends - sizes.cumsum(), sizes) + np.arange(sizes.sum())
+        base, runs = np.repeat(self.base[chosen], sizes), _joined(ends - sizes, ends)
+        if self.best < np.inf:
+            self.outlined += len(rows)
+            kept = np.flatnonzero(self._outlined(base, runs) <= self.best)
+            if len(kept) < FEW * len(rows):
+                rows, base, runs = rows[kept], base[kept], None
+        self._score(rows, base, runs)
+
+    def sweep(self, chosen):
+        """Look at the photos of cells `chosen`, reading through all outlines: faster where they are many."""
+        base = np.full(len(self.base), np.inf, np.float32)
+        base[chosen] = self.base[chosen]
+        base = np.repeat(base, self.sizes)
+        parts = [(start, min(start + GROUP, len(base))) for start in range(0, len(base), GROUP)]
+        lows = np.concatenate(list(_threads().map(lambda part: self._outlined(base[slice(*part)], [part]), parts)))
+        self.outlined += len(lows)
+        first = np.argpartition(lows, min(16 * self.k, len(lows) - 1))[: 16 * self.k]
+        first.sort()
+        self._score(first, base[first])  # which lowers `best` for all the others
+        lows[first] = np.inf
+        kept = np.flatnonzero(lows <= self.best)
+        if len(kept) < FEW * len(lows):
+            for start in range(0, len(kept), BLOCK):
+                self._score(kept[start : start + BLOCK], base[kept[start : start + BLOCK]])
+            return
+        base[lows > self.best] = np.inf
+        products = _threads().map(lambda part: _products(self.cells.features, self.query, [part]), parts)
+        for (start, end), product in zip(parts, products, strict=True):
+            self._settle(np.arange(start, end), base[start:end], product)
+
+    def _outlined(self, base, runs):
+        """What the scores of photos are at least, by their outlines. runs: (start, end); base: weight · D of each."""
+        return base + self.rest * self._distances(_products(self.cells.outlines, self.outline, runs), 1) - SLACK
+
+    def _score(self, rows, base, runs=None):
+        """Look at the features of photos `rows`, which are those in `runs`, if that is given."""
+        features = self.cells.features
+        self._settle(rows, base, _products(features, self.query, runs) if runs else features[rows] @ self.query)
+
+    def _settle(self, rows, base, products):
+        """Keep those of `rows` that may be among the k, by their products with the query."""
+        self.scanned += len(rows)
+        lows = base + self.rest * self._distances(products, 1) - SLACK
+        kept = np.flatnonzero(lows <= self.best)
+        kept = kept[np.isfinite(base[kept])]
+        highs = base[kept] + self.rest * self._distances(products[kept], -1) + SLACK
+        self.rows, self.lows = np.append(self.rows, rows[kept]), np.append(self.lows, lows[kept])
+        self.highs = np.append(self.highs, highs)
+        if len(self.highs) >= self.k:
+            self.best = np.partition(self.highs, self.k - 1)[self.k - 1]
+            kept = self.lows <= self.best
+            self.rows, self.lows, self.highs = self.rows[kept], self.lows[kept], self.highs[kept]
+
+    def _distances(self, products, sign):
+        """d of products q · g, less (sign 1) or more (sign −1) what rounding may have done."""
+        return np.sqrt(np.maximum(2 - 2 * products - np.float32(sign * self.margin), 0))
+
+    def result(self):
+        """Score what is left in float64. Raises ValueError if features are not finite."""
+        if len(self.rows) < self.k:
+            raise ValueError("features are not finite")
+        parts = [self._exact(self.rows[start : start + BLOCK]) for start in range(0, len(self.rows), BLOCK)]
+        scores, distances, cluster = (np.concatenate(values) for values in zip(*parts, strict=True))
+        order = np.lexsort([self.cells.places[self.rows], scores])[: self.k]
+        values = (values[order] for values in (self.rows, scores, distances, cluster))
+        return Nearest(*values, self.scanned, self.outlined)
+
+    def _exact(self, rows):
+        """(scores, d, D) of photos."""
+        difference = self.cells.features[rows].astype(np.float64) - self.query.astype(np.float64)
+        distances = np.sqrt((difference**2).sum(axis=1))
+        cluster = self.cluster[self.cells.ends.searchsorted(rows, side="right")]
+        return (self.weight * cluster + self.rest * distances if self.weight else distances), distances, cluster
+
+
+@functools.cache
+def _blas():
+    return ThreadpoolController()
+
+
+@functools.cache
+def _threads():
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
+def _cluster_distances(cells, query):
+    """D of each cell, (C,) float64; NaN without a codebook."""
+    if not len(cells.codebook):
+        return np.full(len(cells.ends), np.nan)
+    parts = query.astype(np.float64).reshape(len(cells.codebook), 1, -1)
+    squares = ((cells.codebook - parts) ** 2).sum(axis=2)
+    return sum(own[codes] for own, codes in zip(squares, cells.codes.T, strict=True))
+
+
+def _products(features, query, runs):
+    """features · query for the rows of each run (start, end), one after the other."""
+    if len(runs) == 1:
+        return features[slice(*runs[0])] @ query
+    products, done = np.empty(sum(end - start for start, end in runs), np.float32), 0
+    for start, end in runs:
+        np.dot(features[start:end], query, out=products[done : done + end - start])
+        done += end - start
+    return products
+
+
+def _joined(starts, ends):
+    """[(start, end), ...] of runs of photos, ascending, those that touch as one."""
+    apart = np.flatnonzero(starts[1:] != ends[:-1])
+    return list(zip(starts[np.append(0, apart + 1)].tolist(), ends[np.append(apart, -1)].tolist(), strict=True))
+
+
+def _blocks(ends, size=BLOCK):
+    """Yield slices of cells, which end after `ends` photos, with about `size` photos each."""
+    first = 0
+    while first < len(ends):
+        before = ends[first - 1] if first else 0
+        last = max(first + 1, int(ends.searchsorted(before + size, side="right")))
+        yield slice(first, last)
+        first = last

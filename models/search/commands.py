@@ -1,0 +1,191 @@
+"""The command line of search_photos.py: `index` and `find`."""
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+from datasets.errors import InputError, OneLineParser, number
+from datasets.files import write_json
+from models.eval.workers import available_cores
+from models.options import check_device
+from models.parallel import note
+from models.search import update
+from models.search.figure import draw_found
+from models.search.find import MATCHINGS, ONE_TO_ONE, lost, open_finder, read_sketch
+from models.search.index import is_index, open_index
+from models.search.network import check_checkpoint, load_network, network_of
+
+TOLD = 10  # unreadable files that are named
+_positive = number(int, 1, 10**6, "a whole number from 1 to a million")
+
+
+def create_parser():
+    """The commands and their options."""
+    parser = OneLineParser(prog="search_photos.py", description="Find photos of your own with a sketch.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name, run, text):
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        added.add_argument(
+            "--index", type=_path, default=Path("photo_index"), metavar="DIR", help="folder of the index"
+        )
+        added.add_argument("--checkpoint", type=_path, metavar="FILE",
+            help="what a train script wrote, ours or the authors' (default: that of the index)")  # fmt: skip
+        added.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+        return added
+
+    index = command("index", make_index, "index folders of photos, or bring their index up to date")
+    add = index.add_argument
+    add("folders", nargs="*", metavar="folder", help="what the index is to hold (default: what it holds)")
+    add("--exclude", action="append", metavar="GLOB", help="leave out files and folders of this name, or path inside "
+        "a folder; may be given several times")  # fmt: skip
+    add("--model", help="of a checkpoint that does not tell (default: convnextv2_tiny)")
+    add("--input_size", type=number(int, 32, 4096, "a whole number of pixels from 32 to 4096"),
+        help="side of an input image, in pixels (default: what the checkpoint was trained with, else 224)")  # fmt: skip
+    add("--imagenet_classes", type=_positive, help="outputs of the ImageNet head (default: what the checkpoint tells)")
+    add("--clusters", type=_positive, metavar="K", help="clusters (default: a 25th of the photos, from 2 "
+        f"to 100; none for fewer than {update.FEWEST} photos)")  # fmt: skip
+    add("--subspaces", type=_positive, metavar="M", help="parts of a feature (default: 2)")
+    add("--refit", action="store_true", help="fit the clusters to the photos there are now")
+    add("--batch_size", type=_positive, default=64, help="photos at a time")
+    add("--workers", type=number(int, 0, 1000, "a whole number from 0 to 1000"), default=min(4, available_cores()),
+        help="processes that decode photos")  # fmt: skip
+
+    find = command("find", find_photos, "find the photos of an index that look like sketches")
+    add = find.add_argument
+    add("sketches", nargs="+", metavar="sketch", help="picture of a sketch")
+    add("-k", type=_positive, default=20, help="how many photos to show")
+    add("--matching", choices=MATCHINGS, help="(default: one-to-many where the index has clusters)")
+    add("--json", type=_path, metavar="FILE", help="write what was found to FILE")
+    add("--picture", type=_path, metavar="FILE", help="where the picture goes (default: found.png in the index)")
+    return parser
+
+
+def make_index(options):
+    """Make or update an index; returns update.Totals."""
+    folder, old = options.index, open_index(options.index).facts if is_index(options.index) else None
+    if old:
+        _check_same(old, options)
+    elif not options.folders or not options.checkpoint:
+        missing = "--checkpoint" if options.folders else "a folder of photos"
+        raise InputError(f"{folder}: there is no index yet, and a new one needs {missing} (see --help)")
+
+    @functools.cache
+    def network():
+        device = _device(options)
+        if old:
+            return network_of(old, options.checkpoint, device)
+        return load_network(options.checkpoint, options.model, options.input_size, options.imagenet_classes, device)
+
+    folders = [os.path.realpath(each) for each in options.folders] or old["folders"]
+    exclude = old["exclude"] if old and options.exclude is None else options.exclude or []
+    checkpoint = str(options.checkpoint.absolute()) if options.checkpoint else None
+    plan = update.Plan(folders, exclude, options.clusters, options.subspaces, options.refit, options.batch_size,
+                       options.workers, checkpoint)  # fmt: skip
+    totals = update.update_index(folder, network, plan)
+    _tell(folder, totals)
+    return totals
+
+
+def _check_same(old, options):
+    """Raise InputError if options ask for other features than those of the index."""
+    if options.checkpoint:
+        check_checkpoint(old, options.checkpoint)
+    for name in ("model", "input_size", "imagenet_classes"):
+        if getattr(options, name) not in (None, old[name]):
+            raise InputError(
+                f"--{name} {getattr(options, name)}: {options.index} was made with {old[name]}, and features of two do "
+                "not mix; name another --index"
+            )
+
+
+def _tell(folder, totals):
+    for line in totals.unreadable[:TOLD]:
+        note(f"note: not indexed: {line}")
+    if len(totals.unreadable) > TOLD:
+        note(f"note: not indexed: {len(totals.unreadable) - TOLD:,} more that cannot be read")
+    index = open_index(folder)
+    kinds = ("new", "changed", "moved", "removed")
+    parts = [f"{getattr(totals, kind):,} {kind}" for kind in kinds] + [f"{len(totals.unreadable):,} unreadable"]
+    rate = f", {totals.extracted / totals.seconds:.1f} photos a second" if totals.extracted else ""
+    clusters = "M {}, K {}".format(*index.clusters) if index.clusters else "one-to-one matching alone"
+    print(f"{folder}: {totals.photos:,} photos ({', '.join(parts)}), {clusters}; {totals.seconds:.1f} s{rate}")
+    if not index.clusters:
+        note(f"note: clusters are fitted from {update.FEWEST} photos on, or with --clusters")
+    if index.share_new > update.DUE:
+        note(f"note: {index.share_new:.0%} of the photos are newer than the clusters; --refit fits them anew")
+
+
+def find_photos(options):
+    """Find photos; returns what --json writes."""
+    sketches = [read_sketch(path) for path in options.sketches]
+    finder = open_finder(options.index, options.checkpoint, _device(options))
+    matching = finder.matching(options.matching)
+    if matching != options.matching and matching == ONE_TO_ONE:
+        note(f"note: {options.index} has no clusters, so matching is one-to-one")
+    if options.k > len(finder.index):
+        note(f"note: the index has only {len(finder.index):,} photos; all are shown")
+    found = []
+    for path, features in zip(options.sketches, _features(finder.network, sketches), strict=True):
+        matches = finder.find_features(features, options.k, matching)
+        _print_table(path, matching, matches)
+        found.append(matches)
+    if gone := len({match.path for matches in found for match in matches if lost([match])}):
+        note(f"note: {gone:,} of the photos found are no longer there; index again")
+    result = [
+        {"sketch": path, "matching": matching, "found": [_as_json(match) for match in matches]}
+        for path, matches in zip(options.sketches, found, strict=True)
+    ]
+    if options.json:
+        write_json(options.json, result)
+    _draw(options, finder, sketches, found)
+    return result
+
+
+def _features(network, sketches, batch_size=64):
+    for start in range(0, len(sketches), batch_size):
+        yield from network.features(sketches[start : start + batch_size])
+
+
+def _as_json(match):
+    return {
+        "photo": match.path, "score": match.score, "distance": match.distance,
+        "cluster_distance": match.cluster_distance,
+    }  # fmt: skip
+
+
+def _print_table(path, matching, matches):
+    print(f"{path} ({matching})")
+    print("       score  distance  cluster distance  photo")
+    for place, match in enumerate(matches, 1):
+        cluster = "-" if match.cluster_distance is None else f"{match.cluster_distance:.4f}"
+        print(f"{place:5d} {match.score:6.4f}  {match.distance:8.4f}  {cluster:>16}  {match.path}")
+
+
+def _draw(options, finder, sketches, found):
+    path = options.picture or options.index / "found.png"
+    rows = [
+        (os.path.basename(name), sketch, [(finder.index.thumbnail(match.row), match.score) for match in matches])
+        for name, sketch, matches in zip(options.sketches, sketches, found, strict=True)
+    ]
+    try:
+        draw_found(path, rows)
+    except ImportError:
+        note("note: no picture, matplotlib is not installed")
+    else:
+        print(f"picture: {path}")
+
+
+def _device(options):
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device("--device", device)
+    return device
+
+
+def _path(text):
+    if not text.strip():
+        raise InputError("an empty text is no file or folder (see --help)")
+    return Path(text)

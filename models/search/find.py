@@ -1,0 +1,88 @@
+"""A sketch of one's own against an index of photos: what `find` and others who search use."""
+
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from datasets.errors import InputError
+from datasets.images import read_rgb
+from models.search.cells import search
+from models.search.index import Index, open_index
+from models.search.network import Network, network_of
+
+ONE_TO_ONE, ONE_TO_MANY = MATCHINGS = ("one-to-one", "one-to-many")
+FLAT = 24  # grey levels, up to which a drawing shows nothing: paper and its noise
+
+
+class Match(NamedTuple):
+    """A photo that was found."""
+
+    row: int  # in the index
+    path: str
+    score: float
+    distance: float  # d
+    cluster_distance: float | None  # D; None in an index without clusters
+
+
+@dataclass(frozen=True)
+class Finder:
+    """An index, and the network that it was made with. It may be used by several threads."""
+
+    index: Index
+    network: Network
+
+    def matching(self, asked=None):
+        """The matching to use: what is asked for, or one-to-many where the index has clusters.
+
+        Raises InputError where one-to-many is asked for and there are none.
+        """
+        if asked == ONE_TO_MANY and not self.index.clusters:
+            raise InputError(
+                f"--matching {ONE_TO_MANY}: {self.index.folder} has no clusters; index again with --clusters"
+            )
+        return asked or (ONE_TO_MANY if self.index.clusters else ONE_TO_ONE)
+
+    def find(self, image, k=20, matching=None):
+        """The k nearest photos of a drawing (PIL.Image, RGB): [Match, ...], nearest first, ties by path."""
+        return self.find_features(self.network.features([image])[0], k, matching)
+
+    def find_features(self, features, k=20, matching=None):
+        """As `find`, for features (D,) of length 1: those of another drawing, or of a photo of the index."""
+        more = {"weight": 0} if self.matching(matching) == ONE_TO_ONE else {}
+        try:
+            nearest = search(self.index.cells, features, k, **more)
+        except ValueError as error:
+            raise InputError(f"{self.index.folder}: damaged index ({error}); delete it, and index again") from None
+        return [
+            Match(row, self.index.path(row), score, distance, cluster if self.index.clusters else None)
+            for row, score, distance, cluster in zip(*(values.tolist() for values in nearest[:4]), strict=True)
+        ]
+
+
+def open_finder(folder, checkpoint=None, device="cpu"):
+    """The Finder of an index; checkpoint: where that is now, if it has moved. Raises InputError."""
+    index = open_index(folder)
+    return Finder(index, network_of(index.facts, checkpoint, device))
+
+
+def read_sketch(path):
+    """A drawing as an RGB PIL.Image. Raises InputError if it cannot be read, or shows nothing."""
+    try:
+        image = read_rgb(path)
+    except InputError as error:
+        raise InputError(str(error).split("; ")[0] + "; name a picture of your sketch") from None
+    check_drawn(image, path)
+    return image
+
+
+def check_drawn(image, name):
+    """Raise InputError for a drawing, called `name`, that is blank or all black."""
+    low, high = image.convert("L").getextrema()
+    if high - low <= FLAT:
+        kind = "all black" if high < 128 else "blank"
+        raise InputError(f"{name}: the sketch is {kind}; draw dark lines on light paper")
+
+
+def lost(matches):
+    """How many of the photos found are no longer there."""
+    return sum(not os.path.isfile(match.path) for match in matches)
