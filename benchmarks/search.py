@@ -1,6 +1,6 @@
 """Exact search at scale: time, the share of photos looked at, opening and memory, beside faiss where it is installed.
 
-    .venv/bin/python benchmarks/search.py --folder /tmp/search
+    .venv/bin/python benchmarks/search.py --folder DIR
     .venv/bin/python benchmarks/search.py --sizes 10000 --kinds clustered
 
 Synthetic features of 768 values, an index on disk of each size and kind (3.5 GB for a million photos, deleted at the

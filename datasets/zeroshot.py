@@ -131,15 +131,15 @@ def evaluation_loader(files, loading, start=0, stop=None):
 
 def _collate_training(items):
     images, labels, is_photo = zip(*items, strict=True)
-    return _stack(images), torch.tensor(labels), torch.tensor(is_photo, dtype=torch.float32)
+    return stack(images), torch.tensor(labels), torch.tensor(is_photo, dtype=torch.float32)
 
 
 def _collate_evaluation(items):
     images, labels = zip(*items, strict=True)
-    return _stack(images), torch.tensor(labels)
+    return stack(images), torch.tensor(labels)
 
 
-def _stack(images):
+def stack(images):
     """Stack images (3, H, W) as one (B, 3, H, W), channels last in memory, which is what the networks take."""
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 

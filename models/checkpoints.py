@@ -138,10 +138,15 @@ def load_student(path, model, classes, imagenet_classes=1000):
     student = student_of(model, classes, imagenet_classes)
     checkpoint = read_checkpoint(path)
     load_published(student, checkpoint["state_dict"], path)
+    return student, trained_with(checkpoint)
+
+
+def trained_with(checkpoint):
+    """The options that a checkpoint's content was trained with, by their present names; {} for the authors'."""
     try:
-        return student, plain_options(checkpoint.get("options"))
-    except ValueError:  # the authors' have none
-        return student, {}
+        return _renamed(plain_options(checkpoint.get("options")))
+    except ValueError:
+        return {}
 
 
 def find_checkpoint(folder, kept):
@@ -174,7 +179,7 @@ def restore(run, savedir, record, defaults):
         raise InputError(f"{path}: damaged, it cannot be resumed ({error}); start anew") from error
     if saved["protocol"] != record["protocol"]:
         raise InputError(f"--resume: {path} was trained for {saved['protocol']}, not {record['protocol']}")
-    _check_same_options(defaults | renamed(saved["options"]), record["options"], path)
+    _check_same_options(defaults | _renamed(saved["options"]), record["options"], path)
     _check_same_data(saved["data"], record["data"])
     for optimizer, state in zip(run.optimizers, saved["adam"], strict=True):
         optimizer.load_state_dict(state)
@@ -202,7 +207,7 @@ def _read_last(savedir):
     raise InputError(f"{torn}; it cannot be resumed, start anew with --overwrite")
 
 
-def renamed(options):
+def _renamed(options):
     """Options of a checkpoint by their present names."""
     options = {**options}
     if "imagenet_classes" not in options and "nb_classes" in options:  # which were the ImageNet classes before

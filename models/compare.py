@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy import stats
 
 from datasets.errors import InputError, OneLineParser, ends_in_one_line, number, seed
 from datasets.files import check_writable, write_whole
 from models.eval.figures import row_name
+from models.eval.metrics import class_means
 from models.eval.report import QUERIES
 
 # Options that tell runs of one setting apart, or are no part of it.
@@ -185,8 +187,8 @@ def _of_row(run, row, metric):
 
 def class_mean(values, classes):
     """Mean over the sketches of a class, then over classes, of values (..., Q); classes: (Q,) from 0."""
-    sums = np.stack([values[..., classes == label].mean(axis=-1) for label in range(classes.max() + 1)])
-    return sums.mean(axis=0)
+    by_sketch = torch.from_numpy(np.moveaxis(np.asarray(values), -1, 0).copy())
+    return class_means(by_sketch, torch.from_numpy(classes))[1].mean(dim=0).numpy()
 
 
 def bootstrap(values, classes, draws=10_000, seed=0, level=0.95):

@@ -28,14 +28,14 @@ def train_parser(protocol):
     add("--finetune", type=_text, default="pretrained_model/convnextv2_tiny_1k_224_ema.pt", metavar="FILE|timm|none",
         help="ImageNet weights of both networks: a downloaded file, timm's hub, or random")  # fmt: skip
     add("--drop_path", type=_share, default=0.0, help="stochastic depth of the student")
-    add("--epochs", type=_positive, default=20, help="epochs in all")
+    add("--epochs", type=positive, default=20, help="epochs in all")
     add("--warmup_epochs", type=_count, default=protocol.last_warmup_epoch, metavar="E_w",
         help="epochs 0..E_w teach the student alone, later ones both networks")  # fmt: skip
-    add("--batch_size", type=_positive, default=protocol.batch_size,
+    add("--batch_size", type=positive, default=protocol.batch_size,
         help=f"images a step, {protocol.sketch_share} sketch to {protocol.photo_share} photos")  # fmt: skip
     add(
         "--max_steps",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="stop each epoch after N steps, for a trial run (default: none)",
     )
@@ -57,13 +57,13 @@ def train_parser(protocol):
         help="arithmetic: float32, but TF32 for convolutions on CUDA (tf32, as the authors' runs had) or for matrix "
         "products, too (tf32_all); all float32 (fp32); bfloat16 in the networks, not in the losses (bf16)")  # fmt: skip
     _add_compile(parser)
-    add("--accum_steps", type=_positive, default=1, metavar="N",
+    add("--accum_steps", type=positive, default=1, metavar="N",
         help="take a batch in N parts and sum their gradients: the same step in less memory")  # fmt: skip
     add("--grad_checkpointing", action="store_true",
         help="compute activations twice rather than keep them: the same step in less memory, more slowly")  # fmt: skip
     add("--save_every", type=_interval, default="1e", metavar="10m|30s|2h|1e",
         help="save every 10 minutes (and after each epoch), or, with 2e, after every second epoch")  # fmt: skip
-    add("--print_freq", "--print-freq", "-p", type=_positive, default=10, metavar="N",
+    add("--print_freq", "--print-freq", "-p", type=positive, default=10, metavar="N",
         help="read and log the losses every N steps")  # fmt: skip
     add("--eval_every", type=_count, default=0, metavar="N",
         help="test zero-shot (one-to-one) after every N epochs, which looks at unseen classes; 0: never")  # fmt: skip
@@ -95,12 +95,10 @@ def test_parser(protocol):
         default=2,
         help="1: one-to-one matching; 2: one-to-many cluster matching too",
     )
-    add(
-        "--clusters", type=_positive, nargs="+", default=list(protocol.clusters), metavar="K", help="mixture components"
-    )
+    add("--clusters", type=positive, nargs="+", default=list(protocol.clusters), metavar="K", help="mixture components")
     add(
         "--subspaces",
-        type=_positive,
+        type=positive,
         nargs="+",
         default=list(protocol.subspaces),
         metavar="M",
@@ -119,7 +117,7 @@ def test_parser(protocol):
     add("--tsne", action="store_true", help="draw sketches and photos of the unseen classes in the plane (t-SNE)")
     add("--nearest", type=number(int, 1, 50, "a whole number from 1 to 50"), default=10,
         help="photos beside each sketch in the picture of retrievals")  # fmt: skip
-    add("--batch_size", type=_positive, default=64, help="images at a time in feature extraction")
+    add("--batch_size", type=positive, default=64, help="images at a time in feature extraction")
     add("--precision", choices=PRECISIONS, default="tf32",
         help="arithmetic of feature extraction: float32, but TF32 for convolutions on CUDA (tf32) or for matrix "
         "products, too (tf32_all); all float32 (fp32); bfloat16 (bf16)")  # fmt: skip
@@ -210,10 +208,10 @@ def _add_data(parser, protocol):
 def _add_model(parser, protocol):
     parser.add_argument("--model", type=_text, default="convnextv2_tiny",
         help="any image classifier of timm with an ImageNet head, tf_efficientnet_lite0, say")  # fmt: skip
-    parser.add_argument("--nb_classes", type=_positive, metavar="C", help="seen classes; refused if cname_cid.txt "
+    parser.add_argument("--nb_classes", type=positive, metavar="C", help="seen classes; refused if cname_cid.txt "
         f"lists another number ({protocol.title} has {protocol.seen_classes}; default: what it lists)")  # fmt: skip
-    parser.add_argument("--imagenet_classes", type=_positive, default=1000, help="outputs of the ImageNet head")
-    parser.add_argument("--input_size", type=_size,
+    parser.add_argument("--imagenet_classes", type=positive, default=1000, help="outputs of the ImageNet head")
+    parser.add_argument("--input_size", type=pixels,
         help="side of an input image, in pixels (default: 224, or what the model takes)")  # fmt: skip
 
 
@@ -239,9 +237,9 @@ def _path(text):
     return Path(_text(text))
 
 
-_positive = number(int, 1, 10**6, "a whole number from 1 to a million")
+positive = number(int, 1, 10**6, "a whole number from 1 to a million")
 _count = number(int, 0, 10**6, "a whole number from 0 to a million")
-_size = number(int, 32, 4096, "a whole number of pixels from 32 to 4096")
+pixels = number(int, 32, 4096, "a whole number of pixels from 32 to 4096")
 _rate = number(float, 0, 1e30, "a number, 0 or more")
 _weight = number(float, 0, 1e6, "a number from 0 to a million")
 _part = number(float, 0, 1, "a number from 0 to 1")

@@ -9,16 +9,15 @@ import torch
 from datasets.errors import InputError, OneLineParser, number
 from datasets.files import write_json
 from models.eval.workers import available_cores
-from models.options import check_device
+from models.options import check_device, pixels, positive
 from models.parallel import note
 from models.search import update
 from models.search.figure import draw_found
-from models.search.find import MATCHINGS, ONE_TO_ONE, lost, open_finder, read_sketch
+from models.search.find import MATCHINGS, ONE_TO_ONE, is_lost, open_finder, read_sketch
 from models.search.index import is_index, open_index
 from models.search.network import check_checkpoint, load_network, network_of
 
 TOLD = 10  # unreadable files that are named
-_positive = number(int, 1, 10**6, "a whole number from 1 to a million")
 
 
 def create_parser():
@@ -43,21 +42,21 @@ def create_parser():
     add("--exclude", action="append", metavar="GLOB", help="leave out files and folders of this name, or path inside "
         "a folder; may be given several times")  # fmt: skip
     add("--model", help="of a checkpoint that does not tell (default: convnextv2_tiny)")
-    add("--input_size", type=number(int, 32, 4096, "a whole number of pixels from 32 to 4096"),
+    add("--input_size", type=pixels,
         help="side of an input image, in pixels (default: what the checkpoint was trained with, else 224)")  # fmt: skip
-    add("--imagenet_classes", type=_positive, help="outputs of the ImageNet head (default: what the checkpoint tells)")
-    add("--clusters", type=_positive, metavar="K", help="clusters (default: a 25th of the photos, from 2 "
+    add("--imagenet_classes", type=positive, help="outputs of the ImageNet head (default: what the checkpoint tells)")
+    add("--clusters", type=positive, metavar="K", help="clusters (default: a 25th of the photos, from 2 "
         f"to 100; none for fewer than {update.FEWEST} photos)")  # fmt: skip
-    add("--subspaces", type=_positive, metavar="M", help="parts of a feature (default: 2)")
+    add("--subspaces", type=positive, metavar="M", help="parts of a feature (default: 2)")
     add("--refit", action="store_true", help="fit the clusters to the photos there are now")
-    add("--batch_size", type=_positive, default=64, help="photos at a time")
+    add("--batch_size", type=positive, default=64, help="photos at a time")
     add("--workers", type=number(int, 0, 1000, "a whole number from 0 to 1000"), default=min(4, available_cores()),
         help="processes that decode photos")  # fmt: skip
 
     find = command("find", find_photos, "find the photos of an index that look like sketches")
     add = find.add_argument
     add("sketches", nargs="+", metavar="sketch", help="picture of a sketch")
-    add("-k", type=_positive, default=20, help="how many photos to show")
+    add("-k", type=positive, default=20, help="how many photos to show")
     add("--matching", choices=MATCHINGS, help="(default: one-to-many where the index has clusters)")
     add("--json", type=_path, metavar="FILE", help="write what was found to FILE")
     add("--picture", type=_path, metavar="FILE", help="where the picture goes (default: found.png in the index)")
@@ -133,7 +132,7 @@ def find_photos(options):
         matches = finder.find_features(features, options.k, matching)
         _print_table(path, matching, matches)
         found.append(matches)
-    if gone := len({match.path for matches in found for match in matches if lost([match])}):
+    if gone := len({match.path for matches in found for match in matches if is_lost(match)}):
         note(f"note: {gone:,} of the photos found are no longer there; index again")
     result = [
         {"sketch": path, "matching": matching, "found": [_as_json(match) for match in matches]}

@@ -83,6 +83,6 @@ def check_drawn(image, name):
         raise InputError(f"{name}: the sketch is {kind}; draw dark lines on light paper")
 
 
-def lost(matches):
-    """How many of the photos found are no longer there."""
-    return sum(not os.path.isfile(match.path) for match in matches)
+def is_lost(match):
+    """Whether a photo that was found is no longer there."""
+    return not os.path.isfile(match.path)

@@ -11,13 +11,12 @@ from tqdm import tqdm
 from datasets.errors import InputError
 from datasets.files import digest
 from datasets.images import resize
-from datasets.zeroshot import prepare_worker
+from datasets.zeroshot import prepare_worker, stack
 from models import parallel
-from models.checkpoints import read_checkpoint, renamed
+from models.checkpoints import read_checkpoint, trained_with
 from models.eval.features import embed
 from models.networks import Student
 from models.options import input_size as fitting_size
-from models.saved import plain_options
 from models.search.photos import read_photo, thumbnail
 from models.weights import load_published, student_of
 
@@ -53,10 +52,7 @@ def load_network(checkpoint, model=None, input_size=None, imagenet_classes=None,
     """
     path = Path(checkpoint).absolute()
     content = read_checkpoint(path)
-    try:
-        options = renamed(plain_options(content.get("options")))
-    except ValueError:  # the authors' have none
-        options = {}
+    options = trained_with(content)
     model = model or _of_kind(options, "model", str, "convnextv2_tiny")
     imagenet_classes = imagenet_classes or _of_kind(options, "imagenet_classes", int, 1000)
     size = fitting_size(model, input_size or _of_kind(options, "input_size", int, None))
@@ -149,7 +145,6 @@ def add_photos(network, found, unfinished, batch_size=64, workers=0):
             unreadable = {each: item for each, item in batch if isinstance(item, str)}
             good = [(each, *item) for each, item in batch if not isinstance(item, str)]
             own, images, thumbnails, digests = zip(*good, strict=True) if good else ((), (), (), ())
-            images = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2) if good else None
-            rows = network.embed(images) if good else np.empty((0, network.facts["width"]), np.float32)
+            rows = network.embed(stack(images)) if good else np.empty((0, network.facts["width"]), np.float32)
             unfinished.add(own, rows, digests, thumbnails, unreadable)
             bar.update(len(batch))
