@@ -6,7 +6,7 @@
 The rate of a variant is the one with the best accuracy on held-back sketches of seen classes, of the first seed on the
 first split; unseen classes have no say. Two rates in the middle are tried, then the neighbours of the best. Runs that
 are done are not done again, one that was stopped goes on, and one that another process is at is left to it. What was
-measured is kept beside the study's file, for the report.
+measured is kept beside the study's file, for the report: tables, figures, and each number with its commands.
 """
 
 import argparse
@@ -23,6 +23,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from study_report import draw_differences, draw_sweeps, markdown  # noqa: E402
+
 from datasets.errors import InputError, ends_in_one_line  # noqa: E402
 from datasets.files import sole_writer, write_json, write_whole  # noqa: E402
 from datasets.protocols import PROTOCOLS  # noqa: E402
@@ -30,7 +32,8 @@ from models.compare import bootstrap, class_mean  # noqa: E402
 from models.eval.report import QUERIES  # noqa: E402
 from models.options import test_parser, train_parser  # noqa: E402
 
-PARTS = {"train", "test", "splits", "variants", "rates", "seeds"}
+PARTS = {"train", "test", "splits", "variants", "base", "sweeps", "rates", "seeds"}
+SWEEPS = {"split", "variant", "tests"}
 SPLIT, VARIANT = {"script", "clusters", "train"}, {"name", "train", "splits"}
 
 
@@ -66,7 +69,11 @@ def main(argv=None):
         while (job := next_job(study, records, options.runs)) is not None:
             do(job, study, options)
             records.take(job, options.runs / job.key)
-    report(study, records, options.study)
+    results = collect(study, records)
+    write_json(options.study.with_name(f"{options.study.stem}_results.json"), results)
+    print(markdown(results))
+    draw_differences(options.study.with_suffix(".png"), results)
+    draw_sweeps(options.study.with_name(f"{options.study.stem}_sweeps.png"), results)
 
 
 def read_study(path):
@@ -76,15 +83,22 @@ def read_study(path):
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a study ({error}); see benchmarks/study/sketchy25.json") from None
     _check_parts(path, "the study", study, PARTS, PARTS)
+    if study["base"] not in study["variants"]:
+        raise InputError(f"{path}: base: there is no variant {study['base']}")
+    _check_parts(path, "sweeps", study["sweeps"], SWEEPS, SWEEPS)
     for name, split in study["splits"].items():
         _check_parts(path, f"split {name}", split, SPLIT, SPLIT)
+        if not (ROOT / f"{split['script']}.py").is_file():
+            raise InputError(f"{path}: split {name}: there is no script {split['script']}.py")
     for name, variant in study["variants"].items():
         _check_parts(path, f"variant {name}", variant, VARIANT, VARIANT - {"splits"})
         for split in variant.get("splits", study["splits"]):
             if split not in study["splits"]:
                 raise InputError(f"{path}: variant {name}: there is no split {split}")
             job = Job(split, name, study["rates"][0], study["seeds"][0])
-            for parser, command in zip((train_parser, test_parser), commands(job, study, "", "", ""), strict=True):
+            train, test = commands(job, study)
+            sweeps = [[*test, *more.split()] for more in sweeps_of(job, study)]
+            for parser, command in [(train_parser, train), *((test_parser, each) for each in (test, *sweeps))]:
                 try:
                     parser(PROTOCOLS["sketchy"]).parse_args(command[1:])
                 except InputError as error:
@@ -101,13 +115,13 @@ def _check_parts(path, where, found, known, needed):
         raise InputError(f"{path}: {where} lacks {name!r}")
 
 
-def commands(job, study, data_root, weights, folder):
+def commands(job, study, data_root="DIR", weights="FILE", folder="RUN"):
     """The arguments of a Job's train script and of its test script, the script's name first."""
     split, variant = study["splits"][job.split], study["variants"][job.variant]
-    common = ["--data_root", str(data_root) or ".", "--zero_version", job.split]
+    common = ["--data_root", str(data_root), "--zero_version", job.split]
     train = [*study["train"].split(), "--lr", job.rate, *split["train"].split(), *shlex.split(variant["train"])]
-    train += ["--seed", str(job.seed), "--finetune", str(weights) or "none", "--savedir", str(folder) or "."]
-    test = [*study["test"].split(), "--clusters", str(split["clusters"]), "--resume_dir", str(folder) or "."]
+    train += ["--seed", str(job.seed), "--finetune", str(weights), "--savedir", str(folder)]
+    test = [*study["test"].split(), "--clusters", str(split["clusters"]), "--resume_dir", str(folder)]
     return ["train_sketchy_ext", *common, *train], [split["script"], *common, *test]
 
 
@@ -180,20 +194,32 @@ def _is_taken(folder):
 
 
 def do(job, study, options):
-    """Train and test a Job, going on where it was stopped."""
+    """Train and test a Job, going on where it was stopped; then its sweeps, which leave sweep-0.json, ..."""
     folder = (options.runs / job.key).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    data_root, weights = Path(options.data_root).resolve(), Path(options.weights).resolve()
-    train, test = commands(job, study, data_root, weights, folder)
+    train, test = commands(job, study, Path(options.data_root).resolve(), Path(options.weights).resolve(), folder)
     if any((folder / name).exists() for name in ("checkpoint.pth.tar", "checkpoint.previous.pth.tar")):
         train.append("--resume")
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     print(f"{job.key}: {' '.join(train)}", flush=True)
-    for script, *arguments in (train, test):
-        command = [sys.executable, ROOT / f"{script}.py", *arguments]
-        status = subprocess.run(command, env=environment, cwd=ROOT).returncode
-        if status:
-            raise SystemExit(status)
+    _run(train, options.threads)
+    for number, more in enumerate(sweeps_of(job, study)):
+        _run([*test, *more.split()], options.threads)
+        os.replace(folder / "results.json", folder / f"sweep-{number}.json")
+    _run(test, options.threads)
+
+
+def _run(command, threads):
+    script, *arguments = command
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    status = subprocess.run([sys.executable, ROOT / f"{script}.py", *arguments], env=environment, cwd=ROOT).returncode
+    if status:
+        raise SystemExit(status)
+
+
+def sweeps_of(job, study):
+    """More options of further tests of a Job, one text each."""
+    sweeps = study["sweeps"]
+    return sweeps["tests"] if (job.split, job.variant) == (sweeps["split"], sweeps["variant"]) else []
 
 
 class Records:
@@ -220,7 +246,7 @@ class Records:
                 np.float32
             )
             self.queries[f"{job.split}/classes"] = np.unique(arrays["class"], return_inverse=True)[1].astype(np.int16)
-        self.runs[job.key] = {
+        found = {
             "metrics": results["metrics"],
             "accuracy": [entry.get("accuracy", 0.0) for entry in trained["epochs"]],
             # of the epoch that is tested, the best one after warm-up
@@ -229,43 +255,73 @@ class Records:
                 {name: row.get(name) for name in ("matching", "M", "K", *results["metrics"])} for row in results["rows"]
             ],
         }
+        self.runs[job.key] = found | ({"sweeps": sweeps} if (sweeps := _sweeps(folder, results["metrics"][0])) else {})
         write_json(self.json, dict(sorted(self.runs.items())))
         with write_whole(self.arrays) as file:
             np.savez_compressed(file, **dict(sorted(self.queries.items())))
 
 
-def report(study, records, path):
-    """Print the choice of rates and a table a split: mean ± deviation over seeds, interval against cross entropy."""
-    print("\naccuracy (%) on held-back sketches of seen classes, tested epoch and last; * chosen")
-    for variant in study["variants"]:
-        cells, chosen = [], chosen_rate(study, records, variant)
-        for rate in study["rates"]:
-            record = records.runs.get(Job(next(iter(study["splits"])), variant, rate, study["seeds"][0]).key)
-            if record:
-                star = "*" if rate == chosen else " "
-                cells.append(f"{rate}: {record['tested']:.1f} {record['accuracy'][-1]:.1f}{star}")
-        print(f"{study['variants'][variant]['name']:26} {'   '.join(cells)}")
+def _sweeps(folder, metric):
+    """The metric of each row of a run's sweeps: a list of [{"M", "K", "cluster_weight", "values"}, ...]."""
+    found, number = [], 0
+    while (path := folder / f"sweep-{number}.json").is_file():
+        rows = json.loads(path.read_text())["rows"]
+        found.append([
+            {name: row.get(name) for name in ("M", "K", "cluster_weight")}
+            | {"values": [each[metric] for each in row["seeds"].values()] if "seeds" in row else [row[metric]]}
+            for row in rows if metric in row
+        ])  # fmt: skip
+        number += 1
+    return found
+
+
+def collect(study, records):
+    """What a study has found so far, ready for JSON: the choice of rates, the rows of each split, and the sweeps."""
+    names = {variant: about["name"] for variant, about in study["variants"].items()}
+    rates = {variant: "0" if variant == "untrained" else chosen_rate(study, records, variant) for variant in names}
+    rows, sweeps = [], []
     for split in study["splits"]:
-        print(f"\n{split}")
-        base = {}
-        for variant, about in study["variants"].items():
-            rate = "0" if variant == "untrained" else chosen_rate(study, records, variant)
-            keys = [Job(split, variant, rate, seed).key for seed in study["seeds"]]
-            keys = [key for key in keys if key in records.runs]
-            if not keys:
+        base = None
+        for variant, name in names.items():
+            done = [
+                job for seed in study["seeds"] if (job := Job(split, variant, rates[variant], seed)).key in records.runs
+            ]
+            if not done:
                 continue
-            classes = records.queries[f"{split}/classes"]
-            for number, row in enumerate(records.runs[keys[0]]["rows"]):
-                values = np.stack([records.queries[key][number] for key in keys]).astype(np.float64)
-                means = class_mean(values, classes)
-                text = f"{means.mean():.3f}" + (f" ± {means.std(ddof=1):.3f}" if len(keys) > 1 else "        ")
-                if variant == "cls":
-                    base[number] = values.mean(axis=0)
-                elif number in base:
-                    difference = values.mean(axis=0) - base[number]
-                    low, high = bootstrap(difference, classes)
-                    text += f"  {class_mean(difference, classes):+.3f} ({low:+.3f} to {high:+.3f})"
-                print(f"{about['name']:26} {row['matching']:12} {len(keys)} seeds  {text}")
+            values = np.stack([records.queries[job.key] for job in done]).astype(np.float64)
+            is_base = variant == study["base"]
+            base = values.mean(axis=0) if is_base else base
+            found = _rows(values, None if is_base else base, records.queries[f"{split}/classes"])
+            train, test = (" ".join(each) for each in commands(done[0], study))
+            for row, numbers in zip(records.runs[done[0].key]["rows"], found, strict=True):
+                about = {"split": split, "variant": name, "metric": records.runs[done[0].key]["metrics"][0]}
+                about |= {part: row[part] for part in ("matching", "M", "K")}
+                rows.append(about | numbers | {"rate": rates[variant], "train": train, "test": test})
+            sweeps += [records.runs[job.key]["sweeps"] for job in done if "sweeps" in records.runs[job.key]]
+    return {"rates": _choice(study, records, rates), "rows": rows, "sweeps": sweeps}
+
+
+def _rows(values, base, classes):
+    """For each row of values (seeds, rows, Q): its mean, deviation over seeds, and difference from base (rows, Q)."""
+    for number in range(values.shape[1]):
+        means = class_mean(values[:, number], classes)
+        found = {"mean": float(means.mean()), "seeds": len(means)}
+        found["deviation"] = float(means.std(ddof=1)) if len(means) > 1 else None
+        if base is not None:
+            difference = values[:, number].mean(axis=0) - base[number]
+            found |= {"difference": float(class_mean(difference, classes)), "interval": bootstrap(difference, classes)}
+        yield found
+
+
+def _choice(study, records, rates):
+    """The accuracies (%) that rates were chosen by: [{"variant", "rate", "tested", "last", "chosen"}, ...]."""
+    split, seed, choice = next(iter(study["splits"])), study["seeds"][0], []
+    for variant, about in study["variants"].items():
+        for rate in study["rates"]:
+            if run := records.runs.get(Job(split, variant, rate, seed).key):
+                found = {"variant": about["name"], "rate": rate, "tested": run["tested"], "accuracy": run["accuracy"]}
+                choice.append(found | {"chosen": rate == rates[variant]})
+    return choice
 
 
 if __name__ == "__main__":
