@@ -56,7 +56,7 @@ def main(argv=None):
     add = parser.add_argument
     add("study", type=Path, help="what is varied, JSON")
     add("--data_root", metavar="DIR", help="the data set")
-    add("--weights", metavar="FILE", help="ImageNet weights that all runs start from")
+    add("--weights", metavar="FILE", help="ImageNet weights that all runs start from: a file, timm or none")
     add("--runs", type=Path, default=Path("checkpoint/study"), metavar="DIR", help="takes the runs")
     add("--threads", type=int, default=1, help="of each run; two studies side by side want one each")
     add("--report", action="store_true", help="run nothing, print the tables and draw the figures")
@@ -197,7 +197,8 @@ def do(job, study, options):
     """Train and test a Job, going on where it was stopped; then its sweeps, which leave sweep-0.json, ..."""
     folder = (options.runs / job.key).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    train, test = commands(job, study, Path(options.data_root).resolve(), Path(options.weights).resolve(), folder)
+    weights = options.weights if options.weights in ("none", "timm") else Path(options.weights).resolve()
+    train, test = commands(job, study, Path(options.data_root).resolve(), weights, folder)
     if any((folder / name).exists() for name in ("checkpoint.pth.tar", "checkpoint.previous.pth.tar")):
         train.append("--resume")
     print(f"{job.key}: {' '.join(train)}", flush=True)
@@ -298,7 +299,7 @@ def collect(study, records):
                 about |= {part: row[part] for part in ("matching", "M", "K")}
                 rows.append(about | numbers | {"rate": rates[variant], "train": train, "test": test})
             sweeps += [records.runs[job.key]["sweeps"] for job in done if "sweeps" in records.runs[job.key]]
-    return {"rates": _choice(study, records, rates), "rows": rows, "sweeps": sweeps}
+    return {"base": names[study["base"]], "rates": _choice(study, records, rates), "rows": rows, "sweeps": sweeps}
 
 
 def _rows(values, base, classes):

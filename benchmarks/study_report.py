@@ -8,7 +8,7 @@ from datasets.files import write_whole
 
 
 def markdown(results):
-    """The choice of rates, and a table a split: mean ± deviation over seeds, and the difference from cross entropy."""
+    """The choice of rates, and a table a split: mean ± deviation over seeds, and the difference from the base."""
     lines = [
         "Accuracy (%) on held-back sketches of seen classes, of the tested epoch and of the last three; * chosen:",
         "",
@@ -44,7 +44,7 @@ def _cell(row):
 
 
 def draw_differences(path, results):
-    """Draw the differences from cross entropy with their intervals, a panel a split."""
+    """Draw the differences from the base with their intervals, a panel a split."""
     splits = {split: list(rows) for split, rows in groupby(results["rows"], key=lambda row: row["split"])}
     figure, panels = _figure(len(splits), (5.5, 3.6))
     for axis, (split, rows) in zip(panels, splits.items(), strict=True):
@@ -61,30 +61,34 @@ def draw_differences(path, results):
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
-        axis.set(title=split, xlabel=f"{rows[0]['metric']}: difference from cross entropy alone, 95 %")
+        axis.set(title=split, xlabel=f"{rows[0]['metric']}: difference from {results['base']}, 95 %")
         axis.grid(axis="x", alpha=0.3)
         axis.legend(fontsize=8)
     _write(path, figure)
 
 
 def draw_sweeps(path, results):
-    """Draw the metric over K for each M, and over the cluster weight: the mean, and a band of one deviation over
-    trainings and mixtures. The first two sweeps of each run are drawn; nothing without any."""
-    if not results["sweeps"]:
+    """Draw the metric of each sweep over its cluster weights, or else over K, a line for each M: the mean of all
+    trainings and mixtures, and a band of one deviation. Draws nothing without sweeps."""
+    runs = results["sweeps"]
+    if not runs:
         return
-    over_clusters, over_weight = ([run[number] for run in results["sweeps"]] for number in (0, 1))
-    figure, panels = _figure(2, (5, 3.6))
-    one_to_one = [row["values"][0] for run in over_clusters for row in run if row["M"] is None]
-    rows = [row for run in over_clusters for row in run if row["M"] is not None]
-    for subspaces in sorted({row["M"] for row in rows}):
-        _band(panels[0], [(row["K"], row["values"]) for row in rows if row["M"] == subspaces], f"M {subspaces}")
-    panels[0].set(xscale="log", xlabel="K, clusters in each of M sub-spaces", ylabel=results["rows"][0]["metric"])
-    rows = [row for run in over_weight for row in run if row["M"] is not None]
-    _band(panels[1], [(row["cluster_weight"], row["values"]) for row in rows], f"M {rows[0]['M']}, K {rows[0]['K']}")
-    panels[1].axvline(0.8, color="grey", linewidth=0.8, linestyle=":", label="the paper's weight")
-    panels[1].set(xlabel="weight of the cluster distance")
-    for axis in panels:
+    figure, panels = _figure(len(runs[0]), (5, 3.6))
+    for axis, rows in zip(panels, map(sum, zip(*runs, strict=True), [[]] * len(runs[0])), strict=True):
+        one_to_one = [row["values"][0] for row in rows if row["M"] is None]
+        rows = [row for row in rows if row["M"] is not None]
+        varied = "cluster_weight" if len({row["cluster_weight"] for row in rows}) > 1 else "K"
+        what = {"cluster_weight": "weight of the cluster distance", "K": "K, clusters in each of M sub-spaces"}[varied]
+        for subspaces in sorted({row["M"] for row in rows}):
+            own = [row for row in rows if row["M"] == subspaces]
+            label = f"M {subspaces}" + (f", K {own[0]['K']}" if varied != "K" else "")
+            _band(axis, [(row[varied], row["values"]) for row in own], label)
         axis.axhline(np.mean(one_to_one), color="black", linewidth=0.8, linestyle="--", label="one-to-one")
+        axis.set(xlabel=what, ylabel=results["rows"][0]["metric"], xscale="log" if varied == "K" else "linear")
+        if varied == "K":
+            ticks = sorted({row["K"] for row in rows})
+            axis.set_xticks(ticks, ticks)
+            axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     _write(path, figure)
