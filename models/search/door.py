@@ -1,7 +1,7 @@
 """The door of the drawing page: who may come in, how much they may bring, and what every answer carries.
 
-Other pages that are open in the same browser can send requests here. The names in Host, Origin and Sec-Fetch-Site, which
-they cannot choose, tell them apart; a token tells who may come from elsewhere.
+Other pages that are open in the same browser can send requests here. What Host, Origin and Sec-Fetch-Site say, which
+they cannot choose, tells them apart; a token tells who may come from elsewhere.
 """
 
 import base64

@@ -38,7 +38,7 @@ def folders_of(index):
             found.append(Folder(readable(os.path.basename(prefix[:-1]) or prefix), depth, first, last))
         return first, last
 
-    for root in index.facts["folders"]:
+    for root in filter(os.path.isabs, index.facts["folders"]):
         prefix = os.path.join(os.fsencode(root), b"")
         place, last = add(prefix, 0)
         while place < last and len(found) < MOST:

@@ -19,11 +19,11 @@ def read_drawing(content):
     try:
         with without_warnings(), Image.open(io.BytesIO(content), formats=DECODED) as image:
             if max(image.size) > SIDE:
-                raise InputError(f"the picture has {image.width} × {image.height} pixels; at most {SIDE} a side work")
+                raise Image.DecompressionBombError
             image.load()
             return as_rgb(ImageOps.exif_transpose(image))
-    except InputError:
-        raise
+    except Image.DecompressionBombError:
+        raise InputError(f"the picture is too large; at most {SIDE} pixels a side work") from None
     except Exception as error:  # a damaged image can fail in any way
         raise InputError("this is not a readable PNG, JPEG, WebP or GIF picture; choose another") from error
 
@@ -55,7 +55,7 @@ def _inside(path, folders):
     """Where `path` leads to. Raises FileNotFoundError unless that is a file in one of `folders`."""
     try:
         real = os.path.realpath(path)
-        roots = [os.path.join(os.path.realpath(folder), "") for folder in folders]
+        roots = [os.path.join(os.path.realpath(folder), "") for folder in folders if os.path.isabs(folder)]
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         raise FileNotFoundError(path) from error
     if not real.startswith(tuple(roots)) or not os.path.isfile(real):

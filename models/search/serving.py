@@ -21,7 +21,7 @@ def serve(folder, checkpoint=None, device="cpu", host="127.0.0.1", port=8000, to
     """
     if host not in LOOPBACK and not token:
         raise InputError(f"--host {host}: others could see your photos there; guard them with --token")
-    if token is not None and not re.fullmatch(r"[A-Za-z0-9_-]{%d,}" % SHORTEST, token):
+    if token is not None and not re.fullmatch(rf"[A-Za-z0-9_-]{{{SHORTEST},}}", token):
         raise InputError(f"--token: shorter ones can be guessed; give at least {SHORTEST} letters, digits, - and _")
     with _bound(host, port) as listener:
         shelf = Shelf(folder, checkpoint, device)
