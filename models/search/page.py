@@ -161,7 +161,7 @@ class Page:
         return index, _whole(names["row"], "photo", 0, len(index) - 1, status=404)
 
     def _album(self, stamp=None):
-        """The Album; it must be that of `stamp`, if that is given, as photos and folders have other numbers in others."""
+        """The Album; if `stamp` is given, that one: photos and folders have other numbers in others."""
         try:
             album = self.shelf.now()
         except InputError as error:

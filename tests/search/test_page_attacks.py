@@ -226,7 +226,7 @@ def test_refused_bodies_are_not_read(shelf):
             ("PUT /about HTTP/1.1",),
             ("POST /none HTTP/1.1",),
         ):
-            answer = say(port, [head(port, *lines, "Content-Length: 1000000000"), b"x" * 1000])
+            answer = say(port, [head(port, *lines, "Content-Length: 1000000000")])
             assert re.match(rb"HTTP/1.1 40[345] ", answer) and b"connection: close" in answer.lower()
 
 
