@@ -34,7 +34,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 NAMES, SIZE = ("bell", "bicycle", "fish", "umbrella"), 48
-SKETCHES, PHOTOS = 40, 14  # of each
+SKETCHES, PHOTOS = 30, 14  # of each
 HARMFUL = "<img src=x onerror=document.title='owned'>.jpg"
 
 
@@ -46,7 +46,7 @@ def learnt(photos):
     pixels = torch.stack([resize(image.convert("RGB"), SIZE) for image in images])
     labels = torch.arange(len(NAMES)).repeat_interleave(SKETCHES + PHOTOS)
     optimizer = torch.optim.AdamW(student.parameters(), 2e-3)
-    for _ in range(150):
+    for _ in range(100):
         batch = torch.from_numpy(rng.integers(len(pixels), size=32))
         loss = torch.nn.functional.cross_entropy(student(normalise(pixels[batch])).seen_logits, labels[batch])
         optimizer.zero_grad()
