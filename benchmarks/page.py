@@ -4,9 +4,9 @@
     .venv/bin/python benchmarks/page.py --model convnextv2_tiny --input_size 224
 
 Makes an index of --photos drawn photos with a network of random weights, serves it with search_photos.py page on a free
-port of this machine, and stops it at the end. The browser is headless chromium (Debian: chromium, chromium-driver;
-selenium): strokes of a mouse, from the event that ends one to the moment when all its photos are decoded. Then --clients
-threads search for --seconds, each pausing --pause seconds between an answer and its next stroke.
+port of this machine, and stops it at the end. The browser is headless chromium (Debian: chromium, chromium-driver):
+strokes of a mouse, from the event that ends one to the moment when all its photos are decoded. Then --clients threads
+search for --seconds, each pausing --pause seconds between an answer and its next stroke. Memory is resident memory.
 """
 
 import argparse
@@ -35,6 +35,11 @@ from datasets.prepare.drawings import CATEGORIES  # noqa: E402
 from datasets.prepare.miniature import draw_photo, draw_sketch  # noqa: E402
 from models.checkpoints import save_checkpoint  # noqa: E402
 from models.networks import Student, create_backbone  # noqa: E402
+
+SHOWN = "return list.dataset.turn === String(turn) && list.ariaBusy === 'false'"
+TOOK = (
+    "const {startTime, duration} = performance.getEntriesByName('photos').at(-1); return startTime + duration - ended"
+)
 
 
 def main():
@@ -126,10 +131,8 @@ def in_a_browser(port, strokes, warm=10):
                     actions.pointer_action.pointer_down()
             actions.pointer_action.pointer_up()
             actions.perform()
-            done = "return list.dataset.turn === String(turn) && list.ariaBusy === 'false'"
-            WebDriverWait(driver, 60, 0.05).until(lambda driver: driver.execute_script(done))
-            last = "const {startTime, duration} = performance.getEntriesByName('photos').at(-1);"
-            times.append(driver.execute_script(f"{last} return startTime + duration - ended") / 1000)
+            WebDriverWait(driver, 60, 0.05).until(lambda driver: driver.execute_script(SHOWN))
+            times.append(driver.execute_script(TOOK) / 1000)
     return times[warm:]
 
 
