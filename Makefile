@@ -25,6 +25,7 @@ demo: .venv/ready
 
 page: .venv/ready
 	test -e $(DEMO)/checkpoint/model_best.pth.tar || $(MAKE) demo
+	test $(DEMO)/photo_index/index.json -nt $(DEMO)/checkpoint/model_best.pth.tar || rm -rf $(DEMO)/photo_index
 	$(PY) search_photos.py index $(DEMO)/data/256x256/photo/tx_000000000000_ready --index $(DEMO)/photo_index \
 		--checkpoint $(DEMO)/checkpoint/model_best.pth.tar
 	$(PY) search_photos.py page --index $(DEMO)/photo_index --port $(PORT)

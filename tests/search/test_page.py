@@ -18,7 +18,7 @@ from PIL import Image
 import search_photos
 from models.search import page as pages
 from models.search.folders import folders_of
-from models.search.pictures import open_photo, read_drawing
+from models.search.pictures import BYTES, open_photo, read_drawing
 
 
 @pytest.fixture
@@ -213,6 +213,24 @@ def test_too_many_searches_at_once_are_put_off(shelf, monkeypatch):
     monkeypatch.setattr(pages, "WAITING", 0)
     answer = visitor(shelf).post("/find", content=drawing())
     assert answer.status_code == 503 and "too many searches" in answer.json()["error"]
+
+
+def test_every_search_makes_room_for_the_next(shelf, monkeypatch):
+    monkeypatch.setattr(pages, "WAITING", 2)
+    client = visitor(shelf)
+    for body in [drawing(), b"no picture", bytes(BYTES + 1)] * 3:
+        client.post("/find", content=body)
+    assert client.post("/find", content=drawing()).status_code == 200
+
+
+def test_a_picture_of_a_phone_is_looked_at_upright():
+    image = Image.new("L", (60, 20), "white")
+    image.paste(0, (0, 0, 20, 20))
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # to be turned clockwise
+    image.save(file, "JPEG", exif=exif)
+    upright = np.asarray(read_drawing(file.getvalue()).convert("L"))
+    assert upright.shape == (60, 20) and upright[:18].mean() < 20 and upright[22:].mean() > 235
 
 
 @pytest.mark.parametrize(("options", "said"), [
