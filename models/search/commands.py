@@ -16,6 +16,7 @@ from models.search.figure import draw_found
 from models.search.find import MATCHINGS, ONE_TO_ONE, is_lost, open_finder, read_sketch
 from models.search.index import is_index, open_index
 from models.search.network import check_checkpoint, load_network, network_of
+from models.search.sketch import clean_up
 
 TOLD = 10  # unreadable files that are named
 
@@ -57,6 +58,8 @@ def create_parser():
     add = find.add_argument
     add("sketches", nargs="+", metavar="sketch", help="picture of a sketch")
     add("-k", type=positive, default=20, help="how many photos to show")
+    add("--as_drawn", action="store_true", help="compare sketches as they are (default: bring paper, size and lines to "
+        "what networks learn from)")  # fmt: skip
     add("--matching", choices=MATCHINGS, help="(default: one-to-many where the index has clusters)")
     add("--json", type=_path, metavar="FILE", help="write what was found to FILE")
     add("--picture", type=_path, metavar="FILE", help="where the picture goes (default: found.png in the index)")
@@ -121,6 +124,8 @@ def _tell(folder, totals):
 def find_photos(options):
     """Find photos; returns what --json writes."""
     sketches = [read_sketch(path) for path in options.sketches]
+    if not options.as_drawn:
+        sketches = [clean_up(sketch, path) for sketch, path in zip(sketches, options.sketches, strict=True)]
     finder = open_finder(options.index, options.checkpoint, _device(options))
     matching = finder.matching(options.matching)
     if matching != options.matching and matching == ONE_TO_ONE:
