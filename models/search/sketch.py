@@ -47,7 +47,7 @@ def ink_of(image):
     grey = np.asarray(image, np.float32).mean(axis=2)
     # Closing fills in what is narrower than its window, lines, and leaves slopes and edges of shadows where they are.
     window = max(grey.shape) // 8 | 1
-    grey = 255 - grey if _is_dark(grey, 2 * window) else grey
+    grey = 255 - grey if _is_dark(grey, 2 * window + 1) else grey
     blurred = np.pad(ndimage.gaussian_filter(grey, 2), window, mode="edge")
     paper = ndimage.grey_closing(blurred, (window, window))[window:-window, window:-window]
     paper = np.maximum(paper, DIMMEST * np.percentile(grey, 95))  # a filled shape may be wider than the window
@@ -62,8 +62,9 @@ def ink_of(image):
 
 
 def _is_dark(grey, window):
-    """Whether lines are lighter than the paper: what differs most from what is around it is light."""
-    return ((grey - ndimage.uniform_filter(grey, window, mode="nearest")) ** 3).sum() > 0
+    """Whether lines are lighter than the paper: what differs most from what is around it is light, so it is skewed."""
+    apart = grey - ndimage.uniform_filter(grey, window, mode="nearest")
+    return (apart**3).mean() > 0.5 * (apart**2).mean() ** 1.5
 
 
 def framed(ink):
@@ -78,7 +79,7 @@ def framed(ink):
 
 
 def _drawn(ink):
-    """What belongs to the drawing in ink (H, W): bool. Parts far smaller than the largest are dirt, and so are specks."""
+    """What belongs to the drawing in ink (H, W): bool. What is far smaller than its largest part is dirt."""
     parts, count = ndimage.label(ink > 0.25, np.ones((3, 3)))
     sizes = np.bincount(parts.ravel(), minlength=count + 1)
     sizes[0] = 0

@@ -2,10 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
+from albums import FakeNetwork, update, write_album
 from PIL import Image, ImageChops, ImageDraw
 from scipy import ndimage
 
 from datasets.errors import InputError
+from datasets.images import resize
+from models.search.find import Finder
+from models.search.index import open_index
 from models.search.sketch import DRAWN, FINE, SIDE, WIDTH, WORK, clean_up, framed, ink_of, peeled, thinned
 
 
@@ -191,3 +196,28 @@ def test_large_pictures_are_looked_at_at_a_reduced_size():
 def test_a_sheet_without_lines_is_refused(image):
     with pytest.raises(InputError, match=r"^page.png: no line can be told from the paper; .*--as_drawn$"):
         clean_up(image, "page.png")
+
+
+def test_a_finder_cleans_up_unless_told_not_to(tmp_path):
+    network = Seeing()
+    update(tmp_path / "index", network, write_album(tmp_path / "album"))
+    finder, image = Finder(open_index(tmp_path / "index"), network), drawing(width=8)
+    cleaned = finder.find(image)
+    assert network.images[-1].tobytes() == clean_up(image).tobytes()
+    as_drawn = finder.find(image, as_drawn=True)
+    assert network.images[-1] is image and cleaned != as_drawn
+    assert finder.find(clean_up(image), as_drawn=True) == cleaned
+    with pytest.raises(InputError, match="the sketch: no line"):
+        finder.find(Image.new("RGB", (9, 9), "white"))
+
+
+class Seeing(FakeNetwork):
+    """Keeps the drawings whose features were asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.images = []
+
+    def features(self, images):
+        self.images += images
+        return self.embed(torch.stack([resize(image, 32) for image in images]))
