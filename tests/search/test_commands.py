@@ -102,7 +102,7 @@ def test_index_find_and_index_again(photos, checkpoint, sketch, tmp_path, capsys
     assert totals.photos == 5 and "photos_index" not in said.out
     line = "photo_index: 5 photos (5 new, 0 changed, 0 moved, 0 removed, 0 unreadable), one-to-one matching alone; "
     assert said.out.startswith(line) and said.out.count("\n") == 1
-    assert said.err == "note: clusters are fitted from 50 photos on, or with --clusters\n"
+    assert said.err == "note: clusters are fitted from 200 photos on, or with --clusters\n"
     found = run("find", sketch, "-k", 9, "--json", "out.json", *HERE)
     said = capsys.readouterr()
     assert "note: photo_index has no clusters, so matching is one-to-one" in said.err
