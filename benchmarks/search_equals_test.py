@@ -4,7 +4,8 @@
 
 Sketches and photos are those of the unseen classes of Sketchy's lists. The test script computes features, whose scores
 are float64 here; search makes an index of the folders that those photos lie in, and finds all of them for each sketch.
-Both use the index's clusters. Photos with the same score are in any order in both. Ends with status 1 on a difference.
+Both use the index's clusters. Of photos with the same score the test script puts the first in the list first, search
+the first by path; there are none where all photos differ. Ends with status 1 on a difference.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def make_index(folder, images, checkpoint, clusters):
 
 
 def of_the_test(folder, images, index, options):
-    """{matching: [files of the photos, nearest first, with their scores as sets of equals] of each sketch}."""
+    """{matching: [files of the photos, nearest first, of each sketch]}."""
     folder.mkdir()
     shutil.copy(options.checkpoint, folder / "model_best.pth.tar")
     trained = trained_with(read_checkpoint(options.checkpoint))

@@ -46,8 +46,8 @@ def create_parser():
     add("--input_size", type=pixels,
         help="side of an input image, in pixels (default: what the checkpoint was trained with, else 224)")  # fmt: skip
     add("--imagenet_classes", type=positive, help="outputs of the ImageNet head (default: what the checkpoint tells)")
-    add("--clusters", type=positive, metavar="K", help="clusters (default: the root of the number of "
-        f"photos, at most {update.MOST}; none for fewer than {update.FEWEST} photos)")  # fmt: skip
+    add("--clusters", type=positive, metavar="K", help="clusters (default: a 25th of the photos, at "
+        f"most {update.MOST}; none for fewer than {update.FEWEST} photos)")  # fmt: skip
     add("--subspaces", type=positive, metavar="M", help="parts of a feature (default: 2)")
     add("--refit", action="store_true", help="fit the clusters to the photos there are now")
     add("--batch_size", type=positive, default=64, help="photos at a time")

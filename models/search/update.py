@@ -259,7 +259,7 @@ class _Known:
 
 def default_clusters(photos):
     """K for a number of photos, of classes that nobody has counted; benchmarks/clusters.py compares it with others."""
-    return max(2, min(MOST, round(photos**0.5)))
+    return max(2, min(MOST, photos // 25))
 
 
 def _check_subspaces(subspaces, width):

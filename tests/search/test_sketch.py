@@ -30,6 +30,12 @@ def drawing(side=256, width=3, scale=1.0, at=(0, 0), colour="black", paper="whit
     return image
 
 
+def speck():
+    image = Image.new("RGB", (256, 256), "white")
+    image.putpixel((40, 50), (0, 0, 0))
+    return image
+
+
 def dark(image):
     return np.asarray(image.convert("L")) < 128
 
@@ -109,6 +115,9 @@ def test_a_filled_shape_stays_filled():
     image = drawing()
     ImageDraw.Draw(image).ellipse([60, 60, 200, 200], fill="black")
     assert dark(clean_up(image))[100:156, 100:156].all()
+    image = Image.new("RGB", (256, 256), "white")
+    ImageDraw.Draw(image).ellipse([60, 60, 200, 160], fill="black")
+    assert dark(clean_up(image)).mean() == pytest.approx(np.pi / 4 * DRAWN * DRAWN / 1.4 / SIDE**2, rel=0.03)
 
 
 @pytest.mark.parametrize(("scale", "at", "size"), [
@@ -189,7 +198,7 @@ def test_large_pictures_are_looked_at_at_a_reduced_size():
 
 
 @pytest.mark.parametrize("image", [
-    Image.new("RGB", (64, 64), "white"), Image.new("RGB", (1, 1), "black"),
+    Image.new("RGB", (64, 64), "white"), Image.new("RGB", (1, 1), "black"), speck(),
     photographed(Image.new("RGB", (300, 200), "white")),
     photographed(Image.new("RGB", (300, 200), "white"), slope=0.7, noise=0, shadow=0),
 ])  # fmt: skip

@@ -113,8 +113,8 @@ def test_folders_that_are_no_longer_named_leave_the_index(album, index, network)
     assert totals.photos == 7 and totals.removed == 5 and network.seen == 12
 
 
-def test_the_default_number_of_clusters_grows_with_the_root_of_the_photos():
-    assert [updates.default_clusters(photos) for photos in (1, 200, 625, 10_000, 10**6)] == [2, 14, 25, 100, 100]
+def test_the_default_number_of_clusters_grows_with_the_photos_up_to_a_limit():
+    assert [updates.default_clusters(photos) for photos in (1, 200, 625, 2_500, 10**6)] == [2, 8, 25, 100, 100]
 
 
 def test_clusters_stay_until_they_are_fitted_anew(album, index, network, monkeypatch):
@@ -125,7 +125,7 @@ def test_clusters_stay_until_they_are_fitted_anew(album, index, network, monkeyp
     write_album(album, 60)
     update(index, network, album)
     opened = open_index(index)
-    assert opened.clusters == (2, updates.default_clusters(60)) == (2, 8) and opened.share_new == 0
+    assert opened.clusters == (2, updates.default_clusters(60)) == (2, 2) and opened.share_new == 0
     write_album(album, 100)
     update(index, network, album)
     again = open_index(index)
@@ -136,7 +136,7 @@ def test_clusters_stay_until_they_are_fitted_anew(album, index, network, monkeyp
     np.testing.assert_array_equal(np.repeat(again.cells.codes, sizes, axis=0), codes)
     update(index, network, album, refit=True)
     third = open_index(index)
-    assert third.clusters == (2, 10) and third.share_new == 0
+    assert third.clusters == (2, 4) and third.share_new == 0
     update(index, network, album, clusters=5, subspaces=4)
     assert open_index(index).clusters == (4, 5) and network.seen == 100
 
