@@ -73,7 +73,9 @@ def say(port, parts):
 def drawing(form="PNG", side=80, mode="RGB"):
     """A picture of a line, as bytes."""
     image = Image.new("RGB", (side, side), "white")
-    ImageDraw.Draw(image).line([(10, 10), (70, 40), (20, 70)], fill="black", width=3)
+    scale = side / 80
+    line = [(scale * x, scale * y) for x, y in ((10, 10), (70, 40), (20, 70))]
+    ImageDraw.Draw(image).line(line, fill="black", width=round(3 * scale))
     file = io.BytesIO()
     image.convert(mode).save(file, form)
     return file.getvalue()
