@@ -14,12 +14,11 @@ import test_sketchy_ext_zeroshot
 import train_sketchy_ext
 from datasets.benchmark import open_benchmark
 from datasets.errors import InputError
-from datasets.images import normalise
 from datasets.zeroshot import Loading, evaluation_loader
 from models.alignment import Batch
 from models.checkpoints import LAST, Keeper, load_student, read_checkpoint, save_checkpoint
 from models.eval.features import extract
-from models.networks import Student, Teacher, create_backbone
+from models.networks import Student, Teacher, create_backbone, normalise
 from models.options import input_size
 from models.run import Run, create_optimizers
 from models.step import train_step

@@ -10,12 +10,12 @@ from datasets.errors import InputError, OneLineParser, number
 from datasets.files import write_json
 from models.eval.workers import available_cores
 from models.options import check_device, pixels, positive
-from models.parallel import note
 from models.search import update
 from models.search.figure import draw_found
 from models.search.find import MATCHINGS, ONE_TO_ONE, is_lost, open_finder, read_sketch
 from models.search.index import is_index, open_index
 from models.search.network import check_checkpoint, load_network, network_of
+from models.speaker import note
 
 TOLD = 10  # unreadable files that are named
 

@@ -12,12 +12,12 @@ from datasets.errors import InputError
 from datasets.files import digest
 from datasets.images import resize
 from datasets.zeroshot import prepare_worker, stack
-from models import parallel
 from models.checkpoints import read_checkpoint, trained_with
 from models.eval.features import embed
 from models.networks import Student
 from models.options import input_size as fitting_size
 from models.search.photos import read_photo, thumbnail
+from models.speaker import no_bar
 from models.weights import load_published, student_of
 
 PRECISION = "tf32"  # as test scripts have it
@@ -139,7 +139,7 @@ def add_photos(network, found, unfinished, batch_size=64, workers=0):
         _Photos(found, size), batch_size, collate_fn=list, num_workers=min(workers, -(-len(found) // batch_size)),
         worker_init_fn=prepare_worker,
     )  # fmt: skip
-    with tqdm(total=len(found), desc="photos", unit="photo", leave=False, disable=parallel.bar()) as bar:
+    with tqdm(total=len(found), desc="photos", unit="photo", leave=False, disable=no_bar()) as bar:
         for number, items in enumerate(loader):
             batch = list(zip(found[number * batch_size :], items, strict=False))
             unreadable = {each: item for each, item in batch if isinstance(item, str)}

@@ -10,12 +10,12 @@ import numpy as np
 from datasets.errors import InputError
 from datasets.files import check_writable, digest, sole_writer
 from models.eval.codebooks import fit_codebook
-from models.eval.mixture import CollapsedComponent
-from models.parallel import note
+from models.eval.parts import CollapsedComponent
 from models.search.index import RECORD, is_index, open_index, spread, tidy, write_index
 from models.search.network import add_photos
 from models.search.photos import Found, find_photos
 from models.search.unfinished import Unfinished, keeping
+from models.speaker import note
 
 FEWEST = 50  # photos that clusters are fitted to unasked
 FITTED = 20_000  # photos that clusters are fitted to at most

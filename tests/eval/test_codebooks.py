@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.eval import codebooks
+from models.eval import codebooks, sklearn_mixture
 from models.eval.codebooks import fit_codebook
 from models.eval.matching import cluster_distances, code_members, euclidean_distances, fused_scores, nearest_codes
 from models.eval.metrics import average_precision, class_means, precision_at, rank
@@ -98,8 +98,8 @@ def test_work_that_takes_a_while_without_a_bar_says_how_far_it_is(monkeypatch, c
 
 def test_k_means_and_mixture_of_a_sub_space_come_before_the_next(monkeypatch):
     """So that what the first few take tells what all take."""
-    order, k_means, em = [], codebooks.KMeans.fit, codebooks.fit_mixture
-    monkeypatch.setattr(codebooks.KMeans, "fit", lambda *each: order.append("k-means") or k_means(*each))
+    order, k_means, em = [], sklearn_mixture.KMeans.fit, codebooks.fit_mixture
+    monkeypatch.setattr(sklearn_mixture.KMeans, "fit", lambda *each: order.append("k-means") or k_means(*each))
     monkeypatch.setattr(codebooks, "fit_mixture", lambda *each: order.append("EM") or em(*each))
     gallery = np.random.default_rng(0).normal(size=(60, 9)).astype(np.float32)
     codebooks.fit_codebooks(gallery, [(3, 2)])

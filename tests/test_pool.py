@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from datasets.pool import on_all_cores
 from datasets.prepare import __main__ as prepare
 from datasets.prepare import commands
-from datasets.prepare.pool import on_all_cores
 
 SCRIPT = """
 import signal
 from datasets import errors
-from datasets.prepare.pool import on_all_cores
+from datasets.pool import on_all_cores
 
 def wait(_):
     print("at work\\n", end="", flush=True)
