@@ -68,7 +68,7 @@ class Keeper:
     """Keeps a run in its folder."""
 
     folder: Path
-    record: dict  # what a checkpoint holds beside the run: "protocol", "data", "options", "versions"
+    record: dict  # what a checkpoint holds beside the run: "protocol", "classes", "data", "options", "versions"
     schedule: SaveSchedule = field(default_factory=SaveSchedule)
     overwrite: bool = False  # whether the results of an earlier run go
 

@@ -60,6 +60,7 @@ def main(protocol_name, argv=None):
         check_savedir(options.savedir, options.resume, options.overwrite)
         record = {
             "protocol": benchmark.protocol.title,
+            "classes": list(benchmark.seen_names),
             "data": data_record(data.files, benchmark, not options.no_mask),
             **run_record(options),
         }
