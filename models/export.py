@@ -9,6 +9,7 @@
 Both hold the metadata of `describe`, as texts.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -153,7 +154,7 @@ def _apart(session, student, images):
 def _target(text):
     path = Path(text)
     if path.suffix not in (".onnx", ".safetensors"):
-        raise InputError(f"--to {text}: name a file that ends in .onnx or .safetensors")
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .onnx nor in .safetensors; name one that does")
     return path
 
 
