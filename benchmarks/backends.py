@@ -5,7 +5,8 @@
 
 Networks are untrained. "find" is the whole command, from its start to the answer to one sketch in an index of
 --photos photos; "index" is that of these photos, decoded in the same process. Memory is the most that a command held
-(Linux only). Images a second are the network's alone. Times are the best of --rounds.
+(Linux only). Images a second are the network's alone. All are the best of --rounds; CPU
+seconds are those that a busy machine changes least.
 """
 
 import argparse
@@ -29,9 +30,10 @@ from models.weights import student_of  # noqa: E402
 
 # A process begins with the most memory that its parent held, as getrusage tells it; its own is in /proc.
 COMMAND = """
-import sys, search_photos
+import sys, time, search_photos
 search_photos.main(sys.argv[1:])
-print(*(line for line in open("/proc/self/status") if line.startswith("VmHWM:")))
+(peak,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+print(time.process_time(), int(peak) / 1024)
 """
 
 
@@ -53,11 +55,11 @@ def main():
             for name, file in files.items():
                 found[name].append(commands(folder, name, file, options.batch_size))
         rates = images_a_second(files, options)
-    print(f"{options.model} at {options.input_size}, {options.photos} photos, {available_cores()} cores")
-    print("          find s   find MB   index s  index MB  images/s")
+    print(f"{options.model} at {options.input_size}, {options.photos} photos, cores: {available_cores()}")
+    print("          find: s  CPU s    MB   index: s  CPU s    MB   images/s")
     for name, rounds in found.items():
-        seconds, memory, index_seconds, index_memory = (min(values) for values in zip(*rounds, strict=True))
-        print(f"{name:8}{seconds:8.2f}{memory:10.0f}{index_seconds:10.2f}{index_memory:10.0f}{rates[name]:10.1f}")
+        best = [min(values) for values in zip(*rounds, strict=True)]
+        print("{:8}{:9.2f}{:7.2f}{:6.0f}{:11.2f}{:7.2f}{:6.0f}{:11.1f}".format(name, *best, rates[name]))
 
 
 def write_networks(folder, model, size):
@@ -82,7 +84,7 @@ def write_photos(folder, count):
 
 
 def commands(folder, name, file, batch_size):
-    """(seconds, MB) of `find`, then of `index` in a new index."""
+    """(seconds, CPU seconds, MB) of `find`, then of `index` in a new index."""
     index = tempfile.mkdtemp(dir=folder)
     own = ["--index", index, "--checkpoint", file, "--backend", name, "--device", "cpu"]
     indexed = measured("index", folder / "album", *own, "--workers", 0, "--batch_size", batch_size)
@@ -90,13 +92,13 @@ def commands(folder, name, file, batch_size):
 
 
 def measured(*arguments):
-    """(seconds, MB at most) of search_photos.py."""
+    """(seconds, CPU seconds, MB at most) of search_photos.py."""
     began = time.perf_counter()
     command = [sys.executable, "-c", COMMAND, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    return time.perf_counter() - began, int(done.stdout.splitlines()[-1].split()[1]) / 1024
+    return time.perf_counter() - began, *map(float, done.stdout.splitlines()[-1].split())
 
 
 def images_a_second(files, options):

@@ -137,11 +137,10 @@ def test_an_exported_file_tells_what_it_is(place):
 
 
 def foreign_model():
-    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
-    return onnx.helper.make_model(
-        onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [value],
-            [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])])
-    )  # fmt: skip
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    given, made = (helper.make_tensor_value_info(name, kind, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "another", [given], [made])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
 
 
 @pytest.fixture(scope="module")
