@@ -5,8 +5,8 @@
 
 Networks are untrained. "find" is the whole command, from its start to the answer to one sketch in an index of
 --photos photos; "index" is that of these photos, decoded in the same process. Memory is the most that a command held
-(Linux only). Images a second are the network's alone. All are the best of --rounds; CPU
-seconds are those that a busy machine changes least.
+(Linux only). Images a second are the network's alone. All are the best of --rounds; CPU seconds are what a busy
+machine changes least.
 """
 
 import argparse

@@ -122,6 +122,7 @@ def test_train_resume_and_test_end_to_end(tiny, tmp_path, monkeypatch, model, si
     train_sketchy_ext.main([str(each) for each in (*train, "--savedir", halves, "--resume")])
     one, two = (read_checkpoint(folder / LAST) for folder in (whole, halves))
     assert one["options"]["input_size"] == size and len(one["history"]) == 2
+    assert one["classes"] == ["alarm clock", "cat"]
     names = {name.removeprefix("module.") for name in one["state_dict"]}
     assert names == {*timm.create_model(model).state_dict(), "linear.weight", "linear.bias"}  # timm's
     for part in ("state_dict", "teacher"):
