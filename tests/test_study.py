@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import study as studies  # noqa: E402
 from study_report import draw_sweeps, markdown  # noqa: E402
 
-SHIPPED = ROOT / "benchmarks/study/sketchy25.json"
+SHIPPED = [ROOT / f"benchmarks/study/{name}.json" for name in ("sketchy", "sketchy25")]
 
 
 @pytest.fixture
@@ -42,8 +42,9 @@ def study(tmp_path):
     return path, content
 
 
-def test_the_shipped_study_is_one():
-    assert studies.read_study(SHIPPED)["base"] == "cls"
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_studies_are_some(path):
+    assert studies.read_study(path)["base"] == "cls"
 
 
 @pytest.mark.parametrize(
