@@ -51,6 +51,10 @@ def load(path, model, input_size, imagenet_classes, device):
     return {"checkpoint": str(path), **own}, lambda images: _run(session, images)
 
 
+def share_cores(threads):
+    """See models.search.network: a session's threads compute for all who ask, so there is nothing to share out."""
+
+
 def _session(path, own):
     try:
         import onnxruntime

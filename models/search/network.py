@@ -111,6 +111,11 @@ def fit_codebook(checkpoint, features, subspaces, clusters):
     return fit(features, subspaces, clusters)[0]
 
 
+def share_cores(checkpoint, threads):
+    """Have what this thread computes take its share of the cores, where as many `threads` compute at a time."""
+    _room(checkpoint).share_cores(threads)
+
+
 def add_photos(network, found, unfinished, batch_size=64, workers=0):
     """Compute the features of Founds, and add them to an Unfinished batch by batch.
 

@@ -4,6 +4,7 @@ import torch
 
 from datasets.errors import InputError
 from datasets.files import digest
+from datasets.pool import available_cores
 from models.checkpoints import read_checkpoint, trained_with
 from models.eval.features import embed
 from models.options import check_device
@@ -44,6 +45,11 @@ def load_student(path, model=None, input_size=None, imagenet_classes=None):
         "input_size": size, "width": student.width,
     }  # fmt: skip
     return student.eval(), facts, content
+
+
+def share_cores(threads):
+    """See models.search.network: PyTorch takes all cores in each thread."""
+    torch.set_num_threads(max(1, available_cores() // threads))
 
 
 def _of_kind(options, name, kind, default):
