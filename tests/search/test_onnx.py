@@ -1,7 +1,10 @@
 """The photo search without PyTorch: the same features and photos, from a file that tells what it is."""
 
+import http.client
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +30,7 @@ OPTIONS = {"model": "convnextv2_atto", "input_size": 32, "imagenet_classes": 100
 CLASSES = ["bell", "cow", "Ähre"]
 # Runs a command of search_photos.py where torch cannot be imported.
 WITHOUT_TORCH = """
+import os
 import sys
 
 class Refuse:
@@ -36,8 +40,11 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 import search_photos
-search_photos.main(sys.argv[1:])
-assert "torch" not in sys.modules
+try:
+    search_photos.main(sys.argv[1:])
+finally:
+    if "torch" in sys.modules:
+        os._exit(9)
 """
 
 
@@ -78,8 +85,14 @@ def run(*arguments):
 
 
 def without_torch(*arguments):
+    with started_without_torch(*arguments) as process:
+        assert process.wait() == 0
+
+
+def started_without_torch(*arguments):
     command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments), "--backend", "onnx"]
-    subprocess.run(command, check=True, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def features_of(folder):
@@ -118,6 +131,21 @@ def test_find_needs_no_torch(tmp_path):
     for photo, other in zip(found["found"], before["found"], strict=True):
         assert photo["score"] == pytest.approx(other["score"], abs=1e-6)
         assert photo["score"] == pytest.approx(0.8 * photo["cluster_distance"] + 0.2 * photo["distance"], abs=1e-12)
+
+
+def test_the_page_needs_no_torch():
+    plain = found_with("onnx")
+    with started_without_torch("page", "--index", "onnx", "--port", 0) as process:
+        try:
+            port = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())[1]
+            connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+            connection.request("POST", "/find?matching=one-to-one&k=12", Path("sketch.png").read_bytes())
+            found = json.loads(connection.getresponse().read())["found"]
+            connection.close()
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    assert {photo["path"]: photo["distance"] for photo in found} == pytest.approx(plain, abs=1e-6)
 
 
 def test_an_index_of_torch_goes_on_with_what_was_exported(place):
@@ -183,6 +211,7 @@ BAD += [
     ("find sketch.png --index torch --checkpoint other.onnx", "not the checkpoint that the index was made with"),
     ("find sketch.png --index torch --checkpoint small.onnx", "exported with input_size 48, while the index has 32"),
     ("find sketch.png --index torch --backend onnx", "--backend onnx: does not compute with"),
+    ("page --index torch --backend onnx", "--backend onnx: does not compute with"),
     ("find sketch.png --index onnx --backend torch", "--backend torch: does not compute with"),
     (f"{NEW} s.bin --backend onnx", "--backend onnx: does not compute with s.bin"),
     (
@@ -214,7 +243,7 @@ def test_a_missing_onnxruntime_is_named(monkeypatch, fails):
 
 
 def test_every_command_tells_which_backends_there_are(capsys):
-    for command in ("index", "find"):
+    for command in ("index", "find", "page"):
         with pytest.raises(SystemExit):
             run(command, "--help")
         assert "--backend {torch,onnx}" in capsys.readouterr().out
