@@ -7,6 +7,7 @@ import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
+from threadpoolctl import threadpool_limits
 
 from models.eval.parts import CollapsedComponent, check_parts, joined, parts_of
 
@@ -14,7 +15,8 @@ from models.eval.parts import CollapsedComponent, check_parts, joined, parts_of
 def fit_codebook(gallery, subspaces, clusters, seed=123):
     """What models.eval.codebooks.fit_codebook gives with mixture "sklearn"."""
     check_parts(gallery, subspaces, clusters)
-    with without_warnings():
+    # On a busy machine, threads that wait for each other in each of many small products take ten times as long.
+    with threadpool_limits(1), without_warnings():
         return fit_row(gallery, (subspaces, clusters), seed)
 
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from models.eval import codebooks, sklearn_mixture
 from models.eval.codebooks import fit_codebook
@@ -104,3 +105,21 @@ def test_k_means_and_mixture_of_a_sub_space_come_before_the_next(monkeypatch):
     gallery = np.random.default_rng(0).normal(size=(60, 9)).astype(np.float32)
     codebooks.fit_codebooks(gallery, [(3, 2)])
     assert order == 3 * ["k-means", "EM"]
+
+
+def test_without_torch_a_codebook_is_that_of_scikit_learn_on_one_thread(monkeypatch):
+    gallery, threads = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32), []
+    expected = fit_codebook(gallery, 2, 3, seed=5, mixture="sklearn")
+    fit = sklearn_mixture.GaussianMixture.fit
+
+    def watched(*arguments):
+        threads.extend(pool["num_threads"] for pool in threadpool_info())
+        return fit(*arguments)
+
+    monkeypatch.setattr(sklearn_mixture.GaussianMixture, "fit", watched)
+    with threadpool_limits(2):
+        codebook, unconverged = sklearn_mixture.fit_codebook(gallery, 2, 3, seed=5)
+    np.testing.assert_allclose(codebook, expected[0], rtol=0, atol=1e-5)
+    assert unconverged == expected[1] and set(threads) == {1}
+    with pytest.raises(ValueError, match="61 clusters need as many gallery photos"):
+        sklearn_mixture.fit_codebook(gallery, 2, 61)
