@@ -1,5 +1,6 @@
 """The drawing page on a port of this machine."""
 
+import os
 import re
 import socket
 
@@ -48,4 +49,5 @@ def _bound(host, port):
     except socket.gaierror as error:
         raise InputError(f"--host {host}: not an address of this machine ({error.strerror})") from None
     except OSError as error:
-        raise InputError(f"--host {host} --port {port}: {error.strerror}; choose another --port") from None
+        why = os.strerror(error.errno)
+        raise InputError(f"--host {host} --port {port}: {why.lower()}; choose another --port") from None

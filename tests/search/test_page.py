@@ -203,10 +203,14 @@ def test_several_threads_find_what_one_finds(shelf):
     images = [
         Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), np.uint8)) for seed in range(40)
     ]
-    alone = [finder.find(image, 9, matching) for image in images for matching in ("one-to-one", "one-to-many")]
+    jobs = [(image, matching) for image in images for matching in ("one-to-one", "one-to-many")]
+
+    def found(job):
+        return finder.find(job[0], 9, job[1], as_drawn=True)
+
+    alone = list(map(found, jobs))
     with ThreadPoolExecutor(8) as threads:
-        jobs = [(image, 9, matching) for image in images for matching in ("one-to-one", "one-to-many")]
-        assert list(threads.map(lambda job: finder.find(*job), jobs)) == alone
+        assert list(threads.map(found, jobs)) == alone
 
 
 def test_too_many_searches_at_once_are_put_off(shelf, monkeypatch):
@@ -257,7 +261,9 @@ def test_the_command_is_refused_in_one_line(index, fails, monkeypatch):
     own = ["page", "--index", index, "--device", "cpu"]
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert f"--host 127.0.0.1 --port {port}: " in fails(search_photos.main, *own, "--port", port)
+        assert f"--port {port}: address already in use; choose another --port" in fails(
+            search_photos.main, *own, "--port", port
+        )
     assert "guard them with --token" in fails(search_photos.main, *own, "--host", "0.0.0.0")
     for token in ("short", "", "with spaces in it"):
         assert "--token: shorter ones" in fails(search_photos.main, *own, "--token", token)
