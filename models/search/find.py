@@ -65,8 +65,8 @@ class Finder:
         ]
 
 
-def open_finder(folder, checkpoint=None, device="cpu"):
-    """The Finder of an index; checkpoint: where that is now, if it has moved. Raises InputError."""
+def open_finder(folder, checkpoint=None, device=None):
+    """The Finder of an index; checkpoint, device: see network.network_of. Raises InputError."""
     index = open_index(folder)
     return Finder(index, network_of(index.facts, checkpoint, device))
 

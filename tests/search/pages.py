@@ -5,13 +5,12 @@ import socket
 import threading
 from contextlib import contextmanager
 
-import torch
 import uvicorn
 from albums import FakeNetwork
 from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
-from datasets.images import resize
+from datasets.images import resize, stack
 from models.search import page, serving
 from models.search.find import Finder
 from models.search.index import open_index
@@ -24,7 +23,7 @@ class PageNetwork(FakeNetwork):
     """A FakeNetwork for drawings, too."""
 
     def features(self, images):
-        return self.embed(torch.stack([resize(image, self.facts["input_size"]) for image in images]))
+        return self.embed(stack([resize(image, self.facts["input_size"]) for image in images]))
 
 
 def shelf_of(folder, monkeypatch):
