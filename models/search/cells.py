@@ -108,15 +108,17 @@ def outlines_of(features, basis):
     return np.concatenate([inside, rest[:, None]], axis=1)
 
 
-def search(cells, query, k, weight=CLUSTER_WEIGHT):
+def search(cells, query, k, weight=CLUSTER_WEIGHT, allowed=None):
     """The k photos with the lowest weight · D + (1 − weight) · d, ties by place: as comparing all of them gives.
 
-    query: (D,) float32 of length 1; weight 0 is one-to-one matching, any other needs a codebook. Returns Nearest.
+    query: (D,) float32 of length 1; weight 0 is one-to-one matching, any other needs a codebook.
+    allowed: (N,) bool, the rows that may be found, one at least; None for all. Returns Nearest.
     Raises ValueError if features are not finite.
     """
+    count = len(cells.features) if allowed is None else int(allowed.sum())
     # Waiting for each other in every product, as BLAS's own threads do, takes longer than the product.
     with _blas().limit(limits=1, user_api="blas"):
-        return _search(_Scan(cells, query, min(k, len(cells.features)), weight), cells)
+        return _search(_Scan(cells, query, min(k, count), weight, allowed), cells)
 
 
 def _search(scan, cells):
@@ -137,8 +139,8 @@ def _search(scan, cells):
 class _Scan:
     """A search in progress. best: no photo with a higher score can be among the k."""
 
-    def __init__(self, cells, query, k, weight):
-        self.cells, self.k = cells, k
+    def __init__(self, cells, query, k, weight, allowed):
+        self.cells, self.k, self.allowed = cells, k, allowed
         self.query = np.ascontiguousarray(query, np.float32)
         self.outline = outlines_of(self.query[None], cells.basis)[0]
         self.weight, self.rest = weight, round(1 - weight, 12)
@@ -148,6 +150,8 @@ class _Scan:
         self.cluster = _cluster_distances(cells, self.query)
         self.base = (weight * self.cluster if weight else np.zeros(len(cells.ends))).astype(np.float32)
         self.bounds = self.base + self.rest * self._least_distances() - SLACK
+        if allowed is not None:
+            self.bounds[~np.logical_or.reduceat(allowed, cells.ends - self.sizes)] = np.inf
         self.best, self.scanned, self.outlined = np.inf, 0, 0
         self.rows, self.lows, self.highs = np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.float32)
 
@@ -160,7 +164,7 @@ class _Scan:
         """Look at the photos of cells `chosen`, ascending, cell by cell."""
         ends, sizes = self.cells.ends[chosen], self.sizes[chosen]
         rows = np.repeat(ends - sizes.cumsum(), sizes) + np.arange(sizes.sum())
-        base, runs = np.repeat(self.base[chosen], sizes), _joined(ends - sizes, ends)
+        base, runs = self._among(np.repeat(self.base[chosen], sizes), rows), _joined(ends - sizes, ends)
         if self.best < np.inf:
             self.outlined += len(rows)
             kept = np.flatnonzero(self._outlined(base, runs) <= self.best)
@@ -172,7 +176,7 @@ class _Scan:
         """Look at the photos of cells `chosen`, reading through all outlines: faster where they are many."""
         base = np.full(len(self.base), np.inf, np.float32)
         base[chosen] = self.base[chosen]
-        base = np.repeat(base, self.sizes)
+        base = self._among(np.repeat(base, self.sizes), slice(None))
         parts = [(start, min(start + GROUP, len(base))) for start in range(0, len(base), GROUP)]
         lows = np.concatenate(list(_threads().map(lambda part: self._outlined(base[slice(*part)], [part]), parts)))
         self.outlined += len(lows)
@@ -189,6 +193,12 @@ class _Scan:
         products = _threads().map(lambda part: _products(self.cells.features, self.query, [part]), parts)
         for (start, end), product in zip(parts, products, strict=True):
             self._settle(np.arange(start, end), base[start:end], product)
+
+    def _among(self, base, rows):
+        """Changes `base` of the rows that may not be found to infinity, so that no score of theirs is low enough."""
+        if self.allowed is not None:
+            base[~self.allowed[rows]] = np.inf
+        return base
 
     def _outlined(self, base, runs):
         """What the scores of photos are at least, by their outlines. runs: (start, end); base: weight · D of each."""

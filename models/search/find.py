@@ -42,15 +42,18 @@ class Finder:
             )
         return asked or (ONE_TO_MANY if self.index.clusters else ONE_TO_ONE)
 
-    def find(self, image, k=20, matching=None):
-        """The k nearest photos of a drawing (PIL.Image, RGB): [Match, ...], nearest first, ties by path."""
-        return self.find_features(self.network.features([image])[0], k, matching)
+    def find(self, image, k=20, matching=None, allowed=None):
+        """The k nearest photos of a drawing (PIL.Image, RGB): [Match, ...], nearest first, ties by path.
 
-    def find_features(self, features, k=20, matching=None):
+        allowed: (N,) bool, the rows that may be found, one at least; None for all.
+        """
+        return self.find_features(self.network.features([image])[0], k, matching, allowed)
+
+    def find_features(self, features, k=20, matching=None, allowed=None):
         """As `find`, for features (D,) of length 1: those of another drawing, or of a photo of the index."""
         more = {"weight": 0} if self.matching(matching) == ONE_TO_ONE else {}
         try:
-            nearest = search(self.index.cells, features, k, **more)
+            nearest = search(self.index.cells, features, k, allowed=allowed, **more)
         except ValueError as error:
             raise InputError(f"{self.index.folder}: damaged index ({error}); delete it, and index again") from None
         return [

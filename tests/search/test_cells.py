@@ -26,8 +26,8 @@ def build(features, codebook, places=None):
     return Cells(features, order.astype(np.int32), codebook, codes, ends, *balls, basis, outlines), order
 
 
-def brute_force(features, codebook, query, k, weight):
-    """(photos, scores) of the k nearest by the definition, in float64."""
+def brute_force(features, codebook, query, k, weight, photos=None):
+    """(photos, scores) of the k nearest, of all or of `photos` alone, by the definition, in float64."""
     difference = features.astype(np.float64) - query.astype(np.float64)
     scores = np.sqrt((difference**2).sum(axis=1))
     if weight:
@@ -39,7 +39,8 @@ def brute_force(features, codebook, query, k, weight):
         squares = ((words - query) ** 2).sum(axis=2)
         cluster = sum(own[codes] for own, codes in zip(squares, nearest, strict=True))
         scores = 0.8 * cluster + 0.2 * scores
-    order = np.lexsort([np.arange(len(scores)), scores])[:k]
+    order = np.lexsort([np.arange(len(scores)), scores])
+    order = order[:k] if photos is None else order[np.isin(order, photos)][:k]
     return order, scores[order]
 
 
@@ -84,6 +85,25 @@ def test_search_equals_brute_force(name, features, subspaces, clusters):
             for k in (1, 20, 2 * len(features)):
                 found = search(cells, query, k, weight)
                 photos, scores = brute_force(features, codebook, query, k, weight)
+                np.testing.assert_array_equal(order[found.rows], photos)
+                np.testing.assert_allclose(found.scores, scores, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("share", ["one", "few", "most", "a cell", "all"])
+@pytest.mark.parametrize(("name", "features"), list(galleries())[:5], ids=lambda value: str(value)[:20])
+def test_search_among_some_photos_equals_brute_force_over_them(name, features, share):
+    rng = np.random.default_rng(6)
+    starts = features[rng.integers(len(features), size=10)].reshape(10, 2, -1)
+    codebook = np.ascontiguousarray(starts.swapaxes(0, 1) * 0.9)
+    cells, order = build(features, codebook)
+    allowed = rng.random(len(features)) < {"one": 0, "few": 0.02, "most": 0.9, "a cell": 0, "all": 1}[share]
+    allowed[: cells.ends[0]] |= share == "a cell"
+    allowed[rng.integers(len(features))] = True
+    for query in queries(features, rng):
+        for weight in (0, 0.8):
+            for k in (1, 20, len(features)):
+                found = search(cells, query, k, weight, allowed)
+                photos, scores = brute_force(features, codebook, query, k, weight, order[allowed])
                 np.testing.assert_array_equal(order[found.rows], photos)
                 np.testing.assert_allclose(found.scores, scores, rtol=0, atol=1e-14)
 
