@@ -78,7 +78,7 @@ def test_only_photos_that_are_allowed_are_found(share, monkeypatch):
     for weight in (0, 0.8):
         holder = Holder(cells, features[5], allowed=allowed)
         found = rounds.search(cells, features[5], 30, holder.ask, holder.fetch, weight, len(rows))
-        photos, scores = brute_force(features[rows], codebook, features[5], 30, weight)
+        photos, _ = brute_force(features[rows], codebook, features[5], 30, weight)
         np.testing.assert_array_equal(found.rows, rows[photos])
         assert share > 0.5 or len(holder.asked) == 1
 

@@ -1,0 +1,324 @@
+"""The index of photos in Milvus: a copy of one on disk, which any machine can search.
+
+    NAME                   an alias, which tells the generation that is current
+    NAME_0f3a9c1e_7        a photo a row: generation 7 of the index on disk whose mark is 0f3a9c1e
+    NAME_0f3a9c1e_7_about  what the index knows of itself: JSON, cut into pieces
+
+Rows are numbered in the order of their paths. Milvus searches them without approximation (FLAT); its L2 is the
+squared distance. What comes from it is data, and is checked. models.search.publish writes it.
+"""
+
+import base64
+import functools
+import importlib.util
+import io
+import json
+import logging
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+import grpc
+import numpy as np
+from pymilvus import MilvusClient, MilvusException
+
+from datasets.errors import InputError
+from models.search import rounds
+from models.search.cells import CLUSTER_WEIGHT, Cells, codes_of
+from models.search.index import KNOWN, check_table, holds, spread
+
+COLLECTION, FORMAT = "photo_index", 1
+PATIENCE = 10  # seconds that a server may take to answer
+AGAIN = 10  # times that what takes long is tried, some 20 seconds
+BATCH = 256  # photos that travel at a time
+SAMPLE = 16  # photos whose cells are checked
+TABLE = ("codebook", "codes", "ends", "centres", "radii", "basis")  # what belongs to cells, of Cells
+_CONNECTIONS = {  # a server that has been started again is found at once
+    "grpc.use_local_subchannel_pool": 1, "grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 500,
+}  # fmt: skip
+_NOT_LOADED = 101
+_TORN = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError, RecursionError,
+    SyntaxError,
+)  # fmt: skip
+MARK = re.compile("[0-9a-f]{8}")
+
+for _name in ("pymilvus", "milvus_lite"):  # they tell of every error with a traceback, and raise it, too
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
+
+
+class Server:
+    """Milvus at `uri`, and in it `collection`. What fails there becomes an InputError.
+
+    uri: http://HOST:PORT, https://..., or a path that ends in .db, which milvus-lite makes and opens in this process.
+    The environment variable MILVUS_TOKEN is shown to servers that want one.
+    Raises InputError if it is none, or Milvus cannot be reached there.
+    """
+
+    def __init__(self, uri, collection=COLLECTION):
+        _check_names(uri, collection)
+        self.uri, self.collection, self.place = uri, collection, f"{collection} at {uri}"
+        token = os.environ.get("MILVUS_TOKEN", "")
+        self.client = self._told(MilvusClient, uri, token=token, timeout=PATIENCE, grpc_options=_CONNECTIONS)
+
+    def ask(self, method, *arguments, **more):
+        """A method of MilvusClient that answers at once."""
+        return self._told(getattr(self.client, method), *arguments, timeout=PATIENCE, **more)
+
+    def do(self, method, *arguments, **more):
+        """A method of MilvusClient that takes as long as it takes."""
+        return self._told(getattr(self.client, method), *arguments, retry_times=AGAIN, **more)
+
+    def _told(self, function, *arguments, **more):
+        try:
+            try:
+                return function(*arguments, **more)
+            except MilvusException as error:
+                if error.code != _NOT_LOADED:
+                    raise
+                self.client.load_collection(arguments[0], retry_times=AGAIN)  # the server has been started again
+                return function(*arguments, **more)
+        except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError) as error:
+            raise InputError(f"{self.place}: {_reason(error)}; see whether Milvus runs there, and --uri") from error
+
+    def current(self):
+        """The name of the current generation; None if there is none.
+
+        Raises InputError if what is there is not an index of photos.
+        """
+        if not self.ask("has_collection", self.collection):
+            return None
+        if self.collection not in self.ask("list_collections"):
+            name = self.ask("describe_alias", self.collection)["collection_name"]
+            if re.fullmatch(rf"{self.collection}_{MARK.pattern}_\d+", name):
+                return name
+        raise InputError(f"{self.place}: holds something else than photos of this program; name another --collection")
+
+
+def _check_names(uri, collection):
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", collection):
+        raise InputError(f"--collection {collection}: use letters, digits and _, and begin with a letter")
+    if "@" in uri:
+        raise InputError("--uri: holds a name or password; put them into the environment variable MILVUS_TOKEN")
+    if "://" not in uri and uri.endswith(".db"):
+        if not Path(uri).parent.is_dir():
+            raise InputError(f"--uri {uri}: its folder is not there; make it, or correct --uri")
+        if importlib.util.find_spec("milvus_lite") is None:
+            raise InputError(f"--uri {uri}: a file needs milvus-lite; pip install -r requirements-milvus.txt")
+        return
+    try:
+        fits = re.fullmatch(r"https?://[^\s/]+(/\S*)?", uri) and urlparse(uri).hostname and urlparse(uri).port != 0
+    except ValueError:  # a port that is none
+        fits = False
+    if not fits:
+        raise InputError(f"--uri {uri}: is no address; give http://HOST:PORT, or a file that ends in .db")
+
+
+def _reason(error):
+    text = str(getattr(error, "message", "")) or str(error) or type(error).__name__
+    return text.strip().splitlines()[0][:200]
+
+
+@dataclass(frozen=True)
+class MilvusIndex:
+    """An index in Milvus as it was when it was opened. It may be used by several threads."""
+
+    server: Server
+    generation: str  # name of its collection
+    facts: dict  # as those of models.search.index.Index
+    cells: Cells  # what belongs to cells; it holds no photos
+
+    def __len__(self):
+        return int(self.cells.ends[-1])
+
+    @property
+    def name(self):
+        """How messages call it."""
+        return self.server.place
+
+    @property
+    def clusters(self):
+        """(M, K) of its codebook, or None without one."""
+        return self.cells.codebook.shape[:2] if len(self.cells.codebook) else None
+
+    def nearest(self, features, k, weight=CLUSTER_WEIGHT, allowed=None):
+        """As models.search.cells.search. allowed: a range of rows; None for all. Raises InputError."""
+        ask = functools.partial(self._ask, features, allowed)
+        count = len(allowed) if allowed is not None else None
+        try:
+            return rounds.search(self.cells, features, k, ask, self._fetch, weight, count)
+        except rounds.Missing as error:
+            raise self._damaged(error) from None
+
+    def paths_of(self, rows):
+        """The absolute paths of photos (n,): [str, ...]."""
+        return [self._path(text) for text in self._columns(rows, "path")]
+
+    def path(self, row):
+        """The absolute path of a photo."""
+        return self.paths_of([row])[0]
+
+    def thumbnails_of(self, rows):
+        """Photos as small JPEGs: [bytes, ...]; empty ones where there is none."""
+        return [base64.b64decode(text.encode(), validate=False) for text in self._columns(rows, "thumbnail")]
+
+    def thumbnail(self, row):
+        """A photo as a small JPEG (bytes)."""
+        return self.thumbnails_of([row])[0]
+
+    def features_of(self, rows):
+        """Features (n, D) float32 of rows (n,)."""
+        return self._fetch(np.asarray(rows))[0]
+
+    def _ask(self, features, allowed, questions):
+        """Answers to the questions of models.search.rounds."""
+        among = "" if allowed is None else f"row >= {allowed.start} and row < {allowed.stop}"
+        return list(_threads().map(lambda question: self._answer(features, among, *question), questions))
+
+    def _answer(self, features, among, chosen, limit):
+        cells = "" if chosen is None else f"cell in [{','.join(map(str, chosen.tolist()))}]"
+        hits = self.server.ask(
+            "search", self.generation, [features.tolist()], anns_field="feature", limit=limit, output_fields=["cell"],
+            filter=" and ".join(filter(None, (cells, among))), search_params={"metric_type": "L2"},
+        )[0]  # fmt: skip
+        rows = _integers([hit["row"] for hit in hits], len(self))
+        numbers = _integers([hit["entity"]["cell"] for hit in hits], len(self.cells.ends))
+        squares = np.array([hit["distance"] for hit in hits], np.float64)
+        sound = (
+            rows is not None and numbers is not None and len(rows) <= limit and len(np.unique(rows)) == len(rows)
+            and (chosen is None or np.isin(numbers, chosen).all())
+            and np.isfinite(squares).all() and (np.diff(squares) >= 0).all()
+        )  # fmt: skip
+        if not sound:
+            raise self._damaged("it finds what was not asked for")
+        return rows, numbers, squares.astype(np.float32)
+
+    def _fetch(self, rows):
+        features, numbers = self._columns(rows, "feature", "cell")
+        numbers, shape = _integers(numbers, len(self.cells.ends)), (len(rows), self.facts["width"])
+        try:
+            features = np.array(features, np.float32).reshape(shape)
+        except ValueError:
+            raise self._damaged(f"features have not {shape[1]} values") from None
+        if numbers is None or not (np.abs(np.linalg.norm(features, axis=1) - 1) < 0.01).all():
+            raise self._damaged("features are not of length 1, or in no cell")
+        return features, numbers
+
+    def _columns(self, rows, *fields):
+        """The values of fields for rows (n,): a list for each field; one list where it is one."""
+        found = {}
+        for start in range(0, len(rows), BATCH):
+            wanted = ",".join(str(int(row)) for row in rows[start : start + BATCH])
+            answer = self.server.ask(
+                "query", self.generation, filter=f"row in [{wanted}]", output_fields=["row", *fields], limit=BATCH
+            )
+            found |= {each["row"]: each for each in answer}
+        if not found.keys() >= {int(row) for row in rows}:
+            raise self._damaged("photos are missing")
+        columns = [[found[int(row)][field] for row in rows] for field in fields]
+        return columns if len(columns) > 1 else columns[0]
+
+    def _path(self, text):
+        try:
+            path = json.loads(text)
+            os.fsencode(path)
+        except (ValueError, TypeError, RecursionError):
+            path = ""
+        if not os.path.isabs(path):
+            raise self._damaged("paths are none")
+        return path
+
+    def _damaged(self, why):
+        return damaged(self.server, why)
+
+
+def damaged(server, why):
+    """The InputError for an index in Milvus that is not as a writer left it."""
+    return InputError(f"{server.place}: damaged index ({why}); index into another --collection")
+
+
+def _integers(values, end):
+    """`values` as (n,) int64 if all are whole numbers from 0 to end − 1; else None."""
+    if not all(type(value) is int and 0 <= value < end for value in values):
+        return None
+    return np.array(values, np.int64)
+
+
+@functools.cache
+def _threads():
+    return ThreadPoolExecutor(rounds.AT_ONCE, "milvus")
+
+
+def open_milvus(uri, collection=COLLECTION):
+    """The MilvusIndex in a collection. Raises InputError if there is none, or it is not as a writer left it."""
+    if "://" not in uri and uri.endswith(".db") and not Path(uri).exists() and Path(uri).parent.is_dir():
+        raise InputError(f"--uri {uri}: no such file; make it with search_photos.py index, or correct --uri")
+    server = Server(uri, collection)
+    name = server.current()
+    if name is None:
+        raise InputError(
+            f"{server.place}: no index of photos is there; make one with search_photos.py index, or set --collection"
+        )
+    text = _read_about(server, f"{name}_about")
+    try:
+        index = MilvusIndex(server, name, *_parsed(text))
+    except _TORN as error:
+        raise damaged(server, str(error).splitlines()[0][:100] if str(error) else type(error).__name__) from None
+    _check_photos(index)
+    return index
+
+
+def _read_about(server, name):
+    """The text in which a generation tells of itself."""
+    pieces, count = {}, count_rows(server, name)
+    for start in range(0, count, BATCH):
+        limits = f"piece >= {start} and piece < {start + BATCH}"
+        answer = server.ask("query", name, filter=limits, output_fields=["piece", "text"], limit=BATCH)
+        pieces |= {each["piece"]: each["text"] for each in answer}
+    return "".join(pieces.get(piece, "") for piece in range(count))
+
+
+def _parsed(text):
+    """(facts, Cells) of such a text, checked. Raises ValueError, or other errors of _TORN."""
+    content = json.loads(text)
+    facts, texts = content["facts"], content["table"]
+    if not holds(facts, {**KNOWN, "format": int}) or facts["format"] != FORMAT:
+        raise ValueError("it was made by another version of this program")
+    table = {part: np.load(io.BytesIO(base64.b64decode(texts[part])), allow_pickle=False) for part in TABLE}
+    cells = Cells(**table, features=_none(2), outlines=_none(2), places=_none(1))
+    check_table(cells, facts["width"])
+    if np.diff(cells.ends, prepend=0).max() > rounds.MOST:
+        raise ValueError("its cells are too large")
+    return facts, cells
+
+
+def _none(dimensions):
+    return np.empty((0,) * dimensions, np.float32)
+
+
+def _check_photos(index):
+    """Raise InputError unless the collection of photos is the one that the rest speaks of."""
+    server, width = index.server, index.facts["width"]
+    fields = {field["name"]: field for field in server.ask("describe_collection", index.generation)["fields"]}
+    if not fields.keys() >= {"row", "cell", "path", "thumbnail", "feature"}:
+        raise damaged(server, "it holds other fields")
+    dimension = fields["feature"]["params"].get("dim")
+    if dimension != width:
+        raise damaged(server, f"features of {dimension} values, where {width} are told of")
+    kind = server.ask("describe_index", index.generation, "feature")
+    if (kind["index_type"], kind["metric_type"]) != ("FLAT", "L2"):
+        raise damaged(server, "its search is not exact; it must be FLAT with L2")
+    server.do("load_collection", index.generation)
+    if (count := count_rows(server, index.generation)) != len(index):
+        raise damaged(server, f"{count:,} photos, not {len(index):,}")
+    features, numbers = index._fetch(spread(len(index), SAMPLE))
+    if (codes_of(features, index.cells.codebook) != index.cells.codes[numbers]).any():
+        raise damaged(server, "its photos are in the cells of another codebook")
+
+
+def count_rows(server, name):
+    """How many rows a collection has."""
+    return int(server.ask("query", name, filter="", output_fields=["count(*)"])[0]["count(*)"])

@@ -1,0 +1,449 @@
+"""An index in Milvus finds what the index on disk finds, whatever happens to its server, its writers and its contents.
+
+Skipped where pymilvus or milvus-lite is not installed.
+"""
+
+import base64
+import dataclasses
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from albums import FakeNetwork, update, write_album, write_photo
+from test_cells import clustered
+
+from datasets.errors import InputError
+from models.search.find import Finder
+from models.search.index import RECORD, open_index, write_index
+
+pytest.importorskip("pymilvus", reason="pymilvus is not installed (requirements-milvus.txt)")
+pytest.importorskip("milvus_lite", reason="milvus-lite is not installed (requirements-milvus.txt)")
+
+from pymilvus import DataType
+
+from models.search import milvus, publish
+from models.search.milvus import Server, open_milvus
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FACTS = FakeNetwork().facts | {"folders": ["/photos"], "exclude": [], "thumbnails": "thumbnails-1.bin"}
+
+
+class LiteServer:
+    """milvus-lite server on a port of this machine, in a process of its own."""
+
+    def __init__(self, folder):
+        self.folder, self.port, self.process = folder, 0, None
+        self.start()
+
+    def start(self):
+        run = "import sys; from milvus_lite.cmdline import main; sys.exit(main(sys.argv[1:]))"
+        for _ in range(5):
+            self.port = self.port or free_port()
+            arguments = ["server", "--data-dir", self.folder, "--host", "127.0.0.1", "--port", self.port]
+            command = [sys.executable, "-u", "-c", run, *map(str, arguments)]
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            if "listening" in self.process.stdout.readline():
+                return
+            self.port = 0
+        raise RuntimeError("milvus-lite server does not start")
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    @property
+    def uri(self):
+        return f"http://127.0.0.1:{self.port}"
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def lite(tmp_path_factory):
+    server = LiteServer(tmp_path_factory.mktemp("lite") / "data")
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def uri(lite):
+    """A server whose collections are all dropped afterwards."""
+    yield lite.uri
+    client = Server(lite.uri).client
+    for name in client.list_collections():
+        client.drop_collection(name)
+
+
+def write(folder, features, codebook):
+    """An index of drawn features on disk; photo 10 is /photos/a10.jpg, and odd ones are in /photos/b."""
+    folder.mkdir(exist_ok=True)
+    names = [f"/photos/{'ab'[n % 2]}/{n}.jpg".encode() for n in range(len(features))]
+    names[3] = b"/photos/a/\\xff\\xe9\\xdb\\xaa.jpg"
+    order = sorted(range(len(names)), key=names.__getitem__)
+    records = np.zeros(len(names), RECORD)
+    records["thumbnail"], records["thumbnail_size"] = np.arange(len(names)), 1
+    (folder / "thumbnails-1.bin").write_bytes(bytes(n % 251 for n in range(len(names))))
+    facts = FACTS | {"width": features.shape[1]}
+    write_index(
+        folder, facts, ([names[n] for n in order], records), lambda rows: features[np.array(order)[rows]], codebook
+    )
+    return open_index(folder)
+
+
+def gallery(count=1500, width=32):
+    features = clustered(np.random.default_rng(0), count, width, classes=20, noise=0.4)
+    features[500:700] = features[500:600].repeat(2, axis=0)  # ties
+    return features, np.ascontiguousarray(features[:30].reshape(30, 2, -1).swapaxes(0, 1))
+
+
+def same(one, other):
+    """Whether two searches found the same photos, in the same order, with the same scores but for the last digits."""
+    assert [match.path for match in one] == [match.path for match in other]
+    for name in ("score", "distance", "cluster_distance"):
+        values = [[getattr(match, name) for match in matches] for matches in (one, other)]
+        assert values[0] == (pytest.approx(values[1], abs=1e-13) if values[1][0] is not None else values[1])
+
+
+def near(features, number, rng):
+    query = features[number] + 0.05 * rng.normal(size=features.shape[1]).astype(np.float32)
+    return query / np.linalg.norm(query)
+
+
+@pytest.mark.parametrize("where", ["server", "file"])
+def test_milvus_finds_what_the_index_on_disk_finds(where, uri, tmp_path):
+    features, codebook = gallery()
+    own = write(tmp_path / "index", features, codebook)
+    uri = uri if where == "server" else str(tmp_path / "photos.db")
+    assert publish.publish(Server(uri), own)
+    there = open_milvus(uri)
+    assert len(there) == 1500 and there.clusters == (2, 30) and there.facts["folders"] == ["/photos"]
+    rng = np.random.default_rng(1)
+    for number in [3, 500, 501, *rng.integers(1500, size=7)]:
+        query = near(features, number, rng)
+        for matching in ("one-to-many", "one-to-one"):
+            for k in (1, 20):
+                same(*(Finder(index, None).find_features(query, k, matching) for index in (own, there)))
+    one, other = (Finder(index, None).find_features(features[0], 2000) for index in (own, there))
+    same(one, other)
+    assert (
+        len(other) == 1500 and [match.row for match in other] == own.cells.places[[match.row for match in one]].tolist()
+    )
+    rows = [[match.row for match in matches] for matches in (one, other)]
+    assert own.thumbnails_of(rows[0]) == there.thumbnails_of(rows[1])
+    np.testing.assert_array_equal(there.features_of(rows[1]), own.cells.features[rows[0]])
+
+
+def test_a_search_may_be_kept_to_a_range_of_rows(uri, tmp_path):
+    features, codebook = gallery(400)
+    own = write(tmp_path / "index", features, codebook)
+    publish.publish(Server(uri), own)
+    there = open_milvus(uri)
+    allowed = range(100, 180)
+    within = (own.cells.places >= 100) & (own.cells.places < 180)
+    for matching in ("one-to-many", "one-to-one"):
+        one = Finder(own, None).find_features(features[9], 30, matching, within)
+        same(one, Finder(there, None).find_features(features[9], 30, matching, allowed))
+
+
+def test_a_killed_server_is_one_line_and_a_restarted_one_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(milvus, "PATIENCE", 2)
+    features, codebook = gallery(300)
+    own = write(tmp_path / "index", features, codebook)
+    server = LiteServer(tmp_path / "data")
+    try:
+        publish.publish(Server(server.uri), own)
+        there = Finder(open_milvus(server.uri), None)
+        before = there.find_features(features[7])
+        server.kill()
+        refused(
+            lambda: there.find_features(features[7]), f"photo_index at {server.uri}: ", "see whether Milvus runs there"
+        )
+        refused(lambda: open_milvus(server.uri), "see whether Milvus runs there")
+        server.start()
+        same(there.find_features(features[7]), before)
+        same(Finder(open_milvus(server.uri), None).find_features(features[7]), before)
+    finally:
+        server.kill()
+
+
+def refused(action, *told):
+    with pytest.raises(InputError) as error:
+        action()
+    message = str(error.value)
+    assert all(part in message for part in told) and "\n" not in message and len(message) < 500, message
+
+
+def photos_of(uri):
+    index = open_milvus(uri)
+    rows = range(len(index))
+    features = [row.tobytes() for row in index.features_of(rows)]
+    return dict(zip(index.paths_of(rows), zip(features, index.thumbnails_of(rows), strict=True), strict=True))
+
+
+def on_disk(folder):
+    index = open_index(folder)
+    rows = range(len(index))
+    return {index.path(row): (index.cells.features[row].tobytes(), index.thumbnail(row)) for row in rows}
+
+
+def test_milvus_follows_the_index_on_disk(uri, tmp_path):
+    album, folder, network = write_album(tmp_path / "album"), tmp_path / "index", FakeNetwork()
+    update(folder, network, album, clusters=3)
+    assert publish.publish(Server(uri), open_index(folder))
+    assert photos_of(uri) == on_disk(folder) and len(on_disk(folder)) == 12
+    before = Server(uri).client.list_collections()
+    update(folder, network, album)
+    assert not publish.publish(Server(uri), open_index(folder))  # nothing has changed
+    assert Server(uri).client.list_collections() == before and len(before) == 2
+    (album / "3.png").unlink()
+    write_photo(album / "new.png", 99)
+    write_photo(album / os.fsdecode(b"\xff\n.png"), 98)
+    update(folder, network, album, clusters=2, refit=True)
+    old = open_milvus(uri)
+    assert publish.publish(Server(uri), open_index(folder))
+    assert photos_of(uri) == on_disk(folder) and open_milvus(uri).clusters == (2, 2)
+    assert len(Server(uri).client.list_collections()) == 2 and network.seen == 14
+    refused(lambda: old.path(0), "photo_index at ")  # whoever has the old one open is told
+
+
+class Died(BaseException):
+    pass
+
+
+def test_a_writer_that_dies_leaves_the_old_photos(uri, tmp_path, monkeypatch):
+    album, folder, network = write_album(tmp_path / "album", 4), tmp_path / "index", FakeNetwork()
+    update(folder, network, album, clusters=2)
+    publish.publish(Server(uri), open_index(folder))
+    before = photos_of(uri)
+    write_photo(album / "new.png", 99)
+    update(folder, network, album)
+    dies, calls = True, 0
+    while dies:
+        calls, dies = calls + 1, False
+        server, left = Server(uri), calls
+
+        def dying(function, *arguments, told=server._told, **more):
+            nonlocal left, dies
+            left -= 1
+            if not left:
+                dies = True
+                raise Died
+            return told(function, *arguments, **more)
+
+        monkeypatch.setattr(server, "_told", dying)
+        try:
+            publish.publish(server, open_index(folder))
+        except Died:
+            assert photos_of(uri) in (before, on_disk(folder))
+        if len(photos_of(uri)) == 5:  # all that is left is to drop the old one
+            break
+    assert calls > 8
+    publish.publish(Server(uri), open_index(folder))
+    assert photos_of(uri) == on_disk(folder) and len(Server(uri).client.list_collections()) == 2
+
+
+def test_photos_of_others_are_left_alone(uri, tmp_path, monkeypatch):
+    features, codebook = gallery(60)
+    own, other = (write(tmp_path / name, features, codebook) for name in ("own", "other"))
+    server = Server(uri)
+    publish.publish(server, own)
+    for action in (publish.check_own, publish.publish):
+        refused(lambda action=action: action(server, other.folder if action is publish.check_own else other),
+                "holds the photos of another index than", "name another --collection")  # fmt: skip
+    assert len(open_milvus(uri)) == 60 and len(server.client.list_collections()) == 2
+    monkeypatch.setattr(publish, "check_own", lambda *_: None)  # as if it had come while they were written
+    monkeypatch.setattr(Server, "current", lambda self: None)
+    refused(lambda: publish.publish(server, other), "alias")
+    monkeypatch.undo()
+    assert open_milvus(uri).generation.startswith(f"photo_index_{publish._mark(own.folder)}")
+    publish.publish(Server(uri, "others"), other)
+    assert len(open_milvus(uri)) == len(open_milvus(uri, "others")) == 60
+
+
+def test_one_process_publishes_an_index(uri, tmp_path):
+    features, codebook = gallery(60)
+    own = write(tmp_path / "index", features, codebook)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(own.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "holding\n"
+    refused(lambda: publish.publish(Server(uri), own), "is publishing there; wait until it ends")
+    holder.communicate()
+    assert publish.publish(Server(uri), own)
+
+
+HOLDS = """
+import sys
+from datasets.files import sole_writer
+with sole_writer(sys.argv[1], "publishing"):
+    print("holding", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_collection_of_something_else_is_refused(uri, tmp_path):
+    refused(lambda: open_milvus(uri), f"photo_index at {uri}: no index of photos is there; make one")
+    client = Server(uri).client
+    client.create_collection("photo_index", dimension=8)
+    refused(lambda: open_milvus(uri), "holds something else than photos of this program; name another --collection")
+    features, codebook = gallery(60)
+    own = write(tmp_path / "index", features, codebook)
+    refused(lambda: publish.publish(Server(uri), own), "holds something else than photos")
+    client.rename_collection("photo_index", "cats")
+    client.create_alias("cats", "photo_index")
+    refused(lambda: open_milvus(uri), "holds something else than photos of this program; name another --collection")
+    refused(lambda: publish.publish(Server(uri), own), "holds something else than photos")
+    assert client.list_collections() == ["cats"]
+
+
+def rewritten(**changes):
+    """A damage: the index tells of itself with other cells or facts."""
+
+    def damage(server, name, index):
+        facts = index.facts | changes.pop("facts", {})
+        changed = dataclasses.replace(index, facts=facts, cells=dataclasses.replace(index.cells, **changes))
+        server.client.drop_collection(f"{name}_about")
+        publish._write_about(server, f"{name}_about", changed)
+
+    return damage
+
+
+def said(text):
+    """A damage: what the index tells of itself is this text, or what comes of its JSON."""
+
+    def damage(server, name, index):
+        there = milvus._read_about(server, f"{name}_about")
+        row = {"piece": 0, "text": text(json.loads(there)) if callable(text) else text, "none": [0.0, 0.0]}
+        server.client.upsert(f"{name}_about", [row])
+
+    return damage
+
+
+def with_table(**parts):
+    return said(lambda content: json.dumps(content | {"table": content["table"] | parts}))
+
+
+def photos_anew(kind="FLAT", **changes):
+    """A damage: the photos are others."""
+
+    def damage(server, name, index):
+        server.client.drop_collection(name)
+        schema = server.client.create_schema(auto_id=False)
+        width = changes.get("width", 32)
+        for field, type_ in (("row", "INT64"), ("cell", "INT64"), ("path", "VARCHAR"), ("thumbnail", "VARCHAR")):
+            if field != changes.get("without"):
+                schema.add_field(field, DataType[type_], is_primary=field == "row", max_length=99)
+        schema.add_field("feature", DataType.FLOAT_VECTOR, dim=width)
+        params = server.client.prepare_index_params()
+        params.add_index("feature", index_type=kind, metric_type=changes.get("metric", "L2"))
+        server.client.create_collection(name, schema=schema, index_params=params)
+        row = {"path": '"/a"', "thumbnail": "", "cell": 0, "feature": np.full(width, changes.get("value", width**-0.5), np.float32)}
+        row.pop(changes.get("without"), None)
+        server.client.insert(name, [{**row, "row": number} for number in range(len(index))])
+
+    return damage
+
+
+DAMAGES = {
+    "no JSON": said("\x80\x04."), "deep JSON": said("[" * 10**4), "a list": said("[]"),
+    "another version": said(lambda content: json.dumps(content | {"facts": content["facts"] | {"format": 2}})),
+    "folders that are numbers": rewritten(facts={"folders": [1]}),
+    "a pickle": with_table(codes=base64.b64encode(pickle.dumps({"a": 1})).decode()), "no array": with_table(ends=""),
+    "cells without end": rewritten(ends=np.array([10**12])), "balls of no size": rewritten(radii=np.float32([np.nan])),
+    "another codebook": rewritten(codebook=gallery(60)[1][:, ::-1].copy()),
+    "another width in words": rewritten(facts={"width": 33}),
+    "a piece is gone": lambda server, name, index: server.client.delete(f"{name}_about", filter="piece == 0"),
+    "all it tells is gone": lambda server, name, index: server.client.drop_collection(f"{name}_about"),
+    "a photo is gone": lambda server, name, index: server.client.delete(name, filter="row == 5"),
+    "vectors of another width": photos_anew(width=16), "other fields": photos_anew(without="thumbnail"),
+    "a search that is not exact": photos_anew("HNSW"), "another metric": photos_anew(metric="IP"),
+    "features of no length": photos_anew(value=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_collection_is_refused_in_one_line(damage, uri, tmp_path):
+    own = write(tmp_path / "index", *gallery(60))
+    server = Server(uri)
+    publish.publish(server, own)
+    DAMAGES[damage](server, server.current(), own)
+    refused(lambda: open_milvus(uri), f"photo_index at {uri}: ")
+
+
+ANSWERS = {
+    "a row that is none": ("search", lambda hits: hits[0].update(row=60)),
+    "a row below all": ("search", lambda hits: hits[0].update(row=-1)),
+    "a text for a row": ("search", lambda hits: hits[0].update(row="1")),
+    "a row twice": ("search", lambda hits: hits[0].update(row=hits[1]["row"])),
+    "a cell that is none": ("search", lambda hits: hits[0]["entity"].update(cell=10**6)),
+    "a distance that is none": ("search", lambda hits: hits[0].update(distance=float("nan"))),
+    "distances in disorder": ("search", lambda hits: hits[0].update(distance=9.0)),
+    "too many": ("search", lambda hits: hits.extend([{**hits[-1], "row": 59}] * 2000)),
+    "too few": ("search", lambda hits: hits.clear()),
+    "features that are not finite": ("query", lambda rows: rows[0].update(feature=[float("nan")] * 32)),
+    "features of another width": ("query", lambda rows: rows[0].update(feature=[1.0])),
+    "photos missing": ("query", lambda rows: rows.pop()),
+    "a path that is none": ("query", lambda rows: rows[0].update(path="a.jpg")),
+    "a path in disguise": ("query", lambda rows: rows[0].update(path='"a.jpg"')),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_answers_are_checked(answer, uri, tmp_path, monkeypatch):
+    features, codebook = gallery(60)
+    publish.publish(Server(uri), write(tmp_path / "index", features, codebook))
+    there = open_milvus(uri)
+    asked, spoil = ANSWERS[answer]
+
+    def ask(method, *arguments, told=there.server.ask, **more):
+        result = told(method, *arguments, **more)
+        if method != asked:
+            return result
+        rows = [dict(each) for each in (result[0] if method == "search" else result)]
+        spoil(rows)
+        return [rows] if method == "search" else rows
+
+    monkeypatch.setattr(there.server, "ask", ask)
+    refused(
+        lambda: Finder(there, None).find_features(features[7]), "damaged index (", "index into another --collection"
+    )
+
+
+@pytest.mark.parametrize(("uri", "told"), [
+    ("", "is no address"), ("milvus", "is no address"), ("ftp://127.0.0.1", "is no address"),
+    ("http://", "is no address"), ("http://127.0.0.1:99999", "is no address"), ("http://a b", "is no address"),
+    ("none/photos.db", "its folder is not there"), ("photos.db", "no such file; make it with search_photos.py index"),
+    ("file.db", "see whether Milvus runs there"), ("http://root:secret@127.0.0.1", "MILVUS_TOKEN"),
+])  # fmt: skip
+def test_addresses_that_are_none(uri, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.db").write_text("not a folder of milvus-lite")
+    refused(lambda: open_milvus(uri), told, "--uri")
+    with pytest.raises(InputError) as error:
+        open_milvus(uri)
+    assert "secret" not in str(error.value)
+
+
+def test_names_that_are_none():
+    for name in ("", "a-b", "1a", "a b", "a" * 300, "photo.index"):
+        refused(lambda name=name: open_milvus("http://127.0.0.1:1", name), f"--collection {name}: ")
+
+
+def test_servers_that_are_none(monkeypatch):
+    monkeypatch.setattr(milvus, "PATIENCE", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        for port in (free_port(), silent.getsockname()[1]):
+            refused(
+                lambda port=port: open_milvus(f"http://127.0.0.1:{port}"), "see whether Milvus runs there, and --uri"
+            )
