@@ -12,11 +12,12 @@ from models.eval.workers import available_cores
 from models.options import check_device, pixels, positive
 from models.parallel import note
 from models.search import update
-from models.search.figure import draw_found
-from models.search.find import MATCHINGS, ONE_TO_ONE, is_lost, open_finder, read_sketch
+from models.search.figure import PHOTOS, draw_found
+from models.search.find import MATCHINGS, ONE_TO_ONE, Finder, is_lost, read_sketch
 from models.search.index import is_index, open_index
 from models.search.network import check_checkpoint, load_network, network_of
 
+LOCAL, MILVUS = ENGINES = ("local", "milvus")
 TOLD = 10  # unreadable files that are named
 
 
@@ -31,6 +32,10 @@ def create_parser():
         added.add_argument(
             "--index", type=_path, default=Path("photo_index"), metavar="DIR", help="folder of the index"
         )
+        added.add_argument("--engine", choices=ENGINES, default=LOCAL,
+            help="what searches: this program, or Milvus, which also has a copy of the index")  # fmt: skip
+        added.add_argument("--uri", metavar="ADDRESS", help="of Milvus: http://HOST:PORT, or a file that ends in .db")
+        added.add_argument("--collection", default="photo_index", metavar="NAME", help="of the copy in Milvus")
         added.add_argument("--checkpoint", type=_path, metavar="FILE",
             help="what a train script wrote, ours or the authors' (default: that of the index)")  # fmt: skip
         added.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -72,6 +77,8 @@ def make_index(options):
         missing = "--checkpoint" if options.folders else "a folder of photos"
         raise InputError(f"{folder}: there is no index yet, and a new one needs {missing} (see --help)")
 
+    publish = _publisher(options)
+
     @functools.cache
     def network():
         device = _device(options)
@@ -86,7 +93,40 @@ def make_index(options):
                        options.workers, checkpoint)  # fmt: skip
     totals = update.update_index(folder, network, plan)
     _tell(folder, totals)
+    if publish:
+        publish()
     return totals
+
+
+def _publisher(options):
+    """A function that brings what Milvus holds in line with the index; None for the local engine. Raises InputError."""
+    if not (milvus := _milvus(options)):
+        return None
+    from models.search.publish import check_own, publish
+
+    server = milvus.Server(options.uri, options.collection)
+    check_own(server, options.index)
+
+    def run():
+        said = "now holds these photos" if publish(server, open_index(options.index)) else "held these photos already"
+        print(f"{server.place}: {said}")
+
+    return run
+
+
+def _milvus(options):
+    """The module models.search.milvus where options ask for Milvus; None for the local engine. Raises InputError."""
+    if options.engine == LOCAL:
+        if options.uri:
+            raise InputError(f"--uri {options.uri}: it is for --engine {MILVUS}")
+        return None
+    if not options.uri:
+        raise InputError(f"--engine {MILVUS}: needs --uri, the address of Milvus (see --help)")
+    try:
+        from models.search import milvus
+    except ImportError as error:
+        raise InputError(f"--engine {MILVUS}: needs {error.name}; pip install -r requirements-milvus.txt") from None
+    return milvus
 
 
 def _check_same(old, options):
@@ -121,10 +161,12 @@ def _tell(folder, totals):
 def find_photos(options):
     """Find photos; returns what --json writes."""
     sketches = [read_sketch(path) for path in options.sketches]
-    finder = open_finder(options.index, options.checkpoint, _device(options))
+    milvus = _milvus(options)
+    index = milvus.open_milvus(options.uri, options.collection) if milvus else open_index(options.index)
+    finder = Finder(index, network_of(index.facts, options.checkpoint, _device(options)))
     matching = finder.matching(options.matching)
     if matching != options.matching and matching == ONE_TO_ONE:
-        note(f"note: {options.index} has no clusters, so matching is one-to-one")
+        note(f"note: {index.name} has no clusters, so matching is one-to-one")
     if options.k > len(finder.index):
         note(f"note: the index has only {len(finder.index):,} photos; all are shown")
     found = []
@@ -166,10 +208,11 @@ def _print_table(path, matching, matches):
 
 def _draw(options, finder, sketches, found):
     path = options.picture or options.index / "found.png"
-    rows = [
-        (os.path.basename(name), sketch, [(finder.index.thumbnail(match.row), match.score) for match in matches])
-        for name, sketch, matches in zip(options.sketches, sketches, found, strict=True)
-    ]
+    rows = []
+    for name, sketch, matches in zip(options.sketches, sketches, found, strict=True):
+        thumbnails = finder.index.thumbnails_of([match.row for match in matches[:PHOTOS]])
+        scores = [match.score for match in matches]
+        rows.append((os.path.basename(name), sketch, list(zip(thumbnails, scores, strict=False))))
     try:
         draw_found(path, rows)
     except ImportError:

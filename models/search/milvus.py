@@ -103,7 +103,7 @@ def _check_names(uri, collection):
         raise InputError(f"--collection {collection}: use letters, digits and _, and begin with a letter")
     if "@" in uri:
         raise InputError("--uri: holds a name or password; put them into the environment variable MILVUS_TOKEN")
-    if "://" not in uri and uri.endswith(".db"):
+    if _is_file(uri):
         if not Path(uri).parent.is_dir():
             raise InputError(f"--uri {uri}: its folder is not there; make it, or correct --uri")
         if importlib.util.find_spec("milvus_lite") is None:
@@ -115,6 +115,10 @@ def _check_names(uri, collection):
         fits = False
     if not fits:
         raise InputError(f"--uri {uri}: is no address; give http://HOST:PORT, or a file that ends in .db")
+
+
+def _is_file(uri):
+    return "://" not in uri and uri.endswith(".db")
 
 
 def _reason(error):
@@ -254,7 +258,7 @@ def _threads():
 
 def open_milvus(uri, collection=COLLECTION):
     """The MilvusIndex in a collection. Raises InputError if there is none, or it is not as a writer left it."""
-    if "://" not in uri and uri.endswith(".db") and not Path(uri).exists() and Path(uri).parent.is_dir():
+    if _is_file(uri) and not Path(uri).exists():
         raise InputError(f"--uri {uri}: no such file; make it with search_photos.py index, or correct --uri")
     server = Server(uri, collection)
     name = server.current()

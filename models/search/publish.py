@@ -25,7 +25,7 @@ TEXT, PIECE = 65_535, 60_000  # bytes of a text in Milvus at most, and of a piec
 def check_own(server, folder):
     """Raise InputError if the collection holds photos of another index than that in `folder`."""
     name = server.current()
-    if name and not _is_own(server, name, folder):
+    if name and name.rsplit("_", 1)[0] != f"{server.collection}_{_mark(folder)}":
         raise InputError(f"{server.place}: holds the photos of another index than {folder}; name another --collection")
 
 
@@ -64,10 +64,6 @@ def _mark(folder, make=False):
     mark = secrets.token_hex(4)
     write_json(path, {"mark": mark})
     return mark
-
-
-def _is_own(server, name, folder):
-    return name.rsplit("_", 1)[0] == f"{server.collection}_{_mark(folder)}"
 
 
 def _drop(server, prefix, name):

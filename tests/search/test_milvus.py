@@ -4,7 +4,7 @@ Skipped where pymilvus or milvus-lite is not installed.
 """
 
 import base64
-import dataclasses
+import io
 import json
 import os
 import pickle
@@ -30,6 +30,7 @@ from pymilvus import DataType
 from models.search import milvus, publish
 from models.search.milvus import Server, open_milvus
 
+NPY = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<i8', 'fortran_order': False, 'shape': (%s,), }".ljust(120) + b"\n"
 ROOT = Path(__file__).resolve().parent.parent.parent
 FACTS = FakeNetwork().facts | {"folders": ["/photos"], "exclude": [], "thumbnails": "thumbnails-1.bin"}
 
@@ -75,13 +76,25 @@ def lite(tmp_path_factory):
     server.kill()
 
 
+def names(uri):
+    """The collections there, but for those that are kept."""
+    return [name for name in Server(uri).client.list_collections() if not name.startswith("kept_")]
+
+
 @pytest.fixture
 def uri(lite):
     """A server whose collections are all dropped afterwards."""
     yield lite.uri
-    client = Server(lite.uri).client
-    for name in client.list_collections():
-        client.drop_collection(name)
+    for name in names(lite.uri):
+        Server(lite.uri).client.drop_collection(name)
+
+
+@pytest.fixture(scope="module")
+def kept(lite, tmp_path_factory):
+    """(Index, Server) of 60 photos, to be left as they are."""
+    own, server = write(tmp_path_factory.mktemp("kept"), *gallery(60)), Server(lite.uri, "kept")
+    publish.publish(server, own)
+    return own, server
 
 
 def write(folder, features, codebook):
@@ -201,10 +214,10 @@ def test_milvus_follows_the_index_on_disk(uri, tmp_path):
     update(folder, network, album, clusters=3)
     assert publish.publish(Server(uri), open_index(folder))
     assert photos_of(uri) == on_disk(folder) and len(on_disk(folder)) == 12
-    before = Server(uri).client.list_collections()
+    before = names(uri)
     update(folder, network, album)
     assert not publish.publish(Server(uri), open_index(folder))  # nothing has changed
-    assert Server(uri).client.list_collections() == before and len(before) == 2
+    assert names(uri) == before and len(before) == 2
     (album / "3.png").unlink()
     write_photo(album / "new.png", 99)
     write_photo(album / os.fsdecode(b"\xff\n.png"), 98)
@@ -212,7 +225,7 @@ def test_milvus_follows_the_index_on_disk(uri, tmp_path):
     old = open_milvus(uri)
     assert publish.publish(Server(uri), open_index(folder))
     assert photos_of(uri) == on_disk(folder) and open_milvus(uri).clusters == (2, 2)
-    assert len(Server(uri).client.list_collections()) == 2 and network.seen == 14
+    assert len(names(uri)) == 2 and network.seen == 14
     refused(lambda: old.path(0), "photo_index at ")  # whoever has the old one open is told
 
 
@@ -229,7 +242,7 @@ def test_a_writer_that_dies_leaves_the_old_photos(uri, tmp_path, monkeypatch):
     update(folder, network, album)
     dies, calls = True, 0
     while dies:
-        calls, dies = calls + 1, False
+        calls, dies = calls + 3, False
         server, left = Server(uri), calls
 
         def dying(function, *arguments, told=server._told, **more):
@@ -249,7 +262,7 @@ def test_a_writer_that_dies_leaves_the_old_photos(uri, tmp_path, monkeypatch):
             break
     assert calls > 8
     publish.publish(Server(uri), open_index(folder))
-    assert photos_of(uri) == on_disk(folder) and len(Server(uri).client.list_collections()) == 2
+    assert photos_of(uri) == on_disk(folder) and len(names(uri)) == 2
 
 
 def test_photos_of_others_are_left_alone(uri, tmp_path, monkeypatch):
@@ -260,7 +273,7 @@ def test_photos_of_others_are_left_alone(uri, tmp_path, monkeypatch):
     for action in (publish.check_own, publish.publish):
         refused(lambda action=action: action(server, other.folder if action is publish.check_own else other),
                 "holds the photos of another index than", "name another --collection")  # fmt: skip
-    assert len(open_milvus(uri)) == 60 and len(server.client.list_collections()) == 2
+    assert len(open_milvus(uri)) == 60 and len(names(uri)) == 2
     monkeypatch.setattr(publish, "check_own", lambda *_: None)  # as if it had come while they were written
     monkeypatch.setattr(Server, "current", lambda self: None)
     refused(lambda: publish.publish(server, other), "alias")
@@ -304,81 +317,84 @@ def test_a_collection_of_something_else_is_refused(uri, tmp_path):
     client.create_alias("cats", "photo_index")
     refused(lambda: open_milvus(uri), "holds something else than photos of this program; name another --collection")
     refused(lambda: publish.publish(Server(uri), own), "holds something else than photos")
-    assert client.list_collections() == ["cats"]
+    assert names(uri) == ["cats"]
 
 
-def rewritten(**changes):
-    """A damage: the index tells of itself with other cells or facts."""
-
-    def damage(server, name, index):
-        facts = index.facts | changes.pop("facts", {})
-        changed = dataclasses.replace(index, facts=facts, cells=dataclasses.replace(index.cells, **changes))
-        server.client.drop_collection(f"{name}_about")
-        publish._write_about(server, f"{name}_about", changed)
-
-    return damage
+def said(change):
+    """A damage: what an index tells of itself is what `change` makes of it."""
+    return lambda server, text: change(text)
 
 
-def said(text):
-    """A damage: what the index tells of itself is this text, or what comes of its JSON."""
-
-    def damage(server, name, index):
-        there = milvus._read_about(server, f"{name}_about")
-        row = {"piece": 0, "text": text(json.loads(there)) if callable(text) else text, "none": [0.0, 0.0]}
-        server.client.upsert(f"{name}_about", [row])
-
-    return damage
+def facts(**changes):
+    return said(lambda text: json.dumps(json.loads(text) | {"facts": json.loads(text)["facts"] | changes}))
 
 
-def with_table(**parts):
-    return said(lambda content: json.dumps(content | {"table": content["table"] | parts}))
+def table(part, content):
+    """A damage: a part of the table of cells is this array, or file."""
+    file = io.BytesIO(content if isinstance(content, bytes) else b"")
+    if isinstance(content, np.ndarray):
+        np.save(file, content)
+    encoded = base64.b64encode(file.getvalue()).decode()
+    return said(lambda text: json.dumps(json.loads(text) | {"table": json.loads(text)["table"] | {part: encoded}}))
 
 
-def photos_anew(kind="FLAT", **changes):
+def photos(kind="FLAT", metric="L2", width=32, without=None, value=32**-0.5, count=60):
     """A damage: the photos are others."""
 
-    def damage(server, name, index):
-        server.client.drop_collection(name)
+    def damage(server, text):
+        server.client.drop_collection("damaged")
         schema = server.client.create_schema(auto_id=False)
-        width = changes.get("width", 32)
         for field, type_ in (("row", "INT64"), ("cell", "INT64"), ("path", "VARCHAR"), ("thumbnail", "VARCHAR")):
-            if field != changes.get("without"):
+            if field != without:
                 schema.add_field(field, DataType[type_], is_primary=field == "row", max_length=99)
         schema.add_field("feature", DataType.FLOAT_VECTOR, dim=width)
         params = server.client.prepare_index_params()
-        params.add_index("feature", index_type=kind, metric_type=changes.get("metric", "L2"))
-        server.client.create_collection(name, schema=schema, index_params=params)
-        row = {"path": '"/a"', "thumbnail": "", "cell": 0, "feature": np.full(width, changes.get("value", width**-0.5), np.float32)}
-        row.pop(changes.get("without"), None)
-        server.client.insert(name, [{**row, "row": number} for number in range(len(index))])
+        params.add_index("feature", index_type=kind, metric_type=metric)
+        server.client.create_collection("damaged", schema=schema, index_params=params)
+        row = {"path": '"/a"', "thumbnail": "", "cell": 0, "feature": np.full(width, value, np.float32)}
+        row.pop(without, None)
+        server.client.insert("damaged", [{**row, "row": number} for number in range(count)])
+        return text
 
     return damage
 
 
 DAMAGES = {
-    "no JSON": said("\x80\x04."), "deep JSON": said("[" * 10**4), "a list": said("[]"),
-    "another version": said(lambda content: json.dumps(content | {"facts": content["facts"] | {"format": 2}})),
-    "folders that are numbers": rewritten(facts={"folders": [1]}),
-    "a pickle": with_table(codes=base64.b64encode(pickle.dumps({"a": 1})).decode()), "no array": with_table(ends=""),
-    "cells without end": rewritten(ends=np.array([10**12])), "balls of no size": rewritten(radii=np.float32([np.nan])),
-    "another codebook": rewritten(codebook=gallery(60)[1][:, ::-1].copy()),
-    "another width in words": rewritten(facts={"width": 33}),
-    "a piece is gone": lambda server, name, index: server.client.delete(f"{name}_about", filter="piece == 0"),
-    "all it tells is gone": lambda server, name, index: server.client.drop_collection(f"{name}_about"),
-    "a photo is gone": lambda server, name, index: server.client.delete(name, filter="row == 5"),
-    "vectors of another width": photos_anew(width=16), "other fields": photos_anew(without="thumbnail"),
-    "a search that is not exact": photos_anew("HNSW"), "another metric": photos_anew(metric="IP"),
-    "features of no length": photos_anew(value=0),
+    "no JSON": (said(lambda _: "\x80\x04."), "("), "deep JSON": (said(lambda _: "[" * 10**5), "("),
+    "nothing": (said(lambda _: ""), "("), "a list": (said(lambda _: "[]"), "("),
+    "torn": (said(lambda text: text[:-99]), "("),
+    "another version": (facts(format=2), "made by another version"),
+    "folders that are numbers": (facts(folders=[1]), "made by another version"),
+    "a pickle": (table("codes", pickle.dumps({"a": 1})), "("), "no array": (table("ends", b""), "("),
+    "an endless array": (table("ends", NPY % b"1000000000000"), "("),
+    "other numbers": (table("ends", np.float32([60])), "ends holds other values"),
+    "cells without end": (table("ends", np.array([10**12])), "do not fit together"),
+    "balls of no size": (table("radii", np.float32([np.nan])), "do not fit together"),
+    "another codebook": (table("codebook", gallery(60)[1][:, ::-1].copy()), "in the cells of another codebook"),
+    "another width in words": (facts(width=33), "do not fit together"),
+    "a photo is gone": (photos(count=59), "59 photos, not 60"),
+    "vectors of another width": (photos(width=16), "features of 16 values, where 32 are told of"),
+    "other fields": (photos(without="thumbnail"), "other fields"),
+    "a search that is not exact": (photos("HNSW"), "its search is not exact"),
+    "another metric": (photos(metric="IP"), "its search is not exact"),
+    "features of no length": (photos(value=0), "not of length 1"),
+    "photos of another index": (photos(), "in the cells of another codebook"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_collection_is_refused_in_one_line(damage, uri, tmp_path):
-    own = write(tmp_path / "index", *gallery(60))
-    server = Server(uri)
-    publish.publish(server, own)
-    DAMAGES[damage](server, server.current(), own)
-    refused(lambda: open_milvus(uri), f"photo_index at {uri}: ")
+def test_a_damaged_collection_is_refused_in_one_line(damage, kept, uri, monkeypatch):
+    server, (change, told) = kept[1], DAMAGES[damage]
+    generation, text = server.current(), milvus._read_about(server, f"{server.current()}_about")
+    assert len(open_milvus(uri, "kept")) == 60
+    text = change(server, text)
+    if server.client.has_collection("damaged"):
+        generation = "damaged"
+    monkeypatch.setattr(Server, "current", lambda self: generation)
+    monkeypatch.setattr(milvus, "_read_about", lambda *_: text)
+    refused(
+        lambda: open_milvus(uri, "kept"), f"kept at {uri}: damaged index (", told, "index into another --collection"
+    )
 
 
 ANSWERS = {
@@ -400,10 +416,8 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_answers_are_checked(answer, uri, tmp_path, monkeypatch):
-    features, codebook = gallery(60)
-    publish.publish(Server(uri), write(tmp_path / "index", features, codebook))
-    there = open_milvus(uri)
+def test_answers_are_checked(answer, kept, monkeypatch):
+    there, features = open_milvus(kept[1].uri, "kept"), kept[0].cells.features
     asked, spoil = ANSWERS[answer]
 
     def ask(method, *arguments, told=there.server.ask, **more):
@@ -423,7 +437,7 @@ def test_answers_are_checked(answer, uri, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("uri", "told"), [
     ("", "is no address"), ("milvus", "is no address"), ("ftp://127.0.0.1", "is no address"),
     ("http://", "is no address"), ("http://127.0.0.1:99999", "is no address"), ("http://a b", "is no address"),
-    ("none/photos.db", "its folder is not there"), ("photos.db", "no such file; make it with search_photos.py index"),
+    ("none/photos.db", "no such file"), ("photos.db", "no such file; make it with search_photos.py index"),
     ("file.db", "see whether Milvus runs there"), ("http://root:secret@127.0.0.1", "MILVUS_TOKEN"),
 ])  # fmt: skip
 def test_addresses_that_are_none(uri, told, tmp_path, monkeypatch):
@@ -433,6 +447,7 @@ def test_addresses_that_are_none(uri, told, tmp_path, monkeypatch):
     with pytest.raises(InputError) as error:
         open_milvus(uri)
     assert "secret" not in str(error.value)
+    refused(lambda: Server("none/photos.db"), "its folder is not there; make it, or correct --uri")
 
 
 def test_names_that_are_none():
