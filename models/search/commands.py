@@ -10,8 +10,8 @@ from datasets.errors import InputError, OneLineParser, number
 from datasets.files import write_json
 from models.eval.workers import available_cores
 from models.options import check_device, pixels, positive
-from models.parallel import note
-from models.search import update
+from models.parallel import note, own_device, processes, rank
+from models.search import sharing, update
 from models.search.figure import PHOTOS, draw_found
 from models.search.find import MATCHINGS, ONE_TO_ONE, Finder, is_lost, read_sketch
 from models.search.index import is_index, open_index
@@ -69,7 +69,9 @@ def create_parser():
 
 
 def make_index(options):
-    """Make or update an index; returns update.Totals."""
+    """Make or update an index; returns update.Totals. Of several processes the first does; the others help it."""
+    if rank():
+        return sharing.follow(options.checkpoint, _device(options), options.workers)
     folder, old = options.index, open_index(options.index).facts if is_index(options.index) else None
     if old:
         _check_same(old, options)
@@ -91,7 +93,11 @@ def make_index(options):
     checkpoint = str(options.checkpoint.absolute()) if options.checkpoint else None
     plan = update.Plan(folders, exclude, options.clusters, options.subspaces, options.refit, options.batch_size,
                        options.workers, checkpoint)  # fmt: skip
-    totals = update.update_index(folder, network, plan)
+    if processes() > 1:
+        with sharing.leading():
+            totals = update.update_index(folder, network, plan, sharing.add_photos)
+    else:
+        totals = update.update_index(folder, network, plan)
     _tell(folder, totals)
     if publish:
         publish()
@@ -224,7 +230,7 @@ def _draw(options, finder, sketches, found):
 def _device(options):
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device("--device", device)
-    return device
+    return own_device(device)
 
 
 def _path(text):
