@@ -17,6 +17,7 @@ import logging
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
@@ -39,7 +40,7 @@ TABLE = ("codebook", "codes", "ends", "centres", "radii", "basis")  # what belon
 _CONNECTIONS = {  # a server that has been started again is found at once
     "grpc.use_local_subchannel_pool": 1, "grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 500,
 }  # fmt: skip
-_NOT_LOADED = 101
+_NOT_FOUND, _NOT_LOADED = 100, 101
 _TORN = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError, RecursionError,
     SyntaxError,
@@ -82,7 +83,10 @@ class Server:
                 self.client.load_collection(arguments[0], retry_times=AGAIN)  # the server has been started again
                 return function(*arguments, **more)
         except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError) as error:
-            raise InputError(f"{self.place}: {_reason(error)}; see whether Milvus runs there, and --uri") from error
+            if getattr(error, "code", None) == _NOT_FOUND:
+                raise InputError(f"{self.place}: the photos were indexed again, or removed; search again") from error
+            wayout = "another process may have it open" if _is_file(self.uri) else "see whether Milvus runs there"
+            raise InputError(f"{self.place}: {_reason(error)}; {wayout}, or correct --uri") from error
 
     def current(self):
         """The name of the current generation; None if there is none.
@@ -152,14 +156,13 @@ class MilvusIndex:
         """As models.search.cells.search. allowed: a range of rows; None for all. Raises InputError."""
         ask = functools.partial(self._ask, features, allowed)
         count = len(allowed) if allowed is not None else None
-        try:
+        with _as_data(self.server):
             return rounds.search(self.cells, features, k, ask, self._fetch, weight, count)
-        except rounds.Missing as error:
-            raise self._damaged(error) from None
 
     def paths_of(self, rows):
         """The absolute paths of photos (n,): [str, ...]."""
-        return [self._path(text) for text in self._columns(rows, "path")]
+        with _as_data(self.server):
+            return [_path(text) for text in self._columns(rows, "path")]
 
     def path(self, row):
         """The absolute path of a photo."""
@@ -167,7 +170,8 @@ class MilvusIndex:
 
     def thumbnails_of(self, rows):
         """Photos as small JPEGs: [bytes, ...]; empty ones where there is none."""
-        return [base64.b64decode(text.encode(), validate=False) for text in self._columns(rows, "thumbnail")]
+        with _as_data(self.server):
+            return [base64.b64decode(text) for text in self._columns(rows, "thumbnail")]
 
     def thumbnail(self, row):
         """A photo as a small JPEG (bytes)."""
@@ -175,7 +179,8 @@ class MilvusIndex:
 
     def features_of(self, rows):
         """Features (n, D) float32 of rows (n,)."""
-        return self._fetch(np.asarray(rows))[0]
+        with _as_data(self.server):
+            return self._fetch(np.asarray(rows))[0]
 
     def _ask(self, features, allowed, questions):
         """Answers to the questions of models.search.rounds."""
@@ -197,18 +202,15 @@ class MilvusIndex:
             and np.isfinite(squares).all() and (np.diff(squares) >= 0).all()
         )  # fmt: skip
         if not sound:
-            raise self._damaged("it finds what was not asked for")
+            raise ValueError("it finds what was not asked for")
         return rows, numbers, squares.astype(np.float32)
 
     def _fetch(self, rows):
         features, numbers = self._columns(rows, "feature", "cell")
-        numbers, shape = _integers(numbers, len(self.cells.ends)), (len(rows), self.facts["width"])
-        try:
-            features = np.array(features, np.float32).reshape(shape)
-        except ValueError:
-            raise self._damaged(f"features have not {shape[1]} values") from None
+        numbers = _integers(numbers, len(self.cells.ends))
+        features = np.array(features, np.float32).reshape(len(rows), self.facts["width"])
         if numbers is None or not (np.abs(np.linalg.norm(features, axis=1) - 1) < 0.01).all():
-            raise self._damaged("features are not of length 1, or in no cell")
+            raise ValueError("features are not of length 1, or in no cell")
         return features, numbers
 
     def _columns(self, rows, *fields):
@@ -221,27 +223,29 @@ class MilvusIndex:
             )
             found |= {each["row"]: each for each in answer}
         if not found.keys() >= {int(row) for row in rows}:
-            raise self._damaged("photos are missing")
+            raise ValueError("photos are missing")
         columns = [[found[int(row)][field] for row in rows] for field in fields]
         return columns if len(columns) > 1 else columns[0]
 
-    def _path(self, text):
-        try:
-            path = json.loads(text)
-            os.fsencode(path)
-        except (ValueError, TypeError, RecursionError):
-            path = ""
-        if not os.path.isabs(path):
-            raise self._damaged("paths are none")
-        return path
 
-    def _damaged(self, why):
-        return damaged(self.server, why)
+def _path(text):
+    path = json.loads(text)
+    os.fsencode(path)
+    if not os.path.isabs(path):
+        raise ValueError("paths are none")
+    return path
 
 
-def damaged(server, why):
-    """The InputError for an index in Milvus that is not as a writer left it."""
-    return InputError(f"{server.place}: damaged index ({why}); index into another --collection")
+@contextmanager
+def _as_data(server):
+    """Within this block, which reads what a server holds, an error becomes an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except _TORN as error:
+        why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise InputError(f"{server.place}: damaged index ({why}); index into another --collection") from error
 
 
 def _integers(values, end):
@@ -266,12 +270,9 @@ def open_milvus(uri, collection=COLLECTION):
         raise InputError(
             f"{server.place}: no index of photos is there; make one with search_photos.py index, or set --collection"
         )
-    text = _read_about(server, f"{name}_about")
-    try:
-        index = MilvusIndex(server, name, *_parsed(text))
-    except _TORN as error:
-        raise damaged(server, str(error).splitlines()[0][:100] if str(error) else type(error).__name__) from None
-    _check_photos(index)
+    with _as_data(server):
+        index = MilvusIndex(server, name, *_parsed(_read_about(server, f"{name}_about")))
+        _check_photos(index)
     return index
 
 
@@ -304,23 +305,23 @@ def _none(dimensions):
 
 
 def _check_photos(index):
-    """Raise InputError unless the collection of photos is the one that the rest speaks of."""
+    """Raise ValueError unless the collection of photos is the one that the rest speaks of."""
     server, width = index.server, index.facts["width"]
     fields = {field["name"]: field for field in server.ask("describe_collection", index.generation)["fields"]}
     if not fields.keys() >= {"row", "cell", "path", "thumbnail", "feature"}:
-        raise damaged(server, "it holds other fields")
+        raise ValueError("it holds other fields")
     dimension = fields["feature"]["params"].get("dim")
     if dimension != width:
-        raise damaged(server, f"features of {dimension} values, where {width} are told of")
+        raise ValueError(f"features of {dimension} values, where {width} are told of")
     kind = server.ask("describe_index", index.generation, "feature")
     if (kind["index_type"], kind["metric_type"]) != ("FLAT", "L2"):
-        raise damaged(server, "its search is not exact; it must be FLAT with L2")
+        raise ValueError("its search is not exact; it must be FLAT with L2")
     server.do("load_collection", index.generation)
     if (count := count_rows(server, index.generation)) != len(index):
-        raise damaged(server, f"{count:,} photos, not {len(index):,}")
+        raise ValueError(f"{count:,} photos, not {len(index):,}")
     features, numbers = index._fetch(spread(len(index), SAMPLE))
     if (codes_of(features, index.cells.codebook) != index.cells.codes[numbers]).any():
-        raise damaged(server, "its photos are in the cells of another codebook")
+        raise ValueError("its photos are in the cells of another codebook")
 
 
 def count_rows(server, name):

@@ -42,12 +42,20 @@ def publish(server, index):
             _drop(server, prefix, old)
             _write_about(server, f"{name}_about", index)
             _write_photos(server, name, index)
-            if old:
-                server.ask("alter_alias", name, server.collection)
-            else:
-                server.ask("create_alias", name, server.collection)
+            _point(server, name, old)
         _drop(server, prefix, name)
         return name != old
+
+
+def _point(server, name, old):
+    """Make `name` the current generation; `old` was that, or None."""
+    if old:
+        return server.ask("alter_alias", name, server.collection)
+    try:
+        server.ask("create_alias", name, server.collection)
+    except InputError:  # another index may have been first
+        _drop(server, name.rsplit("_", 1)[0] + "_", None)
+        raise
 
 
 def _mark(folder, make=False):
@@ -91,7 +99,7 @@ def _create(server, name, key, texts, numbers, vector):
 
 def _insert(server, name, batches):
     for batch in batches:
-        server.do("insert", name, batch)
+        server.do("upsert", name, batch)  # may be sent twice
     server.do("flush", name)
     server.do("load_collection", name)
 

@@ -16,10 +16,6 @@ WANTED = 1024  # photos that the first round asks for, at least
 AT_ONCE = 4  # questions of a round
 
 
-class Missing(ValueError):
-    """Fewer photos came than there are."""
-
-
 def search(cells, query, k, ask, fetch, weight=CLUSTER_WEIGHT, allowed=None):
     """The k photos with the lowest scores, ties by row: as models.search.cells.search gives them.
 
@@ -28,7 +24,7 @@ def search(cells, query, k, ask, fetch, weight=CLUSTER_WEIGHT, allowed=None):
     (rows, cells, squared distances) of that many photos nearest to the query, ascending, or of all there are.
     fetch: a function of rows that gives their (features (n, D), cells (n,)). allowed: how many photos may be found,
     where that is not all of them. Returns Nearest, whose `outlined` counts the photos that came.
-    Raises Missing if fewer photos come than there are.
+    Raises ValueError if fewer photos come than there are.
     """
     count = int(cells.ends[-1]) if allowed is None else allowed
     rounds = _Rounds(cells, query, min(k, count), weight, count)
@@ -81,7 +77,7 @@ class _Rounds(Sketch):
     def result(self, fetch):
         """Score what is left in float64."""
         if len(self.rows) < self.k:
-            raise Missing(f"{len(self.rows):,} photos came where there are {self.k:,}")
+            raise ValueError(f"{len(self.rows):,} photos came where there are {self.k:,}")
         rows = np.sort(self.rows)
         scores, distances, cluster = self.exact(*fetch(rows))
         order = np.argsort(scores, kind="stable")[: self.k]  # ties by row

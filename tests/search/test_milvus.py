@@ -226,7 +226,7 @@ def test_milvus_follows_the_index_on_disk(uri, tmp_path):
     assert publish.publish(Server(uri), open_index(folder))
     assert photos_of(uri) == on_disk(folder) and open_milvus(uri).clusters == (2, 2)
     assert len(names(uri)) == 2 and network.seen == 14
-    refused(lambda: old.path(0), "photo_index at ")  # whoever has the old one open is told
+    refused(lambda: old.path(0), f"photo_index at {uri}: the photos were indexed again, or removed; search again")
 
 
 class Died(BaseException):
@@ -277,6 +277,7 @@ def test_photos_of_others_are_left_alone(uri, tmp_path, monkeypatch):
     monkeypatch.setattr(publish, "check_own", lambda *_: None)  # as if it had come while they were written
     monkeypatch.setattr(Server, "current", lambda self: None)
     refused(lambda: publish.publish(server, other), "alias")
+    assert len(names(uri)) == 2
     monkeypatch.undo()
     assert open_milvus(uri).generation.startswith(f"photo_index_{publish._mark(own.folder)}")
     publish.publish(Server(uri, "others"), other)
@@ -411,8 +412,17 @@ ANSWERS = {
     "features of another width": ("query", lambda rows: rows[0].update(feature=[1.0])),
     "photos missing": ("query", lambda rows: rows.pop()),
     "a path that is none": ("query", lambda rows: rows[0].update(path="a.jpg")),
+    "no row": ("search", lambda hits: hits[0].pop("row")),
+    "no cell": ("search", lambda hits: hits[0]["entity"].clear()),
     "a path in disguise": ("query", lambda rows: rows[0].update(path='"a.jpg"')),
 }
+
+
+def test_thumbnails_that_are_none(kept, monkeypatch):
+    there = open_milvus(kept[1].uri, "kept")
+    for text in ("a", None, 5, "雪"):
+        monkeypatch.setattr(there.server, "ask", lambda *_, text=text, **__: [{"row": 3, "thumbnail": text}])
+        refused(lambda: there.thumbnail(3), "damaged index (")
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
@@ -438,7 +448,7 @@ def test_answers_are_checked(answer, kept, monkeypatch):
     ("", "is no address"), ("milvus", "is no address"), ("ftp://127.0.0.1", "is no address"),
     ("http://", "is no address"), ("http://127.0.0.1:99999", "is no address"), ("http://a b", "is no address"),
     ("none/photos.db", "no such file"), ("photos.db", "no such file; make it with search_photos.py index"),
-    ("file.db", "see whether Milvus runs there"), ("http://root:secret@127.0.0.1", "MILVUS_TOKEN"),
+    ("file.db", "another process may have it open, or correct"), ("http://root:secret@127.0.0.1", "MILVUS_TOKEN"),
 ])  # fmt: skip
 def test_addresses_that_are_none(uri, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -460,5 +470,6 @@ def test_servers_that_are_none(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
         for port in (free_port(), silent.getsockname()[1]):
             refused(
-                lambda port=port: open_milvus(f"http://127.0.0.1:{port}"), "see whether Milvus runs there, and --uri"
+                lambda port=port: open_milvus(f"http://127.0.0.1:{port}"),
+                "see whether Milvus runs there, or correct --uri",
             )
