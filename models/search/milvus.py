@@ -1,8 +1,8 @@
 """The index of photos in Milvus: a copy of one on disk, which any machine can search.
 
-    NAME                   an alias, which tells the generation that is current
-    NAME_0f3a9c1e_7        a photo a row: generation 7 of the index on disk whose mark is 0f3a9c1e
-    NAME_0f3a9c1e_7_about  what the index knows of itself: JSON, cut into pieces
+    NAME                         an alias, which tells the generation that is current
+    NAME_MARK_GENERATION         a photo a row; MARK tells which index on disk it is a copy of
+    NAME_MARK_GENERATION_about   what the index knows of itself: JSON, cut into pieces
 
 Rows are numbered in the order of their paths. Milvus searches them without approximation (FLAT); its L2 is the
 squared distance. What comes from it is data, and is checked. models.search.publish writes it.
@@ -45,7 +45,7 @@ _TORN = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError, RecursionError,
     SyntaxError,
 )  # fmt: skip
-MARK = re.compile("[0-9a-f]{8}")
+MARK, GENERATION = "[0-9a-f]{8}", "[0-9a-f]{16}"  # in names of collections
 
 for _name in ("pymilvus", "milvus_lite"):  # they tell of every error with a traceback, and raise it, too
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
@@ -97,7 +97,7 @@ class Server:
             return None
         if self.collection not in self.ask("list_collections"):
             name = self.ask("describe_alias", self.collection)["collection_name"]
-            if re.fullmatch(rf"{self.collection}_{MARK.pattern}_\d+", name):
+            if re.fullmatch(rf"{self.collection}_{MARK}_{GENERATION}", name):
                 return name
         raise InputError(f"{self.place}: holds something else than photos of this program; name another --collection")
 

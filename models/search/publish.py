@@ -5,6 +5,7 @@ the old one current, and the next writer drops what it left.
 """
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -17,7 +18,7 @@ from pymilvus import DataType
 from datasets.errors import InputError
 from datasets.files import sole_writer, write_json
 from models.search.index import KNOWN
-from models.search.milvus import BATCH, FORMAT, MARK, TABLE, count_rows
+from models.search.milvus import BATCH, FORMAT, GENERATION, MARK, TABLE, count_rows
 
 TEXT, PIECE = 65_535, 60_000  # bytes of a text in Milvus at most, and of a piece
 
@@ -37,7 +38,8 @@ def publish(server, index):
     with sole_writer(index.folder, "publishing"):
         check_own(server, index.folder)
         prefix = f"{server.collection}_{_mark(index.folder, make=True)}_"
-        name, old = f"{prefix}{index.facts['generation']}", server.current()
+        facts = json.dumps(index.facts, sort_keys=True).encode()
+        name, old = prefix + hashlib.sha256(facts).hexdigest()[:16], server.current()
         if name != old:
             _drop(server, prefix, old)
             _write_about(server, f"{name}_about", index)
@@ -54,7 +56,7 @@ def _point(server, name, old):
     try:
         server.ask("create_alias", name, server.collection)
     except InputError:  # another index may have been first
-        _drop(server, name.rsplit("_", 1)[0] + "_", None)
+        _drop(server, name.rsplit("_", 1)[0] + "_", server.current())
         raise
 
 
@@ -63,7 +65,7 @@ def _mark(folder, make=False):
     path = Path(folder) / "milvus.json"
     try:
         mark = json.loads(path.read_bytes())["mark"]
-        if MARK.fullmatch(mark):
+        if re.fullmatch(MARK, mark):
             return mark
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
@@ -77,7 +79,7 @@ def _mark(folder, make=False):
 def _drop(server, prefix, name):
     """Drop all generations but `name`."""
     for each in server.ask("list_collections"):
-        if re.fullmatch(rf"{prefix}\d+(_about)?", each) and each not in (name, f"{name}_about"):
+        if re.fullmatch(rf"{prefix}{GENERATION}(_about)?", each) and each not in (name, f"{name}_about"):
             server.do("drop_collection", each)
 
 
