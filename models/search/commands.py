@@ -1,4 +1,4 @@
-"""The command line of search_photos.py: `index` and `find`."""
+"""The command line of search_photos.py: `index`, `find` and `page`."""
 
 import functools
 import os
@@ -65,6 +65,12 @@ def create_parser():
     add("--matching", choices=MATCHINGS, help="(default: one-to-many where the index has clusters)")
     add("--json", type=_path, metavar="FILE", help="write what was found to FILE")
     add("--picture", type=_path, metavar="FILE", help="where the picture goes (default: found.png in the index)")
+
+    page = command("page", serve_page, "serve a page for the browser: draw, and see the photos of an index")
+    add = page.add_argument
+    add("--port", type=number(int, 0, 65535, "a port from 0 to 65535"), default=8000, help="0 for any that is free")
+    add("--host", default="127.0.0.1", help="address to serve at; others than this machine's own need --token")
+    add("--token", metavar="TEXT", help="what visitors must show, as the end of the address: /?token=TEXT")
     return parser
 
 
@@ -225,6 +231,15 @@ def _draw(options, finder, sketches, found):
         note("note: no picture, matplotlib is not installed")
     else:
         print(f"picture: {path}")
+
+
+def serve_page(options):
+    """Serve the page until Ctrl-C."""
+    try:
+        from models.search.serving import serve
+    except ImportError as error:
+        raise InputError(f"the page needs {error.name}; pip install -r requirements-page.txt") from None
+    serve(options.index, options.checkpoint, _device(options), options.host, options.port, options.token)
 
 
 def _device(options):

@@ -1,0 +1,131 @@
+"""The door of the drawing page: who may come in, how much they may bring, and what every answer carries.
+
+Other pages that are open in the same browser can send requests here. What Host, Origin and Sec-Fetch-Site say, which
+they cannot choose, tells them apart; a token tells who may come from elsewhere.
+"""
+
+import base64
+import hashlib
+import hmac
+import re
+
+import anyio
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.responses import JSONResponse, RedirectResponse
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Door:
+    """An ASGI application around another one.
+
+    port: where the page is served; token: what lets visitors of any Host in, None for those of this machine alone;
+    policy: the Content-Security-Policy of every answer.
+    """
+
+    def __init__(self, app, port, token, policy):
+        self.app, self.port = app, port
+        self.cookie, self.key = f"page{port}", token and _digest(token)
+        names = (name if ":" not in name else f"[{name}]" for name in LOOPBACK)
+        self.hosts = {f"{name}:{port}" for name in names}
+        self.headers = {
+            "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
+            "X-Frame-Options": "DENY",
+        }  # fmt: skip
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return
+
+        async def dress(message):
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self.headers.items():
+                    headers[name] = value
+                headers.setdefault("Cache-Control", "no-store")
+                if message["status"] >= 400 and scope["method"] not in ("GET", "HEAD"):
+                    headers["Connection"] = "close"  # what of the body is still to come is not read
+            await send(message)
+
+        visit = HTTPConnection(scope)
+        answer = self._misled(scope, visit.headers) or self._locked(visit) or self.app
+        await answer(scope, receive, dress)
+
+    def _misled(self, scope, headers):
+        """A refusal of what another page had the browser send; None for others."""
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or (not self.key and hosts[0].lower() not in self.hosts):
+            return refusal(421, f"this page is at http://{LOOPBACK[0]}:{self.port} alone")
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+        own = origin in (None, f"http://{hosts[0]}", f"https://{hosts[0]}")
+        if site not in ("same-origin", "none") and not (scope["path"] == "/" and scope["method"] == "GET"):
+            own = False
+        return None if own else refusal(403, "another page asked for this, and only this page may")
+
+    def _locked(self, visit):
+        """What a visitor gets instead of the page, where there is a token; None for one who has shown it."""
+        if not self.key:
+            return None
+        if visit.scope["path"] == "/" and _same(_digest(visit.query_params.get("token", "")), self.key):
+            answer = RedirectResponse("/", 303)
+            answer.set_cookie(self.cookie, self.key, httponly=True, samesite="strict")
+            return answer
+        if _same(visit.cookies.get(self.cookie, ""), self.key):
+            return None
+        return refusal(401, "this page needs its token: open it as /?token=... once")
+
+
+def refusal(status, why, headers=None):
+    """An answer that says in one line why there is no other: {"error": why}."""
+    return JSONResponse({"error": why}, status, headers)
+
+
+async def read_body(request, most, patience):
+    """The body of a request: bytes, `most` at most, that came within `patience` seconds.
+
+    Raises HTTPException 413 or 408 without reading on, and 400 if the sender went away.
+    """
+    too_large = HTTPException(413, f"that is too large; at most {most >> 20} MB work")
+    length = request.headers.get("content-length", "0")
+    if int(length) > most:  # the server has checked that it is a number
+        raise too_large
+    parts, size = [], 0
+    try:
+        with anyio.fail_after(patience):
+            async for part in request.stream():
+                parts.append(part)
+                size += len(part)
+                if size > most:
+                    raise too_large
+    except TimeoutError:
+        raise HTTPException(408, f"the picture did not come within {patience:g} seconds; try again") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the picture broke off; try again") from None
+    return b"".join(parts)
+
+
+def policy_of(page):
+    """The Content-Security-Policy of a page (text) with one inline script and one inline style: these, and no other."""
+    script, style = (_source(page, name) for name in ("script", "style"))
+    return (
+        f"default-src 'none'; script-src {script}; style-src {style}; img-src 'self' blob: data:; connect-src 'self'; "
+        "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _source(page, name):
+    (content,) = re.findall(f"<{name}>(.*?)</{name}>", page, flags=re.DOTALL)
+    return "'sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() + "'"
+
+
+def _digest(token):
+    """What the cookie holds: it tells nothing of the token."""
+    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+
+
+def _same(one, other):
+    """Whether two texts are the same, found out in a time that does not tell where they differ."""
+    return hmac.compare_digest(one.encode(), other.encode())

@@ -1,0 +1,53 @@
+"""The drawing page on a port of this machine."""
+
+import os
+import re
+import socket
+
+import uvicorn
+
+from datasets.errors import InputError
+from models.search.door import LOOPBACK
+from models.search.page import Shelf, create_app
+
+SHORTEST = 8  # characters of a token
+CONNECTIONS = 256  # at a time
+
+
+def serve(folder, checkpoint=None, device="cpu", host="127.0.0.1", port=8000, token=None):
+    """Serve the page of the index in `folder` until Ctrl-C, which raises KeyboardInterrupt.
+
+    token: what visitors must show; another machine can only reach the page with one. port 0: one that is free.
+    Raises InputError as `open_finder` does, for a host that is not this machine, and for a port that is in use.
+    """
+    if host not in LOOPBACK and not token:
+        raise InputError(f"--host {host}: others could see your photos there; guard them with --token")
+    if token is not None and not re.fullmatch(rf"[A-Za-z0-9_-]{{{SHORTEST},}}", token):
+        raise InputError(f"--token: shorter ones can be guessed; give at least {SHORTEST} letters, digits, - and _")
+    with _bound(host, port) as listener:
+        shelf = Shelf(folder, checkpoint, device)
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(_config(create_app(shelf, port, token)))
+        place = f"[{host}]" if ":" in host else host
+        shown = f"/?token={token}" if token else "/"
+        print(f"{folder}: {len(shelf.album.finder.index):,} photos; draw at http://{place}:{port}{shown}", flush=True)
+        server.run(sockets=[listener])
+
+
+def _config(app):
+    return uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, lifespan="off", http="h11", ws="none",
+        limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=2, h11_max_incomplete_event_size=1 << 14,
+    )  # fmt: skip
+
+
+def _bound(host, port):
+    """A socket that listens at host and port."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=CONNECTIONS)
+    except socket.gaierror as error:
+        raise InputError(f"--host {host}: not an address of this machine ({error.strerror})") from None
+    except OSError as error:
+        why = os.strerror(error.errno)
+        raise InputError(f"--host {host} --port {port}: {why.lower()}; choose another --port") from None
