@@ -13,7 +13,7 @@ from models.options import check_device, pixels, positive
 from models.parallel import note, own_device, processes, rank
 from models.search import sharing, update
 from models.search.figure import PHOTOS, draw_found
-from models.search.find import MATCHINGS, ONE_TO_ONE, Finder, is_lost, read_sketch
+from models.search.find import MATCHINGS, ONE_TO_ONE, is_lost, open_finder, read_sketch
 from models.search.index import is_index, open_index
 from models.search.network import check_checkpoint, load_network, network_of
 
@@ -126,6 +126,12 @@ def _publisher(options):
     return run
 
 
+def _place(options):
+    """Where the index is that options name, see find.open_place. Raises InputError."""
+    milvus = _milvus(options)
+    return milvus.existing(options.uri, options.collection) if milvus else options.index
+
+
 def _milvus(options):
     """The module models.search.milvus where options ask for Milvus; None for the local engine. Raises InputError."""
     if options.engine == LOCAL:
@@ -173,12 +179,10 @@ def _tell(folder, totals):
 def find_photos(options):
     """Find photos; returns what --json writes."""
     sketches = [read_sketch(path) for path in options.sketches]
-    milvus = _milvus(options)
-    index = milvus.open_milvus(options.uri, options.collection) if milvus else open_index(options.index)
-    finder = Finder(index, network_of(index.facts, options.checkpoint, _device(options)))
+    finder = open_finder(_place(options), options.checkpoint, _device(options))
     matching = finder.matching(options.matching)
     if matching != options.matching and matching == ONE_TO_ONE:
-        note(f"note: {index.name} has no clusters, so matching is one-to-one")
+        note(f"note: {finder.index.name} has no clusters, so matching is one-to-one")
     if options.k > len(finder.index):
         note(f"note: the index has only {len(finder.index):,} photos; all are shown")
     found = []
@@ -239,7 +243,7 @@ def serve_page(options):
         from models.search.serving import serve
     except ImportError as error:
         raise InputError(f"the page needs {error.name}; pip install -r requirements-page.txt") from None
-    serve(options.index, options.checkpoint, _device(options), options.host, options.port, options.token)
+    serve(_place(options), options.checkpoint, _device(options), options.host, options.port, options.token)
 
 
 def _device(options):

@@ -44,7 +44,7 @@ class Finder:
     def find(self, image, k=20, matching=None, allowed=None):
         """The k nearest photos of a drawing (PIL.Image, RGB): [Match, ...], nearest first, ties by path.
 
-        allowed: (N,) bool, the rows that may be found, one at least; None for all.
+        allowed: the rows that may be found, one at least, see Index.between; None for all.
         """
         return self.find_features(self.network.features([image])[0], k, matching, allowed)
 
@@ -59,10 +59,15 @@ class Finder:
         ]
 
 
-def open_finder(folder, checkpoint=None, device="cpu"):
+def open_finder(place, checkpoint=None, device="cpu"):
     """The Finder of an index; checkpoint: where that is now, if it has moved. Raises InputError."""
-    index = open_index(folder)
+    index = open_place(place)
     return Finder(index, network_of(index.facts, checkpoint, device))
+
+
+def open_place(place):
+    """The index at a place, a folder or a models.search.milvus.Server. Raises InputError."""
+    return open_index(place) if isinstance(place, str | os.PathLike) else place.open()
 
 
 def read_sketch(path):

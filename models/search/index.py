@@ -22,6 +22,7 @@ from datasets.errors import InputError
 from datasets.files import write_json
 from models.search import cells as search_cells
 from models.search.cells import BLOCK, CLUSTER_WEIGHT, Cells
+from models.search.folders import folders_of
 
 INDEX, FORMAT = "index.json", 1
 RECORD = np.dtype([
@@ -88,6 +89,18 @@ class Index:
     def thumbnails_of(self, rows):
         """Photos as small JPEGs: [bytes, ...]."""
         return [self.thumbnail(row) for row in rows]
+
+    def features_of(self, rows):
+        """Features (n, D) of photos."""
+        return self.cells.features[rows]
+
+    def between(self, first, last):
+        """The photos from first to last − 1 in the order of their paths, as `nearest` has them allowed."""
+        return (self.cells.places >= first) & (self.cells.places < last)
+
+    def folders(self):
+        """The Folders that a search can be kept to."""
+        return folders_of(self)
 
     @property
     def clusters(self):

@@ -29,6 +29,7 @@ from pymilvus import MilvusClient, MilvusException
 from datasets.errors import InputError
 from models.search import rounds
 from models.search.cells import CLUSTER_WEIGHT, Cells, codes_of
+from models.search.folders import Folder
 from models.search.index import KNOWN, check_table, holds, spread
 
 COLLECTION, FORMAT = "photo_index", 1
@@ -101,6 +102,34 @@ class Server:
                 return name
         raise InputError(f"{self.place}: holds something else than photos of this program; name another --collection")
 
+    def stamp(self):
+        """What tells the generation that is current from others."""
+        return self.ask("describe_alias", self.collection)["collection_name"].rsplit("_", 1)[-1]
+
+    def open(self):
+        """The MilvusIndex there. Raises InputError if there is none, or it is not as a writer left it."""
+        name = self.current()
+        if name is None:
+            raise InputError(
+                f"{self.place}: no index of photos is there; make one with search_photos.py index, or set --collection"
+            )
+        with _as_data(self):
+            index = MilvusIndex(self, name, *_parsed(_read_about(self, f"{name}_about")))
+            _check_photos(index)
+        return index
+
+
+def existing(uri, collection=COLLECTION):
+    """The Server that is to hold an index already: a file is not made. Raises InputError."""
+    if _is_file(uri) and not Path(uri).exists():
+        raise InputError(f"--uri {uri}: no such file; make it with search_photos.py index, or correct --uri")
+    return Server(uri, collection)
+
+
+def open_milvus(uri, collection=COLLECTION):
+    """The MilvusIndex in a collection. Raises InputError as Server and Server.open do."""
+    return existing(uri, collection).open()
+
 
 def _check_names(uri, collection):
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", collection):
@@ -138,6 +167,7 @@ class MilvusIndex:
     generation: str  # name of its collection
     facts: dict  # as those of models.search.index.Index
     cells: Cells  # what belongs to cells; it holds no photos
+    shown: list[Folder]
 
     def __len__(self):
         return int(self.cells.ends[-1])
@@ -181,6 +211,14 @@ class MilvusIndex:
         """Features (n, D) float32 of rows (n,)."""
         with _as_data(self.server):
             return self._fetch(np.asarray(rows))[0]
+
+    def between(self, first, last):
+        """The photos from first to last − 1 in the order of their paths, as `nearest` has them allowed."""
+        return range(first, last)
+
+    def folders(self):
+        """The Folders that a search can be kept to."""
+        return self.shown
 
     def _ask(self, features, allowed, questions):
         """Answers to the questions of models.search.rounds."""
@@ -260,22 +298,6 @@ def _threads():
     return ThreadPoolExecutor(rounds.AT_ONCE, "milvus")
 
 
-def open_milvus(uri, collection=COLLECTION):
-    """The MilvusIndex in a collection. Raises InputError if there is none, or it is not as a writer left it."""
-    if _is_file(uri) and not Path(uri).exists():
-        raise InputError(f"--uri {uri}: no such file; make it with search_photos.py index, or correct --uri")
-    server = Server(uri, collection)
-    name = server.current()
-    if name is None:
-        raise InputError(
-            f"{server.place}: no index of photos is there; make one with search_photos.py index, or set --collection"
-        )
-    with _as_data(server):
-        index = MilvusIndex(server, name, *_parsed(_read_about(server, f"{name}_about")))
-        _check_photos(index)
-    return index
-
-
 def _read_about(server, name):
     """The text in which a generation tells of itself."""
     pieces, count = {}, count_rows(server, name)
@@ -287,7 +309,7 @@ def _read_about(server, name):
 
 
 def _parsed(text):
-    """(facts, Cells) of such a text, checked. Raises ValueError, or other errors of _TORN."""
+    """(facts, Cells, Folders) of such a text, checked. Raises ValueError, or other errors of _TORN."""
     content = json.loads(text)
     facts, texts = content["facts"], content["table"]
     if not holds(facts, {**KNOWN, "format": int}) or facts["format"] != FORMAT:
@@ -297,7 +319,13 @@ def _parsed(text):
     check_table(cells, facts["width"])
     if np.diff(cells.ends, prepend=0).max() > rounds.MOST:
         raise ValueError("its cells are too large")
-    return facts, cells
+    folders = [Folder(*values) for values in content["folders"]]
+    for name, depth, first, last in folders:
+        if not (type(name) is str and depth in (0, 1) and _integers([first, last], cells.ends[-1] + 1) is not None):
+            raise ValueError("its folders are none")
+        if first >= last:
+            raise ValueError("its folders are empty")
+    return facts, cells, folders
 
 
 def _none(dimensions):

@@ -113,7 +113,7 @@ def _write_about(server, name, index):
         np.lib.format.write_array(file, getattr(index.cells, part), allow_pickle=False)
         table[part] = base64.b64encode(file.getvalue()).decode()
     facts = {**{fact: index.facts[fact] for fact in KNOWN}, "format": FORMAT}
-    text = json.dumps({"facts": facts, "table": table})
+    text = json.dumps({"facts": facts, "table": table, "folders": index.folders()})
     rows = [
         {"piece": piece, "text": text[start : start + PIECE], "none": [0.0, 0.0]}
         for piece, start in enumerate(range(0, len(text), PIECE))

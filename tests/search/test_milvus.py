@@ -19,7 +19,7 @@ from albums import FakeNetwork, update, write_album, write_photo
 from test_cells import clustered
 
 from datasets.errors import InputError
-from models.search.find import Finder
+from models.search.find import Finder, open_place
 from models.search.index import RECORD, open_index, write_index
 
 pytest.importorskip("pymilvus", reason="pymilvus is not installed (requirements-milvus.txt)")
@@ -371,6 +371,8 @@ DAMAGES = {
     "other numbers": (table("ends", np.float32([60])), "ends holds other values"),
     "cells without end": (table("ends", np.array([10**12])), "do not fit together"),
     "balls of no size": (table("radii", np.float32([np.nan])), "do not fit together"),
+    "folders that are none": (said(lambda text: json.dumps(json.loads(text) | {"folders": [["a", 0, 0, 61]]})), "none"),
+    "folders of nothing": (said(lambda text: json.dumps(json.loads(text) | {"folders": [["a", 0, 5, 5]]})), "empty"),
     "another codebook": (table("codebook", gallery(60)[1][:, ::-1].copy()), "in the cells of another codebook"),
     "another width in words": (facts(width=33), "do not fit together"),
     "a photo is gone": (photos(count=59), "59 photos, not 60"),
@@ -396,6 +398,38 @@ def test_a_damaged_collection_is_refused_in_one_line(damage, kept, uri, monkeypa
     refused(
         lambda: open_milvus(uri, "kept"), f"kept at {uri}: damaged index (", told, "index into another --collection"
     )
+
+
+def test_the_page_shows_what_is_in_milvus(uri, tmp_path, monkeypatch):
+    pytest.importorskip("starlette", reason="starlette is not installed (requirements-page.txt)")
+    from pages import PageNetwork, drawing, visitor
+
+    from models.search import page
+
+    monkeypatch.setattr(page, "open_finder", lambda place, *_: Finder(open_place(place), PageNetwork()))
+    album, folder, network = write_album(tmp_path / "album", 12), tmp_path / "index", PageNetwork()
+    update(folder, network, album, clusters=2)
+    publish.publish(Server(uri), open_index(folder))
+    one, other = (visitor(page.Shelf(place)) for place in (folder, Server(uri)))
+    about = [each.get("/about").json() for each in (one, other)]
+    stamp = about[1].pop("index")
+    about[0].pop("index")
+    assert about[0] == about[1] and len(about[0]["folders"]) == 3
+    for query in ("k=5", "k=12&folder=1", "k=4&folder=2&matching=one-to-one"):
+        found = [each.post(f"/find?{query}", content=drawing()).json()["found"] for each in (one, other)]
+        shown = [[(photo["path"], pytest.approx(photo["score"], abs=1e-12)) for photo in photos] for photos in found]
+        assert shown[0] == shown[1] and found[1]
+    photo = found[1][0]["photo"]
+    like = other.post(f"/find?photo={photo}").json()["found"]
+    assert like[0]["photo"] == photo and like[0]["distance"] == 0
+    assert other.get(f"/thumbnail/{stamp}/{photo}").content == open_milvus(uri).thumbnail(photo)
+    assert other.get(f"/photo/{stamp}/{photo}").content == Path(found[1][0]["path"]).read_bytes()
+    write_photo(album / "new.png", 99)
+    update(folder, network, album)
+    publish.publish(Server(uri), open_index(folder))
+    assert other.get("/about").json()["photos"] == 13 and other.get(f"/thumbnail/{stamp}/{photo}").status_code == 410
+    Server(uri).client.drop_alias("photo_index")
+    assert other.get("/about").status_code == 503
 
 
 ANSWERS = {
