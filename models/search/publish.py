@@ -90,10 +90,12 @@ def _create(server, name, key, texts, numbers, vector):
     for each in numbers:
         schema.add_field(each, DataType.INT64)
     for each in texts:
-        schema.add_field(each, DataType.VARCHAR, max_length=TEXT)
+        schema.add_field(each, DataType.VARCHAR, max_length=TEXT, mmap_enabled=True)  # on disks, not in memory
     schema.add_field(vector[0], DataType.FLOAT_VECTOR, dim=vector[1])
     params = server.client.prepare_index_params()
     params.add_index(vector[0], index_type="FLAT", metric_type="L2")
+    for each in numbers:
+        params.add_index(each, index_type="INVERTED")  # for filters
     # Readers see all that was written before they asked.
     more = {"schema": schema, "index_params": params, "consistency_level": "Strong"}
     server.do("create_collection", name, **more)
