@@ -13,6 +13,7 @@ import pytest
 from datasets.prepare.commands import create_parser
 from datasets.protocols import PROTOCOLS
 from models import compare, options
+from models.search.commands import create_parser as search_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,10 +43,10 @@ def anchors(page):
 
 @pytest.fixture(scope="module")
 def known_options():
-    parsers = [create_parser(), compare.create_parser()]
+    parsers = [create_parser(), search_parser(), compare.create_parser()]
     for protocol in PROTOCOLS.values():
         parsers += [options.train_parser(protocol), options.test_parser(protocol)]
-    for action in parsers[0]._actions:
+    for action in parsers[0]._actions + parsers[1]._actions:
         if isinstance(action, argparse._SubParsersAction):
             parsers += action.choices.values()
     return OTHERS.union(*(parser._option_string_actions for parser in parsers))

@@ -16,6 +16,7 @@ from models.search.figure import PHOTOS, draw_found
 from models.search.find import MATCHINGS, ONE_TO_ONE, is_lost, open_finder, read_sketch
 from models.search.index import is_index, open_index
 from models.search.network import check_checkpoint, load_network, network_of
+from models.search.sketch import clean_up
 
 LOCAL, MILVUS = ENGINES = ("local", "milvus")
 TOLD = 10  # unreadable files that are named
@@ -50,8 +51,8 @@ def create_parser():
     add("--input_size", type=pixels,
         help="side of an input image, in pixels (default: what the checkpoint was trained with, else 224)")  # fmt: skip
     add("--imagenet_classes", type=positive, help="outputs of the ImageNet head (default: what the checkpoint tells)")
-    add("--clusters", type=positive, metavar="K", help="clusters (default: a 25th of the photos, from 2 "
-        f"to 100; none for fewer than {update.FEWEST} photos)")  # fmt: skip
+    add("--clusters", type=positive, metavar="K", help="clusters (default: a 25th of the photos, at "
+        f"most {update.MOST}; none for fewer than {update.FEWEST} photos)")  # fmt: skip
     add("--subspaces", type=positive, metavar="M", help="parts of a feature (default: 2)")
     add("--refit", action="store_true", help="fit the clusters to the photos there are now")
     add("--batch_size", type=positive, default=64, help="photos at a time")
@@ -62,6 +63,8 @@ def create_parser():
     add = find.add_argument
     add("sketches", nargs="+", metavar="sketch", help="picture of a sketch")
     add("-k", type=positive, default=20, help="how many photos to show")
+    add("--as_drawn", action="store_true", help="compare sketches as they are (default: bring paper, size and lines to "
+        "what networks learn from)")  # fmt: skip
     add("--matching", choices=MATCHINGS, help="(default: one-to-many where the index has clusters)")
     add("--json", type=_path, metavar="FILE", help="write what was found to FILE")
     add("--picture", type=_path, metavar="FILE", help="where the picture goes (default: found.png in the index)")
@@ -179,6 +182,8 @@ def _tell(folder, totals):
 def find_photos(options):
     """Find photos; returns what --json writes."""
     sketches = [read_sketch(path) for path in options.sketches]
+    if not options.as_drawn:
+        sketches = [clean_up(sketch, path) for sketch, path in zip(sketches, options.sketches, strict=True)]
     finder = open_finder(_place(options), options.checkpoint, _device(options))
     matching = finder.matching(options.matching)
     if matching != options.matching and matching == ONE_TO_ONE:

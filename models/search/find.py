@@ -8,6 +8,7 @@ from datasets.errors import InputError
 from datasets.images import read_rgb
 from models.search.index import Index, open_index
 from models.search.network import Network, network_of
+from models.search.sketch import clean_up
 
 ONE_TO_ONE, ONE_TO_MANY = MATCHINGS = ("one-to-one", "one-to-many")
 FLAT = 24  # grey levels, up to which a drawing shows nothing: paper and its noise
@@ -41,11 +42,13 @@ class Finder:
             )
         return asked or (ONE_TO_MANY if self.index.clusters else ONE_TO_ONE)
 
-    def find(self, image, k=20, matching=None, allowed=None):
+    def find(self, image, k=20, matching=None, allowed=None, as_drawn=False):
         """The k nearest photos of a drawing (PIL.Image, RGB): [Match, ...], nearest first, ties by path.
 
+        The drawing is cleaned up unless `as_drawn`. Raises InputError where no line can be told from the paper.
         allowed: the rows that may be found, one at least, see Index.between; None for all.
         """
+        image = image if as_drawn else clean_up(image)
         return self.find_features(self.network.features([image])[0], k, matching, allowed)
 
     def find_features(self, features, k=20, matching=None, allowed=None):

@@ -17,7 +17,8 @@ from models.search.network import add_photos
 from models.search.photos import Found, find_photos
 from models.search.unfinished import Unfinished, keeping
 
-FEWEST = 50  # photos that clusters are fitted to unasked
+FEWEST = 200  # photos that clusters are fitted to unasked; fewer may be too few of a class, which does harm
+MOST = 100  # clusters that are fitted unasked
 FITTED = 20_000  # photos that clusters are fitted to at most
 DUE = 1 / 3  # share of photos newer than the clusters from which these should be fitted anew
 SOURCE = ("sha256", "model", "imagenet_classes", "input_size")  # what features depend on
@@ -258,8 +259,8 @@ class _Known:
 
 
 def default_clusters(photos):
-    """K for a number of photos."""
-    return max(2, min(100, photos // 25))
+    """K for a number of photos, of classes that nobody has counted; benchmarks/clusters.py compares it with others."""
+    return max(2, min(MOST, photos // 25))
 
 
 def _check_subspaces(subspaces, width):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from albums import write_photo
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 import search_photos
 from datasets.benchmark import open_benchmark
@@ -20,6 +20,7 @@ from models.eval.evaluation import evaluate
 from models.eval.features import extract_all
 from models.networks import Student, create_backbone
 from models.search.index import open_index
+from models.search.sketch import clean_up
 
 OPTIONS = {"model": "convnextv2_atto", "input_size": 32, "imagenet_classes": 1000}
 HERE = ["--device", "cpu"]
@@ -85,7 +86,8 @@ def test_the_ranking_is_that_of_the_test_script(miniature, student, checkpoint, 
     measured = evaluate(features, codebooks, nearest=every, dtype=torch.float64)
     sketches = [images.sketches.root / path for path in images.sketches.paths]
     for matching in codebooks:
-        run("find", *sketches, "-k", 48, "--matching", matching, "--json", tmp_path / "found.json", *HERE)
+        how = ["--as_drawn", "--matching", matching, "-k", 48]
+        run("find", *sketches, *how, "--json", tmp_path / "found.json", *HERE)
         found = json.loads((tmp_path / "found.json").read_text())
         assert len(found) == len(sketches) == 32
         for own, sketch, nearest in zip(found, sketches, measured[matching]["nearest"], strict=True):
@@ -101,7 +103,7 @@ def test_index_find_and_index_again(photos, checkpoint, sketch, tmp_path, capsys
     assert totals.photos == 5 and "photos_index" not in said.out
     line = "photo_index: 5 photos (5 new, 0 changed, 0 moved, 0 removed, 0 unreadable), one-to-one matching alone; "
     assert said.out.startswith(line) and said.out.count("\n") == 1
-    assert said.err == "note: clusters are fitted from 50 photos on, or with --clusters\n"
+    assert said.err == "note: clusters are fitted from 200 photos on, or with --clusters\n"
     found = run("find", sketch, "-k", 9, "--json", "out.json", *HERE)
     said = capsys.readouterr()
     assert "note: photo_index has no clusters, so matching is one-to-one" in said.err
@@ -132,6 +134,17 @@ def test_photos_that_are_gone_are_told(photos, checkpoint, sketch, capsys, tmp_p
         assert photo["score"] == pytest.approx(score, abs=1e-12)
     one = run("find", sketch, "--matching", "one-to-one", *HERE)[0]
     assert [photo["score"] for photo in one["found"]] == [photo["distance"] for photo in one["found"]]
+
+
+def test_a_drawing_is_cleaned_up_unless_as_drawn(small, sketch, tmp_path):
+    with Image.open(sketch) as image:
+        clean_up(image.convert("RGB")).save(tmp_path / "clean.png")
+        ImageChops.invert(image.convert("RGB")).save(tmp_path / "dark.png")
+    command = ["find", "sketch.png", "dark.png", "clean.png", "--index", small, *HERE]
+    sketch, dark, _ = run(*command)
+    as_drawn, as_drawn_dark, clean = run(*command, "--as_drawn")
+    assert sketch["found"] == clean["found"] != as_drawn["found"]
+    assert dark["found"] == sketch["found"] != as_drawn_dark["found"]
 
 
 def test_a_checkpoint_of_the_authors_is_told_its_model(photos, student, sketch, tmp_path, fails):
@@ -172,12 +185,14 @@ def bad_sketches(folder):
     Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(folder / "clear.png")
     noise = np.random.default_rng(0).integers(235, 255, (40, 40), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "paper.png")
+    Image.fromarray(np.tile(np.linspace(90, 250, 80).astype(np.uint8), (60, 1))).save(folder / "light.png")
     (folder / "text.png").write_text("no image")
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
     ("find white.png", "white.png: the sketch is blank"), ("find black.png", "black.png: the sketch is all black"),
     ("find clear.png", "clear.png: the sketch is blank"), ("find paper.png", "paper.png: the sketch is blank"),
+    ("find sketch.png light.png", "light.png: no line can be told from the paper; draw darker"),
     ("find text.png", "text.png: not a readable image"), ("find none.png", "none.png: no such image"),
     ("find sketch.png -k 0", "argument -k: '0' is not a whole number"), ("find", "required: sketch"),
     ("", "required: command"),

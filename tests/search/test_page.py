@@ -204,10 +204,14 @@ def test_several_threads_find_what_one_finds(shelf):
     images = [
         Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), np.uint8)) for seed in range(40)
     ]
-    alone = [finder.find(image, 9, matching) for image in images for matching in ("one-to-one", "one-to-many")]
+    jobs = [(image, matching) for image in images for matching in ("one-to-one", "one-to-many")]
+
+    def found(job):
+        return finder.find(job[0], 9, job[1], as_drawn=True)
+
+    alone = list(map(found, jobs))
     with ThreadPoolExecutor(8) as threads:
-        jobs = [(image, 9, matching) for image in images for matching in ("one-to-one", "one-to-many")]
-        assert list(threads.map(lambda job: finder.find(*job), jobs)) == alone
+        assert list(threads.map(found, jobs)) == alone
 
 
 def test_too_many_searches_at_once_are_put_off(shelf, monkeypatch):

@@ -113,8 +113,15 @@ def test_folders_that_are_no_longer_named_leave_the_index(album, index, network)
     assert totals.photos == 7 and totals.removed == 5 and network.seen == 12
 
 
-def test_clusters_stay_until_they_are_fitted_anew(album, index, network):
-    assert not open_index(index).clusters if update(index, network, album).photos < 50 else None
+def test_the_default_number_of_clusters_grows_with_the_photos_up_to_a_limit():
+    assert [updates.default_clusters(photos) for photos in (1, 200, 625, 2_500, 10**6)] == [2, 8, 25, 100, 100]
+
+
+def test_clusters_stay_until_they_are_fitted_anew(album, index, network, monkeypatch):
+    monkeypatch.setattr(updates, "FEWEST", 60)
+    write_album(album, 59)
+    update(index, network, album)
+    assert not open_index(index).clusters
     write_album(album, 60)
     update(index, network, album)
     opened = open_index(index)
