@@ -19,13 +19,13 @@ def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def on_all_cores(function, things, title, workers=None, chunk=32):
+def on_all_cores(function, things, title, workers=None, chunk=32, no_bar=None):
     """Yield function(thing) for each of `things`, in order, from `workers` worker processes (None: one for each core).
 
     With 0 workers this process does it. Otherwise they are at most AHEAD chunks each ahead of what is taken, and end at
-    once when this process is interrupted, and also when it is killed and can do nothing more.
+    once when this process is interrupted, and also when it is killed and can do nothing more. no_bar: tqdm's `disable`.
     """
-    bar = dict(desc=title, total=len(things), unit="image", leave=False, disable=None)
+    bar = dict(desc=title, total=len(things), unit="image", leave=False, disable=no_bar)
     if workers == 0:
         yield from tqdm(map(function, things), **bar)
         return

@@ -23,7 +23,12 @@ def speaks():
     Until the processes meet, all of them find the same errors, and the first one tells. Later an error can be that of
     one process alone (see `in_all` for those that are not).
     """
-    return rank() == 0 or distributed.is_initialized()
+    return rank() == 0 or met()
+
+
+def met():
+    """Whether the processes have met, see `connect`."""
+    return distributed.is_initialized()
 
 
 @contextmanager
@@ -99,12 +104,29 @@ def anyone(flag):
     return bool(total(torch.tensor(int(flag)))) if distributed.is_initialized() else flag
 
 
+def gathered(value):
+    """What all processes give, as a list in process 0; None elsewhere."""
+    if not distributed.is_initialized():
+        return [value]
+    parts = [None] * processes() if rank() == 0 else None
+    distributed.gather_object(value, parts)
+    return parts
+
+
+def told(value):
+    """What process 0 gives, in all processes."""
+    if not distributed.is_initialized():
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
 def joined(rows):
     """Arrays or tensors `rows` (n, ...) of all processes, one after the other, in process 0; None elsewhere."""
     if not distributed.is_initialized():
         return rows
-    parts = [None] * processes() if rank() == 0 else None
-    distributed.gather_object(rows, parts)
+    parts = gathered(rows)
     if parts is None:
         return None
     return torch.cat(parts) if isinstance(rows, torch.Tensor) else np.concatenate(parts)

@@ -136,11 +136,14 @@ def _search(scan, cells):
     return scan.result()
 
 
-class _Scan:
-    """A search in progress. best: no photo with a higher score can be among the k."""
+class Sketch:
+    """A sketch in search of its k nearest photos. best: no photo with a higher score can be among them.
 
-    def __init__(self, cells, query, k, weight, allowed):
-        self.cells, self.k, self.allowed = cells, k, allowed
+    cells: Cells, of which this takes what belongs to cells, and nothing that belongs to photos; query: (D,) float32.
+    """
+
+    def __init__(self, cells, query, k, weight):
+        self.cells, self.k = cells, k
         self.query = np.ascontiguousarray(query, np.float32)
         self.outline = outlines_of(self.query[None], cells.basis)[0]
         self.weight, self.rest = weight, round(1 - weight, 12)
@@ -149,16 +152,49 @@ class _Scan:
         self.margin = 4 * (len(query) + 8) * 2.0**-24
         self.cluster = _cluster_distances(cells, self.query)
         self.base = (weight * self.cluster if weight else np.zeros(len(cells.ends))).astype(np.float32)
-        self.bounds = self.base + self.rest * self._least_distances() - SLACK
-        if allowed is not None:
-            self.bounds[~np.logical_or.reduceat(allowed, cells.ends - self.sizes)] = np.inf
-        self.best, self.scanned, self.outlined = np.inf, 0, 0
+        self.bounds = self.scores_from(self._least_distances())
+        self.best = np.inf
         self.rows, self.lows, self.highs = np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.float32)
 
     def _least_distances(self):
         """What no photo of each cell is nearer than: (C,)."""
         apart = np.sqrt(((self.cells.centres - self.outline) ** 2).sum(axis=1))
         return np.sqrt(np.maximum(np.maximum(apart - self.cells.radii, 0) ** 2 - self.margin, 0))
+
+    def scores_from(self, distances, chosen=slice(None)):
+        """What scores in cells `chosen` are at least, where d is at least `distances`."""
+        return self.base[chosen] + self.rest * distances - SLACK
+
+    def keep(self, rows, lows, highs):
+        """Keep photos that may be among the k; their scores are at least `lows`, and at most `highs`."""
+        self.rows, self.lows = np.append(self.rows, rows), np.append(self.lows, lows)
+        self.highs = np.append(self.highs, highs)
+        if len(self.highs) >= self.k:
+            self.best = np.partition(self.highs, self.k - 1)[self.k - 1]
+            kept = self.lows <= self.best
+            self.rows, self.lows, self.highs = self.rows[kept], self.lows[kept], self.highs[kept]
+
+    def rounded(self, squares, sign):
+        """d of squared distances, less (sign 1) or more (sign −1) what rounding may have done."""
+        return np.sqrt(np.maximum(squares - np.float32(sign * self.margin), 0))
+
+    def exact(self, features, numbers):
+        """(scores, d, D), float64, of photos with these features (n, D), which are in the cells `numbers`."""
+        difference = features.astype(np.float64) - self.query.astype(np.float64)
+        distances = np.sqrt((difference**2).sum(axis=1))
+        cluster = self.cluster[numbers]
+        return (self.weight * cluster + self.rest * distances if self.weight else distances), distances, cluster
+
+
+class _Scan(Sketch):
+    """A search in features that are at hand."""
+
+    def __init__(self, cells, query, k, weight, allowed):
+        super().__init__(cells, query, k, weight)
+        self.allowed = allowed
+        if allowed is not None:
+            self.bounds[~np.logical_or.reduceat(allowed, cells.ends - self.sizes)] = np.inf
+        self.scanned, self.outlined = 0, 0
 
     def add(self, chosen):
         """Look at the photos of cells `chosen`, ascending, cell by cell."""
@@ -216,16 +252,10 @@ class _Scan:
         kept = np.flatnonzero(lows <= self.best)
         kept = kept[np.isfinite(base[kept])]
         highs = base[kept] + self.rest * self._distances(products[kept], -1) + SLACK
-        self.rows, self.lows = np.append(self.rows, rows[kept]), np.append(self.lows, lows[kept])
-        self.highs = np.append(self.highs, highs)
-        if len(self.highs) >= self.k:
-            self.best = np.partition(self.highs, self.k - 1)[self.k - 1]
-            kept = self.lows <= self.best
-            self.rows, self.lows, self.highs = self.rows[kept], self.lows[kept], self.highs[kept]
+        self.keep(rows[kept], lows[kept], highs)
 
     def _distances(self, products, sign):
-        """d of products q · g, less (sign 1) or more (sign −1) what rounding may have done."""
-        return np.sqrt(np.maximum(2 - 2 * products - np.float32(sign * self.margin), 0))
+        return self.rounded(2 - 2 * products, sign)
 
     def result(self):
         """Score what is left in float64. Raises ValueError if features are not finite."""
@@ -238,11 +268,7 @@ class _Scan:
         return Nearest(*values, self.scanned, self.outlined)
 
     def _exact(self, rows):
-        """(scores, d, D) of photos."""
-        difference = self.cells.features[rows].astype(np.float64) - self.query.astype(np.float64)
-        distances = np.sqrt((difference**2).sum(axis=1))
-        cluster = self.cluster[self.cells.ends.searchsorted(rows, side="right")]
-        return (self.weight * cluster + self.rest * distances if self.weight else distances), distances, cluster
+        return self.exact(self.cells.features[rows], self.cells.ends.searchsorted(rows, side="right"))
 
 
 @functools.cache

@@ -8,13 +8,14 @@ from datasets.errors import InputError, OneLineParser, number, pixels, positive
 from datasets.files import write_json
 from datasets.pool import available_cores
 from models.search import update
-from models.search.figure import draw_found
+from models.search.figure import PHOTOS, draw_found
 from models.search.find import MATCHINGS, ONE_TO_ONE, is_lost, open_finder, read_sketch
 from models.search.index import is_index, open_index
 from models.search.network import BACKENDS, backend_of, check_checkpoint, fit_codebook, load_network, network_of
 from models.search.sketch import clean_up
-from models.speaker import note
+from models.speaker import note, processes, rank
 
+LOCAL, MILVUS = ENGINES = ("local", "milvus")
 TOLD = 10  # unreadable files that are named
 
 
@@ -29,6 +30,10 @@ def create_parser():
         added.add_argument(
             "--index", type=_path, default=Path("photo_index"), metavar="DIR", help="folder of the index"
         )
+        added.add_argument("--engine", choices=ENGINES, default=LOCAL,
+            help="what searches: this program, or Milvus, which also has a copy of the index")  # fmt: skip
+        added.add_argument("--uri", metavar="ADDRESS", help="of Milvus: http://HOST:PORT, or a file that ends in .db")
+        added.add_argument("--collection", default="photo_index", metavar="NAME", help="of the copy in Milvus")
         added.add_argument("--checkpoint", type=_path, metavar="FILE",
             help="what a train script wrote, ours or the authors', or models.export as .onnx (default: that of the "
             "index)")  # fmt: skip
@@ -73,14 +78,22 @@ def create_parser():
 
 
 def make_index(options):
-    """Make or update an index; returns update.Totals."""
+    """Make or update an index; returns update.Totals. Of several processes the first does; the others help it."""
     _check_backend(options)
+    if processes() > 1:
+        from models.search import sharing  # which needs PyTorch
+
+        options.device = sharing.device_of(options.device)
+        if rank():
+            return sharing.follow(options.checkpoint, options.device, options.workers)
     folder, old = options.index, open_index(options.index).facts if is_index(options.index) else None
     if old:
         _check_same(old, options)
     elif not options.folders or not options.checkpoint:
         missing = "--checkpoint" if options.folders else "a folder of photos"
         raise InputError(f"{folder}: there is no index yet, and a new one needs {missing} (see --help)")
+
+    publish = _publisher(options)
 
     @functools.cache
     def network():
@@ -95,9 +108,53 @@ def make_index(options):
     plan = update.Plan(folders, exclude, options.clusters, options.subspaces, options.refit, options.batch_size,
                        options.workers, checkpoint)  # fmt: skip
     fit = functools.partial(fit_codebook, checkpoint or old["checkpoint"])
-    totals = update.update_index(folder, network, fit, plan)
+    if processes() > 1:
+        with sharing.leading():
+            add = functools.partial(sharing.add_photos, options.device)
+            totals = update.update_index(folder, network, fit, plan, add)
+    else:
+        totals = update.update_index(folder, network, fit, plan)
     _tell(folder, totals)
+    if publish:
+        publish()
     return totals
+
+
+def _publisher(options):
+    """A function that brings what Milvus holds in line with the index; None for the local engine. Raises InputError."""
+    if not (milvus := _milvus(options)):
+        return None
+    from models.search.publish import check_own, publish
+
+    server = milvus.Server(options.uri, options.collection)
+    check_own(server, options.index)
+
+    def run():
+        said = "now holds these photos" if publish(server, open_index(options.index)) else "held these photos already"
+        print(f"{server.place}: {said}")
+
+    return run
+
+
+def _place(options):
+    """Where the index is that options name, see find.open_place. Raises InputError."""
+    milvus = _milvus(options)
+    return milvus.existing(options.uri, options.collection) if milvus else options.index
+
+
+def _milvus(options):
+    """The module models.search.milvus where options ask for Milvus; None for the local engine. Raises InputError."""
+    if options.engine == LOCAL:
+        if options.uri:
+            raise InputError(f"--uri {options.uri}: it is for --engine {MILVUS}")
+        return None
+    if not options.uri:
+        raise InputError(f"--engine {MILVUS}: needs --uri, the address of Milvus (see --help)")
+    try:
+        from models.search import milvus
+    except ImportError as error:
+        raise InputError(f"--engine {MILVUS}: needs {error.name}; pip install -r requirements-milvus.txt") from None
+    return milvus
 
 
 def _check_same(old, options):
@@ -135,10 +192,10 @@ def find_photos(options):
     sketches = [read_sketch(path) for path in options.sketches]
     if not options.as_drawn:
         sketches = [clean_up(sketch, path) for sketch, path in zip(sketches, options.sketches, strict=True)]
-    finder = open_finder(options.index, options.checkpoint, options.device)
+    finder = open_finder(_place(options), options.checkpoint, options.device)
     matching = finder.matching(options.matching)
     if matching != options.matching and matching == ONE_TO_ONE:
-        note(f"note: {options.index} has no clusters, so matching is one-to-one")
+        note(f"note: {finder.index.name} has no clusters, so matching is one-to-one")
     if options.k > len(finder.index):
         note(f"note: the index has only {len(finder.index):,} photos; all are shown")
     found = []
@@ -180,10 +237,11 @@ def _print_table(path, matching, matches):
 
 def _draw(options, finder, sketches, found):
     path = options.picture or options.index / "found.png"
-    rows = [
-        (os.path.basename(name), sketch, [(finder.index.thumbnail(match.row), match.score) for match in matches])
-        for name, sketch, matches in zip(options.sketches, sketches, found, strict=True)
-    ]
+    rows = []
+    for name, sketch, matches in zip(options.sketches, sketches, found, strict=True):
+        thumbnails = finder.index.thumbnails_of([match.row for match in matches[:PHOTOS]])
+        scores = [match.score for match in matches]
+        rows.append((os.path.basename(name), sketch, list(zip(thumbnails, scores, strict=False))))
     try:
         draw_found(path, rows)
     except ImportError:
@@ -199,7 +257,7 @@ def serve_page(options):
     except ImportError as error:
         raise InputError(f"the page needs {error.name}; pip install -r requirements-page.txt") from None
     _check_backend(options)
-    serve(options.index, options.checkpoint, options.device, options.host, options.port, options.token)
+    serve(_place(options), options.checkpoint, options.device, options.host, options.port, options.token)
 
 
 def _check_backend(options):

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from datasets.errors import InputError
 from datasets.images import read_rgb
-from models.search.cells import search
 from models.search.index import Index, open_index
 from models.search.network import Network, network_of
 from models.search.sketch import clean_up
@@ -29,7 +28,7 @@ class Match(NamedTuple):
 class Finder:
     """An index, and the network that it was made with. It may be used by several threads."""
 
-    index: Index
+    index: Index  # or what gives the same, such as models.search.milvus.MilvusIndex
     network: Network
 
     def matching(self, asked=None):
@@ -39,7 +38,7 @@ class Finder:
         """
         if asked == ONE_TO_MANY and not self.index.clusters:
             raise InputError(
-                f"--matching {ONE_TO_MANY}: {self.index.folder} has no clusters; index again with --clusters"
+                f"--matching {ONE_TO_MANY}: {self.index.name} has no clusters; index again with --clusters"
             )
         return asked or (ONE_TO_MANY if self.index.clusters else ONE_TO_ONE)
 
@@ -47,7 +46,7 @@ class Finder:
         """The k nearest photos of a drawing (PIL.Image, RGB): [Match, ...], nearest first, ties by path.
 
         The drawing is cleaned up unless `as_drawn`. Raises InputError where no line can be told from the paper.
-        allowed: (N,) bool, the rows that may be found, one at least; None for all.
+        allowed: the rows that may be found, one at least, see Index.between; None for all.
         """
         image = image if as_drawn else clean_up(image)
         return self.find_features(self.network.features([image])[0], k, matching, allowed)
@@ -55,20 +54,23 @@ class Finder:
     def find_features(self, features, k=20, matching=None, allowed=None):
         """As `find`, for features (D,) of length 1: those of another drawing, or of a photo of the index."""
         more = {"weight": 0} if self.matching(matching) == ONE_TO_ONE else {}
-        try:
-            nearest = search(self.index.cells, features, k, allowed=allowed, **more)
-        except ValueError as error:
-            raise InputError(f"{self.index.folder}: damaged index ({error}); delete it, and index again") from None
+        nearest = self.index.nearest(features, k, allowed=allowed, **more)
+        columns = [values.tolist() for values in nearest[:4]]
         return [
-            Match(row, self.index.path(row), score, distance, cluster if self.index.clusters else None)
-            for row, score, distance, cluster in zip(*(values.tolist() for values in nearest[:4]), strict=True)
+            Match(row, path, score, distance, cluster if self.index.clusters else None)
+            for row, score, distance, cluster, path in zip(*columns, self.index.paths_of(columns[0]), strict=True)
         ]
 
 
-def open_finder(folder, checkpoint=None, device=None):
-    """The Finder of an index; checkpoint, device: see network.network_of. Raises InputError."""
-    index = open_index(folder)
+def open_finder(place, checkpoint=None, device=None):
+    """The Finder of an index; place: see open_place; checkpoint, device: see network.network_of. Raises InputError."""
+    index = open_place(place)
     return Finder(index, network_of(index.facts, checkpoint, device))
+
+
+def open_place(place):
+    """The index at a place, a folder or a models.search.milvus.Server. Raises InputError."""
+    return open_index(place) if isinstance(place, str | os.PathLike) else place.open()
 
 
 def read_sketch(path):

@@ -19,8 +19,8 @@ class Folder(NamedTuple):
     last: int
 
     def rows(self, index):
-        """Which photos of the Index are in it: (N,) bool, by row."""
-        return (index.cells.places >= self.first) & (index.cells.places < self.last)
+        """Which photos of the index are in it, as its `nearest` has them allowed."""
+        return index.between(self.first, self.last)
 
 
 def folders_of(index):

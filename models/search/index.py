@@ -21,7 +21,8 @@ import numpy as np
 from datasets.errors import InputError
 from datasets.files import write_json
 from models.search import cells as search_cells
-from models.search.cells import BLOCK, Cells
+from models.search.cells import BLOCK, CLUSTER_WEIGHT, Cells
+from models.search.folders import folders_of
 
 INDEX, FORMAT = "index.json", 1
 RECORD = np.dtype([
@@ -36,6 +37,11 @@ ARRAYS = {
     "records": (RECORD, 1, True), "paths": ("u1", 1, True),
     "places": ("<i4", 1, False), "codebook": ("<f4", 3, False), "codes": ("<i4", 2, False),
     "ends": ("<i8", 1, False), "radii": ("<f4", 1, False), "basis": ("<f4", 2, False),
+}  # fmt: skip
+# What an index knows of itself beside its files.
+KNOWN = {
+    "generation": int, "checkpoint": str, "sha256": str, "model": str, "imagenet_classes": int, "input_size": int,
+    "width": int, "folders": list, "exclude": list,
 }  # fmt: skip
 _OURS = re.compile(rf"({'|'.join(ARRAYS)})-\d+\.npy|thumbnails-\d+\.bin|\.{re.escape(INDEX)}\..*")
 
@@ -63,6 +69,38 @@ class Index:
         """A photo as a small JPEG (bytes)."""
         start = int(self.records["thumbnail"][row])
         return self.thumbnails[start : start + int(self.records["thumbnail_size"][row])]
+
+    @property
+    def name(self):
+        """How messages call it."""
+        return str(self.folder)
+
+    def nearest(self, features, k, weight=CLUSTER_WEIGHT, allowed=None):
+        """As models.search.cells.search, which see. Raises InputError if features are not finite."""
+        try:
+            return search_cells.search(self.cells, features, k, weight, allowed)
+        except ValueError as error:
+            raise _damaged(self.folder, error) from None
+
+    def paths_of(self, rows):
+        """The absolute paths of photos: [str, ...]."""
+        return [self.path(row) for row in rows]
+
+    def thumbnails_of(self, rows):
+        """Photos as small JPEGs: [bytes, ...]."""
+        return [self.thumbnail(row) for row in rows]
+
+    def features_of(self, rows):
+        """Features (n, D) of photos."""
+        return self.cells.features[rows]
+
+    def between(self, first, last):
+        """The photos from first to last − 1 in the order of their paths, as `nearest` has them allowed."""
+        return (self.cells.places >= first) & (self.cells.places < last)
+
+    def folders(self):
+        """The Folders that a search can be kept to."""
+        return folders_of(self)
 
     @property
     def clusters(self):
@@ -110,20 +148,22 @@ def _read_facts(folder):
         raise InputError(f"{folder / INDEX}: {error.strerror}; correct its permissions, or set --index") from None
     except (ValueError, RecursionError) as error:
         raise _damaged(folder, f"{INDEX}: {error}") from None
-    wanted = {
-        "format": int, "generation": int, "checkpoint": str, "sha256": str, "model": str, "imagenet_classes": int,
-        "input_size": int, "width": int, "folders": list, "exclude": list, "files": dict, "thumbnails": str,
-    }  # fmt: skip
-    if not isinstance(facts, dict) or any(type(facts.get(name)) is not kind for name, kind in wanted.items()):
+    if not holds(facts, {**KNOWN, "format": int, "files": dict, "thumbnails": str}):
         raise _damaged(folder, f"{INDEX} holds something else")
     if facts["format"] != FORMAT:
         raise InputError(f"{folder}: an index of another version of this program; delete it, and index again")
     names = {f"{name}-{facts['generation']}.npy" for name in ARRAYS} | {facts["thumbnails"]}
     if facts["files"].keys() != names or any(not _OURS.fullmatch(name) for name in names):
         raise _damaged(folder, f"{INDEX} names other files")
-    if not all(type(each) is str for each in [*facts["folders"], *facts["exclude"]]):
-        raise _damaged(folder, f"{INDEX} holds something else")
     return facts
+
+
+def holds(facts, wanted):
+    """Whether what was read is a dict with what is wanted of it, {name: type}; its lists hold texts."""
+    return isinstance(facts, dict) and all(
+        type(facts.get(name)) is kind and (kind is not list or all(type(each) is str for each in facts[name]))
+        for name, kind in wanted.items()
+    )
 
 
 def _open(folder, facts):
@@ -149,18 +189,31 @@ def _open(folder, facts):
 
 def _check_cells(cells, width):
     """Raise ValueError unless everything in Cells points at something that is there."""
-    count, number = len(cells.features), len(cells.ends)
-    parts, words, own = cells.codebook.shape
+    check_table(cells, width)
+    count = len(cells.features)
     fit = (
-        count > 0 and cells.features.shape == (count, width)
+        cells.ends[-1] == count and cells.features.shape == (count, width)
         and np.array_equal(np.sort(cells.places), np.arange(count))
-        and number > 0 and (np.diff(cells.ends, prepend=0) > 0).all() and cells.ends[-1] == count
+        and cells.outlines.shape == (count, len(cells.basis) + 1)
+    )  # fmt: skip
+    if not fit:
+        raise ValueError("its parts do not fit together")
+
+
+def check_table(cells, width):
+    """Raise ValueError unless what belongs to cells, in Cells, fits together."""
+    for name in ("codebook", "codes", "ends", "centres", "radii", "basis"):
+        kind, dimensions, _ = ARRAYS[name]
+        if (array := getattr(cells, name)).dtype != kind or array.ndim != dimensions:
+            raise ValueError(f"{name} holds other values")
+    number, (parts, words, own) = len(cells.ends), cells.codebook.shape
+    fit = (
+        number > 0 and (np.diff(cells.ends, prepend=0) > 0).all()
         and (parts == 0 or parts * own == width) and cells.codes.shape == (number, parts)
         and (parts == 0 or (cells.codes.min() >= 0 and cells.codes.max() < words))
         and cells.radii.shape == (number,)
         and cells.centres.shape == (number, len(cells.basis) + 1)
-        and cells.basis.ndim == 2 and cells.basis.shape[1] == width
-        and cells.outlines.shape == (count, len(cells.basis) + 1)
+        and cells.basis.shape[1] == width
         and all(np.isfinite(each).all() for each in (cells.codebook, cells.centres, cells.radii, cells.basis))
     )  # fmt: skip
     if not fit:

@@ -17,6 +17,7 @@ from datasets.files import digest
 from datasets.images import resize, stack
 from datasets.pool import on_all_cores
 from models.search.photos import read_photo, thumbnail
+from models.speaker import no_bar
 
 BACKENDS = ("torch", "onnx")
 
@@ -122,7 +123,7 @@ def add_photos(network, found, unfinished, batch_size=64, workers=0):
     workers: processes that decode; with 0 the calling process decodes.
     """
     decode = partial(_decoded, size=network.facts["input_size"])
-    decoded = on_all_cores(decode, found, "photos", workers, chunk=-(-batch_size // max(workers, 1)))
+    decoded = on_all_cores(decode, found, "photos", workers, -(-batch_size // max(workers, 1)), no_bar())
     while items := list(islice(decoded, batch_size)):
         batch, found = list(zip(found[: len(items)], items, strict=True)), found[len(items) :]
         unreadable = {each: item for each, item in batch if isinstance(item, str)}

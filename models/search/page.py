@@ -15,9 +15,9 @@ from starlette.routing import Route
 
 from datasets.errors import InputError
 from models.search.door import Door, policy_of, read_body, refusal
-from models.search.find import MATCHINGS, Finder, check_drawn, open_finder
-from models.search.folders import Folder, folders_of, readable
-from models.search.index import INDEX, open_index
+from models.search.find import MATCHINGS, Finder, check_drawn, open_finder, open_place
+from models.search.folders import Folder, readable
+from models.search.index import INDEX
 from models.search.network import share_cores
 from models.search.pictures import BYTES, open_photo, read_drawing
 
@@ -38,36 +38,39 @@ class Album(NamedTuple):
 
 
 class Shelf:
-    """The index in `folder` as it is now: it is opened again once a writer has replaced it.
+    """The index at a place, a folder or a models.search.milvus.Server, as it is now.
 
-    Raises InputError as `open_finder` does. It may be used by several threads.
+    It is opened again once a writer has replaced it, and may be used by several threads. Raises InputError as
+    `open_finder` does.
     """
 
-    def __init__(self, folder, checkpoint=None, device=None):
-        self.folder, self.checkpoint, self.device = Path(folder), checkpoint, device
+    def __init__(self, place, checkpoint=None, device=None):
+        self.place, self.checkpoint, self.device = place, checkpoint, device
         self.lock = threading.Lock()
-        stamp, finder = _stamp(self.folder), open_finder(folder, checkpoint, device)
-        self.album = Album(stamp, finder, folders_of(finder.index))
+        stamp, finder = _stamp(place), open_finder(place, checkpoint, device)
+        self.album = Album(stamp, finder, finder.index.folders())
 
     def now(self):
         """The Album. Raises InputError if what is there now cannot be opened."""
         with self.lock:
-            stamp = _stamp(self.folder)
+            stamp = _stamp(self.place)
             if stamp != self.album.stamp:
                 finder = self._opened()
-                self.album = Album(stamp, finder, folders_of(finder.index))
+                self.album = Album(stamp, finder, finder.index.folders())
             return self.album
 
     def _opened(self):
-        index, old = open_index(self.folder), self.album.finder
+        index, old = open_place(self.place), self.album.finder
         if any(index.facts[name] != old.index.facts[name] for name in ("sha256", "model", "input_size", "width")):
-            return open_finder(self.folder, self.checkpoint, self.device)
+            return open_finder(self.place, self.checkpoint, self.device)
         return Finder(index, old.network)
 
 
-def _stamp(folder):
+def _stamp(place):
+    if not isinstance(place, str | os.PathLike):
+        return place.stamp()
     try:
-        return f"{os.stat(folder / INDEX).st_mtime_ns:x}"
+        return f"{os.stat(Path(place) / INDEX).st_mtime_ns:x}"
     except OSError:
         return "none"  # opening it tells why
 
@@ -136,7 +139,7 @@ class Page:
             place = _whole(query["folder"], "folder", 0, len(album.folders) - 1)
             allowed = album.folders[place].rows(finder.index)
         if "photo" in query:
-            features = finder.index.cells.features[_whole(query["photo"], "photo", 0, count - 1)]
+            features = finder.index.features_of([_whole(query["photo"], "photo", 0, count - 1)])[0]
             matches = finder.find_features(features, k, matching, allowed)
         else:
             drawing = read_drawing(body)

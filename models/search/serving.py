@@ -14,8 +14,8 @@ SHORTEST = 8  # characters of a token
 CONNECTIONS = 256  # at a time
 
 
-def serve(folder, checkpoint=None, device=None, host="127.0.0.1", port=8000, token=None):
-    """Serve the page of the index in `folder` until Ctrl-C, which raises KeyboardInterrupt.
+def serve(place, checkpoint=None, device=None, host="127.0.0.1", port=8000, token=None):
+    """Serve the page of the index at a place, see find.open_place, until Ctrl-C, which raises KeyboardInterrupt.
 
     token: what visitors must show; another machine can only reach the page with one. port 0: one that is free.
     Raises InputError as `open_finder` does, for a host that is not this machine, and for a port that is in use.
@@ -25,12 +25,12 @@ def serve(folder, checkpoint=None, device=None, host="127.0.0.1", port=8000, tok
     if token is not None and not re.fullmatch(rf"[A-Za-z0-9_-]{{{SHORTEST},}}", token):
         raise InputError(f"--token: shorter ones can be guessed; give at least {SHORTEST} letters, digits, - and _")
     with _bound(host, port) as listener:
-        shelf = Shelf(folder, checkpoint, device)
+        shelf = Shelf(place, checkpoint, device)
         port = listener.getsockname()[1]
         server = uvicorn.Server(_config(create_app(shelf, port, token)))
-        place = f"[{host}]" if ":" in host else host
+        own, index = f"[{host}]" if ":" in host else host, shelf.album.finder.index
         shown = f"/?token={token}" if token else "/"
-        print(f"{folder}: {len(shelf.album.finder.index):,} photos; draw at http://{place}:{port}{shown}", flush=True)
+        print(f"{index.name}: {len(index):,} photos; draw at http://{own}:{port}{shown}", flush=True)
         server.run(sockets=[listener])
 
 

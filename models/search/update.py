@@ -51,21 +51,22 @@ class Totals:
     seconds: float = 0.0
 
 
-def update_index(folder, network, fit, plan):
+def update_index(folder, network, fit, plan, add=add_photos):
     """Make the index in `folder` that of a Plan, or bring it up to date; returns Totals.
 
     network: a function that gives the Network, called where features are to be computed or there is no index yet.
     fit: a function of features (N, D), M and K that gives their codebook, see network.fit_codebook.
+    add: network.add_photos, or sharing.add_photos for its device, which computes them.
     Raises InputError for folders without photos, an index of another checkpoint, and where another process writes.
     """
     check_writable(folder)
     with sole_writer(folder, "indexing"):
-        return _Update(folder, network, fit, plan).run()
+        return _Update(folder, network, fit, plan, add).run()
 
 
 class _Update:
-    def __init__(self, folder, network, fit, plan):
-        self.folder, self.network, self.fit, self.plan = folder, network, fit, plan
+    def __init__(self, folder, network, fit, plan, add):
+        self.folder, self.network, self.fit, self.plan, self.add = folder, network, fit, plan, add
         self.began = time.perf_counter()
         self.old = open_index(folder) if is_index(folder) else None
         if self.old:
@@ -114,7 +115,7 @@ class _Update:
                 rest.append(each)
         if rest:
             before = len(self.unfinished.photos)
-            add_photos(self.network(), rest, self.unfinished, self.plan.batch_size, self.plan.workers)
+            self.add(self.network(), rest, self.unfinished, self.plan.batch_size, self.plan.workers)
             self.totals.extracted = len(self.unfinished.photos) - before
             for number, photo in enumerate(self.unfinished.photos[before:], before + self.known.first):
                 rows[photo.found] = number

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -231,3 +232,36 @@ def test_help_tells_every_default(capsys):
             run(command, "--help")
         said = capsys.readouterr().out
         assert "(default: photo_index)" in said and "(default: None)" not in said
+
+
+def test_milvus_finds_the_same(photos, checkpoint, sketch, tmp_path, capsys, fails):
+    pytest.importorskip("pymilvus", reason="pymilvus is not installed (requirements-milvus.txt)")
+    pytest.importorskip("milvus_lite", reason="milvus-lite is not installed (requirements-milvus.txt)")
+    milvus = ["--engine", "milvus", "--uri", "photos.db", "--collection", "album"]
+    run("index", photos, "--checkpoint", checkpoint, "--clusters", 2, *milvus, *INDEX)
+    assert "album at photos.db: now holds these photos\n" in capsys.readouterr().out
+    run("index", *milvus, *INDEX)
+    assert "album at photos.db: held these photos already\n" in capsys.readouterr().out
+    for matching in ("one-to-many", "one-to-one"):
+        one = run("find", sketch, "--matching", matching, *HERE)
+        other = run("find", sketch, "--matching", matching, *milvus, "--index", tmp_path / "elsewhere", *HERE)
+        assert one == other
+    other = ["--index", "other", "--checkpoint", checkpoint]
+    assert "album at photos.db: holds the photos of another index than other; name another --collection" in fails(
+        search_photos.main, "index", photos, *other, *milvus, *INDEX
+    )
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    ("find sketch.png --engine milvus", "--engine milvus: needs --uri"), ("index --engine milvus", "needs --uri"),
+    ("find sketch.png --uri photos.db", "--uri photos.db: it is for --engine milvus"),
+    ("find sketch.png --engine faiss", "argument --engine"),
+    ("find sketch.png --engine milvus --uri photos.db", "--engine milvus: needs pymilvus; pip install -r "),
+])  # fmt: skip
+def test_milvus_may_be_missing(arguments, told, small, photos, sketch, tmp_path, fails, monkeypatch):
+    shutil.copytree(small, tmp_path / "photo_index")
+    monkeypatch.setitem(sys.modules, "pymilvus", None)
+    monkeypatch.delitem(sys.modules, "models.search.milvus", raising=False)
+    monkeypatch.delattr("models.search.milvus", raising=False)
+    assert told in fails(search_photos.main, *arguments.split())

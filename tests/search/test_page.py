@@ -18,6 +18,7 @@ from PIL import Image
 import search_photos
 from models.search import page as pages
 from models.search.folders import folders_of
+from models.search.index import open_index
 from models.search.pictures import BYTES, open_photo, read_drawing
 
 
@@ -119,7 +120,7 @@ def test_folders_hold_the_photos_whose_paths_begin_with_them(tmp_path):
         write_photo(tmp_path / "some" / name, seed)
     write_photo(tmp_path / "something" / "else" / "9.png", 50)
     update(tmp_path / "index", FakeNetwork(), tmp_path / "some", tmp_path / "something")
-    index = pages.open_index(tmp_path / "index")
+    index = open_index(tmp_path / "index")
     found = folders_of(index)
     expected = ["some", "x-y", "x.d", "x", "xx", "é", "something", "else"]
     assert [folder.name for folder in found] == expected

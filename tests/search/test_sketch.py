@@ -2,13 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
 from albums import FakeNetwork, update, write_album
 from PIL import Image, ImageChops, ImageDraw
 from scipy import ndimage
 
 from datasets.errors import InputError
-from datasets.images import resize
+from datasets.images import resize, stack
 from models.search.find import Finder
 from models.search.index import open_index
 from models.search.sketch import DRAWN, FINE, SIDE, WIDTH, WORK, clean_up, framed, ink_of, peeled, thinned
@@ -231,4 +230,4 @@ class Seeing(FakeNetwork):
 
     def features(self, images):
         self.images += images
-        return self.embed(torch.stack([resize(image, 32) for image in images]))
+        return self.embed(stack([resize(image, 32) for image in images]))
