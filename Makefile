@@ -23,11 +23,14 @@ demo: .venv/ready
 		--lr 1.5e-3 --weight_decay 0 --seed $(SEED) --savedir $(DEMO)/checkpoint --overwrite $(TRAIN)
 	$(PY) test_sketchy_ext_zeroshot.py $(MINIATURE) --clusters 6 7 8 9 10 --resume_dir $(DEMO)/checkpoint
 
+# The page needs no PyTorch on what was exported, so it starts at once, in a fraction of the memory.
 page: .venv/ready
 	test -e $(DEMO)/checkpoint/model_best.pth.tar || $(MAKE) demo
-	test $(DEMO)/photo_index/index.json -nt $(DEMO)/checkpoint/model_best.pth.tar || rm -rf $(DEMO)/photo_index
+	test $(DEMO)/student.onnx -nt $(DEMO)/checkpoint/model_best.pth.tar || \
+		$(PY) -m models.export $(DEMO)/checkpoint/model_best.pth.tar --to $(DEMO)/student.onnx
+	test $(DEMO)/photo_index/index.json -nt $(DEMO)/student.onnx || rm -rf $(DEMO)/photo_index
 	$(PY) search_photos.py index $(DEMO)/data/256x256/photo/tx_000000000000_ready --index $(DEMO)/photo_index \
-		--checkpoint $(DEMO)/checkpoint/model_best.pth.tar
+		--checkpoint $(DEMO)/student.onnx
 	$(PY) search_photos.py page --index $(DEMO)/photo_index --port $(PORT)
 
 test: .venv/ready

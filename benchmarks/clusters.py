@@ -36,7 +36,7 @@ from models.eval.codebooks import fit_codebook  # noqa: E402
 from models.eval.evaluation import evaluate  # noqa: E402
 from models.eval.features import Features, extract  # noqa: E402
 from models.eval.metrics import class_means  # noqa: E402
-from models.search.network import load_network  # noqa: E402
+from models.search.trained import load_student  # noqa: E402
 
 GRID = (2, 5, 10, 20, 40, 80)  # of K, for the rules that fit mixtures
 RULES = {  # of photos (N, D) and classes: K
@@ -95,13 +95,13 @@ def albums(root, options):
     path = options.cache / f"{Path(root).name}-{digest(options.checkpoint)[:12]}.npz"
     if not path.is_file():
         options.cache.mkdir(parents=True, exist_ok=True)
-        network, benchmark = load_network(options.checkpoint), open_benchmark("sketchy", root)
+        (student, facts, _), benchmark = load_student(options.checkpoint), open_benchmark("sketchy", root)
         arrays = {}
         for kind in ("photo", "sketch"):
             for split in ("train", "zero"):
                 files = benchmark.read(kind, split)
-                loader = evaluation_loader(files, Loading(network.facts["input_size"]))
-                arrays[f"{kind} {split}"] = np.concatenate(list(extract(network.student, loader, "cpu")))
+                loader = evaluation_loader(files, Loading(facts["input_size"]))
+                arrays[f"{kind} {split}"] = np.concatenate(list(extract(student, loader, "cpu")))
                 arrays[f"{kind} {split} labels"] = files.labels
         with write_whole(path) as file:
             np.savez(file, **arrays)

@@ -27,10 +27,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from datasets.benchmark import FileList, open_benchmark  # noqa: E402
-from datasets.images import IMAGENET_MEAN, IMAGENET_STD, draw_augmentation, normalise  # noqa: E402
+from datasets.images import draw_augmentation  # noqa: E402
 from datasets.zeroshot import Loading, TrainingImages, training_loader  # noqa: E402
 from models.alignment import Batch, alignment_losses  # noqa: E402
-from models.networks import Student, Teacher, arithmetic, create_backbone, matmul_rules, place  # noqa: E402
+from models.networks import (  # noqa: E402
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Student,
+    Teacher,
+    arithmetic,
+    create_backbone,
+    matmul_rules,
+    normalise,
+    place,
+)
 from models.run import Run, create_optimizers  # noqa: E402
 from models.training import train_step  # noqa: E402
 

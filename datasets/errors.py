@@ -85,6 +85,8 @@ def number(kind, low, high, wanted):
 
 
 seed = number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
+positive = number(int, 1, 10**6, "a whole number from 1 to a million")
+pixels = number(int, 32, 4096, "a whole number of pixels from 32 to 4096")
 
 
 def folder_name(text):

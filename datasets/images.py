@@ -1,23 +1,18 @@
-"""Images from the file to the network: decoding, the augmentation of training, tensors.
+"""Images from the file to the network: decoding, the augmentation of training, 8-bit arrays.
 
 The augmentation is that of the release, an affine warp as scikit-image computes it. Images stay 8-bit until they are on
-the device; there `normalise` makes them the floating-point batch that the networks take.
+the device; there models.networks.normalise makes them the floating-point batch that the networks take.
 """
 
-import functools
 import math
 import warnings
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from datasets.errors import InputError
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @contextmanager
@@ -114,17 +109,11 @@ def warp(image, augmentation):
 
 
 def resize(image, size):
-    """Resize a PIL.Image (bilinear, antialiased); returns a (3, size, size) uint8 tensor, channels last in memory."""
+    """Resize a PIL.Image (bilinear, antialiased); returns a (3, size, size) uint8 array, channels last in memory."""
     image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return np.array(image).transpose(2, 0, 1)
 
 
-def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Turn (B, 3, H, W) uint8 into float32, normalised with a network's mean and deviation, on the same device."""
-    mean, std = _channels(mean, images.device), _channels(std, images.device)
-    return (images / 255 - mean) / std
-
-
-@functools.cache  # making these tensors for every batch would have the host wait for the device
-def _channels(values, device):
-    return torch.tensor(values, device=device).view(3, 1, 1)
+def stack(images):
+    """Stack images (3, H, W) as one (B, 3, H, W), channels last in memory, which is what the networks take."""
+    return np.stack([image.transpose(1, 2, 0) for image in images]).transpose(0, 3, 1, 2)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datasets.images import draw_augmentation, read_rgb, resize, warp
+from datasets.images import draw_augmentation, read_rgb, resize, stack, warp
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,12 @@ def evaluation_loader(files, loading, start=0, stop=None):
 
 def _collate_training(items):
     images, labels, is_photo = zip(*items, strict=True)
-    return stack(images), torch.tensor(labels), torch.tensor(is_photo, dtype=torch.float32)
+    return torch.from_numpy(stack(images)), torch.tensor(labels), torch.tensor(is_photo, dtype=torch.float32)
 
 
 def _collate_evaluation(items):
     images, labels = zip(*items, strict=True)
-    return stack(images), torch.tensor(labels)
-
-
-def stack(images):
-    """Stack images (3, H, W) as one (B, 3, H, W), channels last in memory, which is what the networks take."""
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return torch.from_numpy(stack(images)), torch.tensor(labels)
 
 
 def _workers(loading):

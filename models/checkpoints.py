@@ -18,10 +18,10 @@ import torch
 from datasets.benchmark import MASK
 from datasets.errors import InputError
 from datasets.files import digest, write_json, write_whole
-from models import parallel
 from models.alignment import TERMS
 from models.run import MEASURES
 from models.saved import check_saved, plain_options
+from models.speaker import note
 from models.torchfiles import UnreadableFile, gist, is_whole, read_torch
 from models.weights import load_published, published_state, student_of
 
@@ -68,7 +68,7 @@ class Keeper:
     """Keeps a run in its folder."""
 
     folder: Path
-    record: dict  # what a checkpoint holds beside the run: "protocol", "data", "options", "versions"
+    record: dict  # what a checkpoint holds beside the run: "protocol", "classes", "data", "options", "versions"
     schedule: SaveSchedule = field(default_factory=SaveSchedule)
     overwrite: bool = False  # whether the results of an earlier run go
 
@@ -154,7 +154,7 @@ def find_checkpoint(folder, kept):
     for name in (kept, BEST_AFTER_WARMUP, LAST):
         if os.path.isfile(folder / name):
             if name != kept:
-                parallel.note(f"note: {folder} has no {kept}, testing {name}")
+                note(f"note: {folder} has no {kept}, testing {name}")
             return folder / name
     return None
 
@@ -202,7 +202,7 @@ def _read_last(savedir):
             torn = torn or f"{path}: damaged, its sums do not agree"
             continue
         if torn:
-            parallel.note(f"note: {torn}; going on from {PREVIOUS}, the one before")
+            note(f"note: {torn}; going on from {PREVIOUS}, the one before")
         return path, content
     raise InputError(f"{torn}; it cannot be resumed, start anew with --overwrite")
 

@@ -3,7 +3,7 @@
 import signal
 from contextlib import contextmanager
 
-from models.parallel import note
+from models.speaker import note
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 
 import copy
 import difflib
+import functools
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from datasets.images import IMAGENET_MEAN, IMAGENET_STD
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Whether CUDA may use TF32 in (convolutions, matrix products) of float32; elsewhere float32 is float32. "tf32" is
 # PyTorch's own default. "bf16" runs the networks in bfloat16.
@@ -52,7 +54,7 @@ class Student(nn.Module):
 
     @property
     def statistics(self):
-        """(mean, deviation) of the images that the backbone knows; see datasets.images.normalise."""
+        """(mean, deviation) of the images that the backbone knows; see `normalise`."""
         return _known(self.backbone, "mean", IMAGENET_MEAN), _known(self.backbone, "std", IMAGENET_STD)
 
     def train(self, mode=True):
@@ -105,6 +107,17 @@ class Teacher(nn.Module):
         with torch.no_grad():
             features = _pooled(self.backbone, images)
         return self.head(features)
+
+
+def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Turn (B, 3, H, W) uint8 into float32, normalised with a network's mean and deviation, on the same device."""
+    mean, std = _channels(mean, images.device), _channels(std, images.device)
+    return (images / 255 - mean) / std
+
+
+@functools.cache  # making these tensors for every batch would have the host wait for the device
+def _channels(values, device):
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def place(student, teacher, device, grad_checkpointing=False, compiled=False):

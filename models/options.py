@@ -7,7 +7,17 @@ from pathlib import Path
 
 import torch
 
-from datasets.errors import InputError, OneLineParser, OwnError, folder_name, lacks_memory, number, seed
+from datasets.errors import (
+    InputError,
+    OneLineParser,
+    OwnError,
+    folder_name,
+    lacks_memory,
+    number,
+    pixels,
+    positive,
+    seed,
+)
 from models import parallel
 from models.alignment import METHOD, TERMS
 from models.checkpoints import SaveSchedule
@@ -237,9 +247,7 @@ def _path(text):
     return Path(_text(text))
 
 
-positive = number(int, 1, 10**6, "a whole number from 1 to a million")
 _count = number(int, 0, 10**6, "a whole number from 0 to a million")
-pixels = number(int, 32, 4096, "a whole number of pixels from 32 to 4096")
 _rate = number(float, 0, 1e30, "a number, 0 or more")
 _weight = number(float, 0, 1e6, "a number from 0 to a million")
 _part = number(float, 0, 1, "a number from 0 to 1")

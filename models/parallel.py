@@ -1,12 +1,10 @@
 """Several processes as torchrun starts them, each with a share of every batch; a process alone is all of them.
 
-Also decides which of them speaks to the user. Nothing here waits for a GPU: what processes tell each other about the
-run itself goes from CPU to CPU.
+Nothing here waits for a GPU: what processes tell each other about the run itself goes from CPU to CPU.
 """
 
 import gc
 import os
-import sys
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -16,16 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets.errors import InputError, let_another_tell
 from datasets.files import sole_writer
-
-
-def processes():
-    """The number of processes that work together."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank():
-    """Number of this process; 0 writes and prints."""
-    return int(os.environ.get("RANK", 0))
+from models.speaker import processes, rank
 
 
 def speaks():
@@ -51,12 +40,6 @@ def in_all():
         if rank() == 0:
             raise
         let_another_tell()
-
-
-def note(message):
-    """Tell the user something worth a line; of several processes the first does."""
-    if rank() == 0:
-        print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -156,11 +139,6 @@ def merged(values):
     parts = [None] * processes()
     distributed.all_gather_object(parts, values)
     return {key: value for part in parts for key, value in part.items()}
-
-
-def bar():
-    """tqdm's `disable`: bars are process 0's, where its output is a terminal."""
-    return None if rank() == 0 else True
 
 
 def synchronised(network):

@@ -6,9 +6,8 @@ import time
 from tqdm import tqdm
 
 from datasets.files import write_whole
-from models import parallel
-from models.parallel import note
 from models.run import MEASURES
+from models.speaker import no_bar, note
 
 LOSSES = ("total", "cls", "ka_student", "ka_teacher", "ma")
 
@@ -49,7 +48,7 @@ class EpochBar:
     def __init__(self, title, sizes, done, log=None, every=10):
         self.sizes, self.log, self.every = sizes, log, every
         self.bar = tqdm(total=sum(sizes), initial=sum(sizes[:done]), desc=title, unit="image", leave=False,
-                        disable=parallel.bar())  # fmt: skip
+                        disable=no_bar())  # fmt: skip
         self.begun, self.shown = time.perf_counter(), done
 
     def __enter__(self):

@@ -8,7 +8,7 @@ from datasets.errors import lacks_memory
 from models import parallel
 from models.alignment import METHOD, Counts, alignment_losses
 from models.networks import StudentOutput, arithmetic, matmul_rules
-from models.parallel import note
+from models.speaker import note
 
 
 def train_step(run, batch, bidirectional, parts=1, precision="fp32", objective=METHOD):

@@ -22,7 +22,7 @@ from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import DEFINED, STANDARD, by_definition, class_means
 from models.eval.report import print_classes, print_definitions, print_table, summarise, write_report
 from models.options import resolve, run_record, test_parser
-from models.parallel import note
+from models.speaker import note
 from models.weights import check_size
 
 

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from datasets.benchmark import open_benchmark
 from datasets.errors import InputError, ends_in_one_line, lost_worker
 from datasets.files import check_writable
-from datasets.images import normalise
 from datasets.protocols import PROTOCOLS, protocol_of
 from datasets.zeroshot import Loading
 from models import interrupts, parallel
@@ -31,11 +30,11 @@ from models.checkpoints import (
 )
 from models.data import open_training_data
 from models.measured import Measured
-from models.networks import matmul_rules, place
+from models.networks import matmul_rules, normalise, place
 from models.options import defaults_of, resolve, run_record, train_parser
-from models.parallel import note
 from models.progress import EpochBar, Log, show_epoch
 from models.run import MEASURES, Recipe, Run, create_optimizers, set_learning_rates
+from models.speaker import no_bar, note
 from models.step import parts_that_fit, train_step
 from models.testing import watch_unseen
 from models.weights import check_size, create_pair
@@ -61,6 +60,7 @@ def main(protocol_name, argv=None):
         check_savedir(options.savedir, options.resume, options.overwrite)
         record = {
             "protocol": benchmark.protocol.title,
+            "classes": list(benchmark.seen_names),
             "data": data_record(data.files, benchmark, not options.no_mask),
             **run_record(options),
         }
@@ -175,7 +175,7 @@ def validate(student, loader, count):
     student.eval()
     device = student.linear.weight.device
     right = torch.zeros((), dtype=torch.long)
-    for images, labels in tqdm(loader, "validation", unit="batch", leave=False, disable=parallel.bar()):
+    for images, labels in tqdm(loader, "validation", unit="batch", leave=False, disable=no_bar()):
         predicted = student(normalise(images.to(device), *student.statistics)).seen_logits.argmax(dim=1)
         right += (predicted.cpu() == labels).sum()
     student.train()

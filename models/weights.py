@@ -140,10 +140,16 @@ def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
 
 
 def _state_in(content):
-    """The state dict of a file of weights: bare, or as ConvNeXt V2's makers and timm wrap it."""
+    """The state dict of a file of weights: bare, or as ConvNeXt V2's makers and timm wrap it.
+
+    That of a Student is without its `linear`, a classifier of other classes.
+    """
     if not isinstance(content, dict):
         return None
-    return content.get("model", content.get("state_dict", content))
+    state = content.get("model", content.get("state_dict", content))
+    if not isinstance(state, dict):
+        return state
+    return {name: value for name, value in state.items() if not re.match(r"(module\.)*linear\.", str(name))}
 
 
 def _other_shape(name, found, expected):

@@ -14,12 +14,11 @@ import test_sketchy_ext_zeroshot
 import train_sketchy_ext
 from datasets.benchmark import open_benchmark
 from datasets.errors import InputError
-from datasets.images import normalise
 from datasets.zeroshot import Loading, evaluation_loader
 from models.alignment import Batch
 from models.checkpoints import LAST, Keeper, load_student, read_checkpoint, save_checkpoint
 from models.eval.features import extract
-from models.networks import Student, Teacher, create_backbone
+from models.networks import Student, Teacher, create_backbone, normalise
 from models.options import input_size
 from models.run import Run, create_optimizers
 from models.step import train_step
@@ -123,6 +122,7 @@ def test_train_resume_and_test_end_to_end(tiny, tmp_path, monkeypatch, model, si
     train_sketchy_ext.main([str(each) for each in (*train, "--savedir", halves, "--resume")])
     one, two = (read_checkpoint(folder / LAST) for folder in (whole, halves))
     assert one["options"]["input_size"] == size and len(one["history"]) == 2
+    assert one["classes"] == ["alarm clock", "cat"]
     names = {name.removeprefix("module.") for name in one["state_dict"]}
     assert names == {*timm.create_model(model).state_dict(), "linear.weight", "linear.bias"}  # timm's
     for part in ("state_dict", "teacher"):

@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 
 from datasets.errors import InputError
-from datasets.images import Augmentation, draw_augmentation, normalise, read_rgb, resize, warp
+from datasets.images import Augmentation, draw_augmentation, read_rgb, resize, stack, warp
+from models.networks import normalise
 
 
 def test_augmentation_equals_golden(golden):
@@ -16,7 +17,8 @@ def test_augmentation_equals_golden(golden):
 
 def test_resize_and_normalisation_equal_golden(golden):
     z = golden("images")
-    images = torch.stack([resize(Image.fromarray(image.numpy()), 56) for image in z["images"]])
+    images = torch.from_numpy(stack([resize(Image.fromarray(image.numpy()), 56) for image in z["images"]]))
+    assert images.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(normalise(images), z["tensor56"], rtol=0, atol=1e-5)
 
 

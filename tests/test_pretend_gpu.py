@@ -10,7 +10,6 @@ from timm.models.convnext import ConvNeXt
 
 from datasets.benchmark import open_benchmark
 from datasets.errors import ends_in_one_line
-from datasets.images import normalise
 from datasets.zeroshot import Loading
 from models import parallel, training
 from models import step as step_room
@@ -23,7 +22,7 @@ from models.eval.features import Features, extract
 from models.eval.matching import euclidean_distances
 from models.eval.metrics import average_precision, rank
 from models.eval.mixture import fit_mixture
-from models.networks import PRECISIONS, Student, Teacher, place
+from models.networks import PRECISIONS, Student, Teacher, normalise, place
 from models.progress import Log
 from models.run import MEASURES, Recipe, Run, create_optimizers
 from models.step import train_step

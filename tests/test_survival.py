@@ -13,9 +13,9 @@ import torture
 
 import train_quickdraw_ext
 import train_sketchy_ext
-from datasets.images import normalise
 from models import checkpoints, training
 from models.checkpoints import LAST, PREVIOUS, SaveSchedule, _keep_as_previous, read_checkpoint
+from models.networks import normalise
 from models.progress import Log
 
 TRAIN = """--model convnextv2_atto --imagenet_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0

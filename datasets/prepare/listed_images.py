@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from datasets.errors import InputError
-from datasets.prepare.pool import on_all_cores
+from datasets.pool import on_all_cores
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z")
 SMALL = 32  # pixels; if a side is shorter than this, little can be seen

@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from datasets.benchmark import CLASS_NAMES, MASK, TITLE, write_list, write_mask
 from datasets.errors import InputError
 from datasets.files import write_whole
+from datasets.pool import on_all_cores
 from datasets.prepare.drawings import CATEGORIES, box, line, oval
-from datasets.prepare.pool import on_all_cores
 from datasets.protocols import PROTOCOLS
 
 UNSEEN = ["bell", "bicycle", "fish", "house", "mushroom", "rabbit", "sailboat", "umbrella"]

@@ -13,8 +13,8 @@ from PIL import Image
 from datasets.benchmark import LISTS, Benchmark
 from datasets.errors import InputError
 from datasets.images import read_rgb, without_warnings
+from datasets.pool import on_all_cores
 from datasets.prepare.listed_images import LARGE, SMALL
-from datasets.prepare.pool import on_all_cores
 
 TILE = 96  # pixels of a thumbnail's longer side
 KINDS = {"sketch": "sketches", "photo": "photos"}

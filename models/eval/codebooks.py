@@ -3,21 +3,17 @@
 import functools
 import threading
 import time
-import warnings
 from concurrent.futures import as_completed
-from contextlib import contextmanager
 
-import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 from tqdm import tqdm
 
 from models import parallel
-from models.eval.mixture import CollapsedComponent, fit_mixture
+from models.eval.mixture import fit_mixture
+from models.eval.parts import CollapsedComponent, check_parts, joined, parts_of
+from models.eval.sklearn_mixture import fit_row, starts, without_warnings
 from models.eval.workers import available_cores, workers
-from models.parallel import note
+from models.speaker import no_bar, note
 
 SILENCE, PATIENCE = 10, 120  # seconds
 CPU_ADVANTAGE = 8  # our EM on a CPU computes about an eighth of what it computes on a GPU
@@ -35,7 +31,7 @@ def fit_codebooks(gallery, grid, seed=123, mixture="torch", device="cpu"):
     on_gpu = mixture == "torch" and torch.device(device).type != "cpu"
     at_a_time = 1 if on_gpu else min(len(own), available_cores())
     progress = _Progress(sum(subspaces for subspaces, _ in own), at_a_time)
-    with _without_warnings(), workers() as pool, progress:
+    with without_warnings(), workers() as pool, progress:
         if on_gpu:
             jobs = {pool.submit(_all_starts, gallery, row, seed): row for row in own}
         else:
@@ -72,81 +68,32 @@ def fit_codebook(gallery, subspaces, clusters, seed=123, mixture="torch", device
     Raises ValueError if there are fewer photos than clusters or D is not divisible, and CollapsedComponent, naming the
     sub-space, where a mixture cannot be fitted.
     """
-    count, width = gallery.shape
-    if clusters > count:
-        raise ValueError(f"{clusters} clusters need as many gallery photos, there are {count}")
-    if width % subspaces:
-        raise ValueError(f"{width}-dimensional features cannot be cut into {subspaces} equal sub-spaces")
-    with _without_warnings():
+    check_parts(gallery, subspaces, clusters)
+    with without_warnings():
         return _fit_row(gallery, (subspaces, clusters), seed, mixture, device)
 
 
-@contextmanager
-def _without_warnings():
-    """Within this block, in all threads, scikit-learn does not say that photos repeat or that a mixture moves still."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        yield
-
-
 def _fit_row(gallery, row, seed, mixture, device="cpu", done=None):
-    """fit_codebook without its checks; done: see `_joined`."""
+    """fit_codebook without its checks; done: see parts.joined."""
     if mixture == "torch":
-        return _fit_from(gallery, row, _starts(gallery, row, seed), device, done)
-    (subspaces, clusters), random = row, np.random.RandomState(seed)
-    parts = map(np.ascontiguousarray, np.split(gallery, subspaces, axis=1))
-    return _joined((_fit_sklearn(part, clusters, random) for part in parts), gallery.dtype, done)
-
-
-def _starts(gallery, row, seed):
-    """Yield the k-means cluster (N,) of each photo in each sub-space."""
-    (subspaces, clusters), random = row, np.random.RandomState(seed)
-    for part in map(np.ascontiguousarray, np.split(gallery, subspaces, axis=1)):
-        yield KMeans(clusters, n_init=1, random_state=random).fit(part).labels_
+        return _fit_from(gallery, row, starts(gallery, row, seed), device, done)
+    return fit_row(gallery, row, seed, done)
 
 
 def _all_starts(gallery, row, seed):
-    return list(_starts(gallery, row, seed))
+    return list(starts(gallery, row, seed))
 
 
-def _fit_from(gallery, row, starts, device, done=None):
-    """What fit_codebook returns, from the k-means clusters in each sub-space; done: see `_joined`."""
+def _fit_from(gallery, row, labels, device, done=None):
+    """What fit_codebook returns, from the k-means clusters in each sub-space; done: see parts.joined."""
     subspaces, clusters = row
-    parts = zip(np.split(gallery, subspaces, axis=1), starts, strict=True)
-    return _joined((_fit_torch(part, start, clusters, device) for part, start in parts), gallery.dtype, done)
-
-
-def _joined(fits, dtype, done=None):
-    """(codebook, sub-spaces that did not converge) of (means, whether it converged) of each sub-space.
-
-    done: is called after each sub-space.
-    """
-    means, unconverged, index = [], [], 0
-    try:
-        for fitted, converged in fits:
-            means.append(fitted)
-            unconverged += [] if converged else [index]
-            index += 1
-            if done:
-                done()
-    except CollapsedComponent as error:
-        raise CollapsedComponent(f"sub-space {index}: {error}") from None
-    return np.stack(means).astype(dtype), unconverged
+    parts = zip(parts_of(gallery, subspaces), labels, strict=True)
+    return joined((_fit_torch(part, start, clusters, device) for part, start in parts), gallery.dtype, done)
 
 
 def _fit_torch(part, start, clusters, device):
-    fitted = fit_mixture(torch.from_numpy(np.ascontiguousarray(part)).to(device), torch.from_numpy(start), clusters)
+    fitted = fit_mixture(torch.from_numpy(part).to(device), torch.from_numpy(start), clusters)
     return fitted.means.cpu().numpy(), fitted.converged
-
-
-def _fit_sklearn(part, clusters, random):
-    try:
-        fitted = GaussianMixture(clusters, covariance_type="full", random_state=random).fit(part)
-    except ValueError as error:
-        if "ill-defined" not in str(error):
-            raise
-        raise CollapsedComponent("a component collapsed onto too few photos") from None
-    return fitted.means_, fitted.converged_
 
 
 @functools.cache
@@ -181,7 +128,7 @@ class _Progress:
         self.timer.daemon = True
 
     def __enter__(self):
-        self.bar = tqdm(total=self.total, desc="mixtures", unit="mixture", leave=False, disable=parallel.bar())
+        self.bar = tqdm(total=self.total, desc="mixtures", unit="mixture", leave=False, disable=no_bar())
         if self.bar.disable:
             self.timer.start()
         return self

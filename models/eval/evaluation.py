@@ -9,7 +9,6 @@ import torch
 from tqdm import tqdm
 
 from datasets.errors import lacks_memory
-from models import parallel
 from models.eval.matching import (
     CLUSTER_WEIGHT,
     cluster_distances,
@@ -21,6 +20,7 @@ from models.eval.matching import (
 from models.eval.metrics import RECALL_LEVELS, STANDARD, metric, precision_at_recall, rank
 from models.eval.workers import workers
 from models.networks import matmul_rules
+from models.speaker import no_bar, note
 
 # Bytes of one matrix of a chunk of queries × gallery, of which a handful live at a time.
 CPU_CHUNK, GPU_CHUNK = 24 << 20, 256 << 20
@@ -64,7 +64,7 @@ def evaluate(features, codebooks, metrics=STANDARD, nearest=None, device="cpu", 
     with (
         matmul_rules("fp32"),  # distances are float32, whatever the networks were computed in
         workers(None) if gallery.on_cpu else nullcontext() as pool,
-        tqdm(total=len(query), desc="matching", unit="sketch", leave=False, disable=parallel.bar()) as progress,
+        tqdm(total=len(query), desc="matching", unit="sketch", leave=False, disable=no_bar()) as progress,
     ):
         for count in (pool.map if pool else map)(_halving(measure, gallery.free), chunks):
             progress.update(count)
@@ -152,9 +152,7 @@ def _halving(measure, free):
                 if not lacks_memory(error) or len(chosen) == 1:
                     raise
                 if fitting is None:
-                    parallel.note(
-                        f"note: {len(chosen)} sketches at a time do not fit into the device's memory, trying fewer"
-                    )
+                    note(f"note: {len(chosen)} sketches at a time do not fit into the device's memory, trying fewer")
                 fitting = (len(chosen) + 1) // 2
             free()  # out of the except block, where the error would keep what was in memory
         half = (len(chosen) + 1) // 2

@@ -18,13 +18,12 @@ from tqdm import tqdm
 
 from datasets.errors import InputError
 from datasets.files import digest, write_json, write_whole
-from datasets.images import normalise
 from datasets.pickles import read_pickled_list
 from datasets.zeroshot import evaluation_loader
 from models import parallel
 from models.eval.unfinished import Unfinished
-from models.networks import arithmetic
-from models.parallel import note
+from models.networks import arithmetic, normalise
+from models.speaker import no_bar, note
 
 FEATURES = "features_zero.pickle"
 
@@ -72,7 +71,7 @@ def extract(student, loader, device, title="features", precision="fp32", done=0)
     """
     student.eval().to(memory_format=torch.channels_last)
     total = done + len(loader.dataset)
-    with tqdm(total=total, initial=done, desc=title, unit="image", leave=False, disable=parallel.bar()) as bar:
+    with tqdm(total=total, initial=done, desc=title, unit="image", leave=False, disable=no_bar()) as bar:
         for images, _ in loader:
             rows = embed(student, images, device, precision)
             yield rows

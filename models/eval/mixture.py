@@ -13,7 +13,7 @@ there. This is the life of a point:
 - It is doubtful again when the components have moved so far that its bounds show nothing any more.
 
 Covariances, too, are updated by the shares that changed. What is left out is below the last bits of every sum.
-Stands alone, with screen.py, which has the bounds.
+Stands alone, with screen.py, which has the bounds, and the error of parts.py.
 """
 
 import math
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from models.eval.parts import CollapsedComponent
 from models.eval.screen import BLOCK, Screen, directions, steps_of
 
 TOLERANCE, REGULARISATION, ITERATIONS = 1e-3, 1e-6, 100  # scikit-learn's defaults
@@ -29,10 +30,6 @@ MEMORY = 1 << 27  # bytes of the largest matrix in a step of fit_dense
 # A component whose log-probability is this far below the likeliest's has a share below e^-50 = 2e-22 of a point. A
 # million of those are 2e-16. A component whose total is below WEAK may still feel them, so then nothing is left out.
 NEGLIGIBLE, WEAK = 50.0, 1e-3
-
-
-class CollapsedComponent(ValueError):
-    """The covariance of a component is not positive definite, so the mixture cannot be fitted."""
 
 
 @dataclass(frozen=True)

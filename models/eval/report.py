@@ -14,7 +14,7 @@ from models.eval.figures import (
 )
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import STANDARD
-from models.parallel import note
+from models.speaker import note
 
 QUERIES = "per_query.npz"
 

@@ -1,11 +1,12 @@
 """Independent jobs side by side: one thread a core, each computing alone, beats one job spread over all cores."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 from threadpoolctl import threadpool_limits
+
+from datasets.pool import available_cores
 
 
 @contextmanager
@@ -23,11 +24,6 @@ def workers(count=None):
             pool.shutdown()
         finally:
             torch.set_num_threads(threads)
-
-
-def available_cores():
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _compute_alone():

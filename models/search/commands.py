@@ -4,19 +4,16 @@ import functools
 import os
 from pathlib import Path
 
-import torch
-
-from datasets.errors import InputError, OneLineParser, number
+from datasets.errors import InputError, OneLineParser, number, pixels, positive
 from datasets.files import write_json
-from models.eval.workers import available_cores
-from models.options import check_device, pixels, positive
-from models.parallel import note, own_device, processes, rank
-from models.search import sharing, update
+from datasets.pool import available_cores
+from models.search import update
 from models.search.figure import PHOTOS, draw_found
 from models.search.find import MATCHINGS, ONE_TO_ONE, is_lost, open_finder, read_sketch
 from models.search.index import is_index, open_index
-from models.search.network import check_checkpoint, load_network, network_of
+from models.search.network import BACKENDS, backend_of, check_checkpoint, fit_codebook, load_network, network_of
 from models.search.sketch import clean_up
+from models.speaker import note, processes, rank
 
 LOCAL, MILVUS = ENGINES = ("local", "milvus")
 TOLD = 10  # unreadable files that are named
@@ -38,7 +35,10 @@ def create_parser():
         added.add_argument("--uri", metavar="ADDRESS", help="of Milvus: http://HOST:PORT, or a file that ends in .db")
         added.add_argument("--collection", default="photo_index", metavar="NAME", help="of the copy in Milvus")
         added.add_argument("--checkpoint", type=_path, metavar="FILE",
-            help="what a train script wrote, ours or the authors' (default: that of the index)")  # fmt: skip
+            help="what a train script wrote, ours or the authors', or models.export as .onnx (default: that of the "
+            "index)")  # fmt: skip
+        added.add_argument("--backend", choices=BACKENDS, help="what computes: torch with checkpoints, onnx with "
+            "exported ones, without loading PyTorch (default: what the checkpoint needs)")  # fmt: skip
         added.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
         return added
 
@@ -79,8 +79,11 @@ def create_parser():
 
 def make_index(options):
     """Make or update an index; returns update.Totals. Of several processes the first does; the others help it."""
+    _check_backend(options)
     if rank():
-        return sharing.follow(options.checkpoint, _device(options), options.workers)
+        from models.search import sharing
+
+        return sharing.follow(options.checkpoint, options.device, options.workers)
     folder, old = options.index, open_index(options.index).facts if is_index(options.index) else None
     if old:
         _check_same(old, options)
@@ -92,21 +95,24 @@ def make_index(options):
 
     @functools.cache
     def network():
-        device = _device(options)
         if old:
-            return network_of(old, options.checkpoint, device)
-        return load_network(options.checkpoint, options.model, options.input_size, options.imagenet_classes, device)
+            return network_of(old, options.checkpoint, options.device)
+        own = (options.model, options.input_size, options.imagenet_classes)
+        return load_network(options.checkpoint, *own, options.device)
 
     folders = [os.path.realpath(each) for each in options.folders] or old["folders"]
     exclude = old["exclude"] if old and options.exclude is None else options.exclude or []
     checkpoint = str(options.checkpoint.absolute()) if options.checkpoint else None
     plan = update.Plan(folders, exclude, options.clusters, options.subspaces, options.refit, options.batch_size,
                        options.workers, checkpoint)  # fmt: skip
+    fit = functools.partial(fit_codebook, checkpoint or old["checkpoint"])
     if processes() > 1:
+        from models.search import sharing
+
         with sharing.leading():
-            totals = update.update_index(folder, network, plan, sharing.add_photos)
+            totals = update.update_index(folder, network, fit, plan, sharing.add_photos)
     else:
-        totals = update.update_index(folder, network, plan)
+        totals = update.update_index(folder, network, fit, plan)
     _tell(folder, totals)
     if publish:
         publish()
@@ -181,10 +187,11 @@ def _tell(folder, totals):
 
 def find_photos(options):
     """Find photos; returns what --json writes."""
+    _check_backend(options)
     sketches = [read_sketch(path) for path in options.sketches]
     if not options.as_drawn:
         sketches = [clean_up(sketch, path) for sketch, path in zip(sketches, options.sketches, strict=True)]
-    finder = open_finder(_place(options), options.checkpoint, _device(options))
+    finder = open_finder(_place(options), options.checkpoint, options.device)
     matching = finder.matching(options.matching)
     if matching != options.matching and matching == ONE_TO_ONE:
         note(f"note: {finder.index.name} has no clusters, so matching is one-to-one")
@@ -248,13 +255,23 @@ def serve_page(options):
         from models.search.serving import serve
     except ImportError as error:
         raise InputError(f"the page needs {error.name}; pip install -r requirements-page.txt") from None
-    serve(_place(options), options.checkpoint, _device(options), options.host, options.port, options.token)
+    _check_backend(options)
+    serve(_place(options), options.checkpoint, options.device, options.host, options.port, options.token)
 
 
-def _device(options):
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device("--device", device)
-    return own_device(device)
+def _check_backend(options):
+    """Raise InputError if --backend does not compute with the checkpoint."""
+    if options.backend is None:
+        return
+    checkpoint = options.checkpoint
+    if not checkpoint and options.engine == LOCAL and is_index(options.index):
+        checkpoint = open_index(options.index).facts["checkpoint"]
+    if checkpoint and backend_of(checkpoint) != options.backend:
+        wanted = {"onnx": "what models.export wrote from it, as .onnx", "torch": "what it was exported from"}
+        raise InputError(
+            f"--backend {options.backend}: does not compute with {checkpoint}; name with --checkpoint "
+            f"{wanted[options.backend]}"
+        )
 
 
 def _path(text):

@@ -62,8 +62,8 @@ class Finder:
         ]
 
 
-def open_finder(place, checkpoint=None, device="cpu"):
-    """The Finder of an index; checkpoint: where that is now, if it has moved. Raises InputError."""
+def open_finder(place, checkpoint=None, device=None):
+    """The Finder of an index; place: see open_place; checkpoint, device: see network.network_of. Raises InputError."""
     index = open_place(place)
     return Finder(index, network_of(index.facts, checkpoint, device))
 

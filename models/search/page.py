@@ -8,18 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from datasets.errors import InputError
-from models.eval.workers import available_cores
 from models.search.door import Door, policy_of, read_body, refusal
 from models.search.find import MATCHINGS, Finder, check_drawn, open_finder, open_place
 from models.search.folders import Folder, readable
 from models.search.index import INDEX
+from models.search.network import share_cores
 from models.search.pictures import BYTES, open_photo, read_drawing
 
 HTML = Path(__file__).with_name("page.html")
@@ -45,7 +44,7 @@ class Shelf:
     `open_finder` does.
     """
 
-    def __init__(self, place, checkpoint=None, device="cpu"):
+    def __init__(self, place, checkpoint=None, device=None):
         self.place, self.checkpoint, self.device = place, checkpoint, device
         self.lock = threading.Lock()
         stamp, finder = _stamp(place), open_finder(place, checkpoint, device)
@@ -83,7 +82,8 @@ class Page:
         self.shelf, self.patience = shelf, patience
         self.html = HTML.read_text(encoding="utf-8")
         self.turns, self.waiting = asyncio.Semaphore(SEARCHES), 0
-        self.threads = ThreadPoolExecutor(SEARCHES, "search", _share_cores)
+        checkpoint = shelf.album.finder.network.facts["checkpoint"]
+        self.threads = ThreadPoolExecutor(SEARCHES, "search", share_cores, (checkpoint, SEARCHES))
 
     async def home(self, request):
         return HTMLResponse(self.html)
@@ -206,7 +206,3 @@ def _chunks(file):
     with file:
         while chunk := file.read(CHUNK):
             yield chunk
-
-
-def _share_cores():
-    torch.set_num_threads(max(1, available_cores() // SEARCHES))

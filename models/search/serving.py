@@ -14,7 +14,7 @@ SHORTEST = 8  # characters of a token
 CONNECTIONS = 256  # at a time
 
 
-def serve(place, checkpoint=None, device="cpu", host="127.0.0.1", port=8000, token=None):
+def serve(place, checkpoint=None, device=None, host="127.0.0.1", port=8000, token=None):
     """Serve the page of the index at a place, see find.open_place, until Ctrl-C, which raises KeyboardInterrupt.
 
     token: what visitors must show; another machine can only reach the page with one. port 0: one that is free.

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from datasets.errors import InputError, OwnError
 from models import parallel
 from models.search import network as networks
+from models.speaker import processes, rank
 
 
 def add_photos(network, found, unfinished, batch_size=64, workers=0):
     """As models.search.network.add_photos, for the first process; the others are in `follow`."""
-    parallel.connect(network.device)
+    parallel.connect("cpu")
     parallel.told((network.facts, found, batch_size))
     _compute(network, found, unfinished, batch_size, workers)
 
@@ -30,12 +31,12 @@ def leading():
         parallel.disconnect()
 
 
-def follow(checkpoint, device, workers=0):
+def follow(checkpoint=None, device=None, workers=0):
     """Compute what the first process shares, in another one.
 
     checkpoint: where it is on this machine, if not where the first process has it. Raises OwnError.
     """
-    parallel.connect(device)
+    parallel.connect("cpu")
     try:
         if task := parallel.told(None):
             facts, found, batch_size = task
@@ -48,10 +49,10 @@ def follow(checkpoint, device, workers=0):
 
 def _compute(network, found, unfinished, batch_size, workers):
     batches = [found[start : start + batch_size] for start in range(0, len(found), batch_size)]
-    own = batches[parallel.rank() :: parallel.processes()]
+    own = batches[rank() :: processes()]
     together = _Together(unfinished)
     networks.add_photos(network, [each for batch in own for each in batch], together, batch_size, workers)
-    if len(own) < -(-len(batches) // parallel.processes()):
+    if len(own) < -(-len(batches) // processes()):
         together.add()  # the others have one more
 
 

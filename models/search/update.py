@@ -9,13 +9,12 @@ import numpy as np
 
 from datasets.errors import InputError
 from datasets.files import check_writable, digest, sole_writer
-from models.eval.codebooks import fit_codebook
-from models.eval.mixture import CollapsedComponent
-from models.parallel import note
+from models.eval.parts import CollapsedComponent
 from models.search.index import RECORD, is_index, open_index, spread, tidy, write_index
 from models.search.network import add_photos
 from models.search.photos import Found, find_photos
 from models.search.unfinished import Unfinished, keeping
+from models.speaker import note
 
 FEWEST = 200  # photos that clusters are fitted to unasked; fewer may be too few of a class, which does harm
 MOST = 100  # clusters that are fitted unasked
@@ -52,21 +51,22 @@ class Totals:
     seconds: float = 0.0
 
 
-def update_index(folder, network, plan, add=add_photos):
+def update_index(folder, network, fit, plan, add=add_photos):
     """Make the index in `folder` that of a Plan, or bring it up to date; returns Totals.
 
     network: a function that gives the Network, called where features are to be computed or there is no index yet.
+    fit: a function of features (N, D), M and K that gives their codebook, see network.fit_codebook.
     add: network.add_photos, or sharing.add_photos, which computes them.
     Raises InputError for folders without photos, an index of another checkpoint, and where another process writes.
     """
     check_writable(folder)
     with sole_writer(folder, "indexing"):
-        return _Update(folder, network, plan, add).run()
+        return _Update(folder, network, fit, plan, add).run()
 
 
 class _Update:
-    def __init__(self, folder, network, plan, add):
-        self.folder, self.network, self.plan, self.add = folder, network, plan, add
+    def __init__(self, folder, network, fit, plan, add):
+        self.folder, self.network, self.fit, self.plan, self.add = folder, network, fit, plan, add
         self.began = time.perf_counter()
         self.old = open_index(folder) if is_index(folder) else None
         if self.old:
@@ -157,7 +157,7 @@ class _Update:
             return none, old is not None
         features = self.known.rows(np.fromiter(rows.values(), np.int64)[spread(photos, FITTED)])
         try:
-            return fit_codebook(features, subspaces, clusters)[0], True
+            return self.fit(features, subspaces, clusters), True
         except CollapsedComponent as error:
             note(f"note: M {subspaces}, K {clusters}: {error}; there is one-to-one matching alone")
             return none, old is not None

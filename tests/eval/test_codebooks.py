@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from models.eval import codebooks
+from models.eval import codebooks, sklearn_mixture
 from models.eval.codebooks import fit_codebook
 from models.eval.matching import cluster_distances, code_members, euclidean_distances, fused_scores, nearest_codes
 from models.eval.metrics import average_precision, class_means, precision_at, rank
@@ -98,9 +99,27 @@ def test_work_that_takes_a_while_without_a_bar_says_how_far_it_is(monkeypatch, c
 
 def test_k_means_and_mixture_of_a_sub_space_come_before_the_next(monkeypatch):
     """So that what the first few take tells what all take."""
-    order, k_means, em = [], codebooks.KMeans.fit, codebooks.fit_mixture
-    monkeypatch.setattr(codebooks.KMeans, "fit", lambda *each: order.append("k-means") or k_means(*each))
+    order, k_means, em = [], sklearn_mixture.KMeans.fit, codebooks.fit_mixture
+    monkeypatch.setattr(sklearn_mixture.KMeans, "fit", lambda *each: order.append("k-means") or k_means(*each))
     monkeypatch.setattr(codebooks, "fit_mixture", lambda *each: order.append("EM") or em(*each))
     gallery = np.random.default_rng(0).normal(size=(60, 9)).astype(np.float32)
     codebooks.fit_codebooks(gallery, [(3, 2)])
     assert order == 3 * ["k-means", "EM"]
+
+
+def test_without_torch_a_codebook_is_that_of_scikit_learn_on_one_thread(monkeypatch):
+    gallery, threads = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32), []
+    expected = fit_codebook(gallery, 2, 3, seed=5, mixture="sklearn")
+    fit = sklearn_mixture.GaussianMixture.fit
+
+    def watched(*arguments):
+        threads.extend(pool["num_threads"] for pool in threadpool_info())
+        return fit(*arguments)
+
+    monkeypatch.setattr(sklearn_mixture.GaussianMixture, "fit", watched)
+    with threadpool_limits(2):
+        codebook, unconverged = sklearn_mixture.fit_codebook(gallery, 2, 3, seed=5)
+    np.testing.assert_allclose(codebook, expected[0], rtol=0, atol=1e-5)
+    assert unconverged == expected[1] and set(threads) == {1}
+    with pytest.raises(ValueError, match="61 clusters need as many gallery photos"):
+        sklearn_mixture.fit_codebook(gallery, 2, 61)

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from datasets.errors import InputError
-from datasets.images import normalise
 from models.eval.features import Features, extract, is_ours, read_features, why_stale, write_features
 from models.eval.unfinished import Unfinished
+from models.networks import normalise
 
 
 def unit(count, width=8, seed=0):

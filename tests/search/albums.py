@@ -5,6 +5,7 @@ import os
 import numpy as np
 from PIL import Image
 
+from models.eval.codebooks import fit_codebook
 from models.search.update import Plan, update_index
 
 
@@ -24,7 +25,7 @@ class FakeNetwork:
 
     def embed(self, images):
         self.seen += len(images)
-        rows = (images.numpy().reshape(len(images), -1) / 255.0 - 0.4) @ self.projection
+        rows = (images.reshape(len(images), -1) / 255.0 - 0.4) @ self.projection
         return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -47,4 +48,4 @@ def write_album(folder, photos=12):
 def update(index, network, *folders, batch_size=5, **more):
     """Bring an index up to date; returns its Totals."""
     plan = Plan([str(each) for each in folders], batch_size=batch_size, **more)
-    return update_index(index, network, plan)
+    return update_index(index, network, lambda *each: fit_codebook(*each)[0], plan)

@@ -5,13 +5,12 @@ import socket
 import threading
 from contextlib import contextmanager
 
-import torch
 import uvicorn
 from albums import FakeNetwork
 from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
-from datasets.images import resize
+from datasets.images import resize, stack
 from models.search import page, serving
 from models.search.find import Finder
 from models.search.index import open_index
@@ -24,7 +23,7 @@ class PageNetwork(FakeNetwork):
     """A FakeNetwork for drawings, too."""
 
     def features(self, images):
-        return self.embed(torch.stack([resize(image, self.facts["input_size"]) for image in images]))
+        return self.embed(stack([resize(image, self.facts["input_size"]) for image in images]))
 
 
 def shelf_of(folder, monkeypatch):
@@ -73,7 +72,9 @@ def say(port, parts):
 def drawing(form="PNG", side=80, mode="RGB"):
     """A picture of a line, as bytes."""
     image = Image.new("RGB", (side, side), "white")
-    ImageDraw.Draw(image).line([(10, 10), (70, 40), (20, 70)], fill="black", width=3)
+    scale = side / 80
+    line = [(scale * x, scale * y) for x, y in ((10, 10), (70, 40), (20, 70))]
+    ImageDraw.Draw(image).line(line, fill="black", width=round(3 * scale))
     file = io.BytesIO()
     image.convert(mode).save(file, form)
     return file.getvalue()

@@ -17,11 +17,11 @@ from pages import drawing
 from PIL import Image
 
 import search_photos
-from datasets.images import normalise, resize
+from datasets.images import resize, stack
 from datasets.prepare.drawings import CATEGORIES
 from datasets.prepare.miniature import draw_photo, draw_sketch
 from models.checkpoints import save_checkpoint
-from models.networks import Student, create_backbone
+from models.networks import Student, create_backbone, normalise
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -43,7 +43,7 @@ def learnt(photos):
     torch.manual_seed(0)
     student, rng = Student(create_backbone("test_convnext"), len(NAMES)), np.random.default_rng(0)
     images = [image for name in NAMES for image in photos[name] + [draw_sketch(name, rng) for _ in range(SKETCHES)]]
-    pixels = torch.stack([resize(image.convert("RGB"), SIZE) for image in images])
+    pixels = torch.from_numpy(stack([resize(image.convert("RGB"), SIZE) for image in images]))
     labels = torch.arange(len(NAMES)).repeat_interleave(SKETCHES + PHOTOS)
     optimizer = torch.optim.AdamW(student.parameters(), 2e-3)
     for _ in range(100):

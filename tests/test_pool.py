@@ -6,18 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
+from datasets.pool import _in_order, on_all_cores
 from datasets.prepare import __main__ as prepare
 from datasets.prepare import commands
-from datasets.prepare.pool import on_all_cores
 
 SCRIPT = """
 import signal
 from datasets import errors
-from datasets.prepare.pool import on_all_cores
+from datasets.pool import on_all_cores
 
 def wait(_):
     print("at work\\n", end="", flush=True)
@@ -68,6 +69,26 @@ def test_results_come_in_order_and_can_be_left_early():
     results = on_all_cores(abs, range(-9, 0), "counting", workers=2, chunk=2)
     assert next(results) == 9
     results.close()
+
+
+def test_no_process_is_started_for_no_workers():
+    assert list(on_all_cores(lambda _: os.getpid(), range(3), "counting", workers=0)) == [os.getpid()] * 3
+
+
+def test_work_is_only_a_few_chunks_ahead_of_what_is_taken():
+    class Now:
+        submitted = 0
+
+        def submit(self, _, function, part):
+            self.submitted += 1
+            future = Future()
+            future.set_result([function(each) for each in part])
+            return future
+
+    now = Now()
+    results = _in_order(now, abs, [[-1, -2], [-3, -4], [-5, -6], [-7]], 2)
+    seen = [(next(results), now.submitted) for _ in range(7)]
+    assert seen == [(1, 2), (2, 2), (3, 3), (4, 3), (5, 4), (6, 4), (7, 4)]
 
 
 def test_sigterm_ends_a_command_in_one_word(tmp_path, monkeypatch, capsys):
