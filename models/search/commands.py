@@ -80,12 +80,10 @@ def create_parser():
 def make_index(options):
     """Make or update an index; returns update.Totals. Of several processes the first does; the others help it."""
     _check_backend(options)
-    if processes() > 1:
-        from models.search import sharing  # which needs PyTorch
+    if rank():
+        from models.search import sharing
 
-        options.device = sharing.device_of(options.device)
-        if rank():
-            return sharing.follow(options.checkpoint, options.device, options.workers)
+        return sharing.follow(options.checkpoint, options.device, options.workers)
     folder, old = options.index, open_index(options.index).facts if is_index(options.index) else None
     if old:
         _check_same(old, options)
@@ -109,9 +107,10 @@ def make_index(options):
                        options.workers, checkpoint)  # fmt: skip
     fit = functools.partial(fit_codebook, checkpoint or old["checkpoint"])
     if processes() > 1:
+        from models.search import sharing
+
         with sharing.leading():
-            add = functools.partial(sharing.add_photos, options.device)
-            totals = update.update_index(folder, network, fit, plan, add)
+            totals = update.update_index(folder, network, fit, plan, sharing.add_photos)
     else:
         totals = update.update_index(folder, network, fit, plan)
     _tell(folder, totals)
@@ -264,7 +263,9 @@ def _check_backend(options):
     """Raise InputError if --backend does not compute with the checkpoint."""
     if options.backend is None:
         return
-    checkpoint = options.checkpoint or (is_index(options.index) and open_index(options.index).facts["checkpoint"])
+    checkpoint = options.checkpoint
+    if not checkpoint and options.engine == LOCAL and is_index(options.index):
+        checkpoint = open_index(options.index).facts["checkpoint"]
     if checkpoint and backend_of(checkpoint) != options.backend:
         wanted = {"onnx": "what models.export wrote from it, as .onnx", "torch": "what it was exported from"}
         raise InputError(

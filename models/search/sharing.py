@@ -6,22 +6,15 @@ alone makes. Only the first needs the folder of the index; all need the checkpoi
 
 from contextlib import contextmanager
 
-import torch
-
 from datasets.errors import InputError, OwnError
 from models import parallel
 from models.search import network as networks
 from models.speaker import processes, rank
 
 
-def device_of(device):
-    """The device of this process; device: as it was asked for, None for a GPU where there is one."""
-    return parallel.own_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def add_photos(device, network, found, unfinished, batch_size=64, workers=0):
-    """As models.search.network.add_photos, for the first process, on its device; the others are in `follow`."""
-    parallel.connect(device)
+def add_photos(network, found, unfinished, batch_size=64, workers=0):
+    """As models.search.network.add_photos, for the first process; the others are in `follow`."""
+    parallel.connect("cpu")
     parallel.told((network.facts, found, batch_size))
     _compute(network, found, unfinished, batch_size, workers)
 
@@ -38,12 +31,12 @@ def leading():
         parallel.disconnect()
 
 
-def follow(checkpoint, device, workers=0):
+def follow(checkpoint=None, device=None, workers=0):
     """Compute what the first process shares, in another one.
 
     checkpoint: where it is on this machine, if not where the first process has it. Raises OwnError.
     """
-    parallel.connect(device)
+    parallel.connect("cpu")
     try:
         if task := parallel.told(None):
             facts, found, batch_size = task

@@ -9,6 +9,7 @@ from models.checkpoints import read_checkpoint, trained_with
 from models.eval.features import embed
 from models.options import check_device
 from models.options import input_size as fitting_size
+from models.parallel import own_device
 from models.weights import load_published, student_of
 
 PRECISION = "tf32"  # as test scripts have it
@@ -23,6 +24,7 @@ def load(path, model, input_size, imagenet_classes, device):
     """(facts, compute) of a models.search.network.Network; see load_network there."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device("--device", device)
+    device = own_device(device)
     student, facts, _ = load_student(path, model, input_size, imagenet_classes)
     student.to(device).to(memory_format=torch.channels_last)
     return facts, lambda images: embed(student, torch.from_numpy(images), device, PRECISION)

@@ -56,7 +56,7 @@ def update_index(folder, network, fit, plan, add=add_photos):
 
     network: a function that gives the Network, called where features are to be computed or there is no index yet.
     fit: a function of features (N, D), M and K that gives their codebook, see network.fit_codebook.
-    add: network.add_photos, or sharing.add_photos for its device, which computes them.
+    add: network.add_photos, or sharing.add_photos, which computes them.
     Raises InputError for folders without photos, an index of another checkpoint, and where another process writes.
     """
     check_writable(folder)
