@@ -2,10 +2,12 @@
 
     .venv/bin/python benchmarks/page.py                                              # the demo's network
     .venv/bin/python benchmarks/page.py --model convnextv2_tiny --input_size 224
+    .venv/bin/python benchmarks/page.py --backend onnx
 
 Makes an index of --photos drawn photos with a network of random weights, serves it with search_photos.py page on a free
 port of this machine, and stops it at the end. The browser is headless chromium (Debian: chromium, chromium-driver):
-strokes of a mouse, from the event that ends one to the moment when all its photos are decoded. Then --clients threads
+strokes of a mouse, from the event that ends one to the moment when all its photos are decoded. "start to first answer"
+is from the start of the command to the answer to one sketch. Then --clients threads
 search for --seconds, each pausing --pause seconds between an answer and its next stroke. Memory is resident memory.
 """
 
@@ -33,6 +35,7 @@ import torch  # noqa: E402
 import search_photos  # noqa: E402
 from datasets.prepare.drawings import CATEGORIES  # noqa: E402
 from datasets.prepare.miniature import draw_photo, draw_sketch  # noqa: E402
+from models import export  # noqa: E402
 from models.checkpoints import save_checkpoint  # noqa: E402
 from models.networks import Student, create_backbone  # noqa: E402
 
@@ -47,6 +50,7 @@ def main():
     add = parser.add_argument
     add("--model", default="convnextv2_atto")
     add("--input_size", type=int, default=48)
+    add("--backend", choices=("torch", "onnx"), default="torch")
     add("--photos", type=int, default=500)
     add("--strokes", type=int, default=60, help="in the browser, after 10 to warm up")
     add("--clients", type=int, default=20)
@@ -54,10 +58,12 @@ def main():
     add("--pause", type=float, default=1.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        index = make_index(Path(folder), options.model, options.input_size, options.photos)
+        index = make_index(Path(folder), options.model, options.input_size, options.photos, options.backend)
         load = os.getloadavg()[0]
-        print(f"{os.cpu_count()} cores, load {load:.1f}; {options.model}, {options.input_size} pixels", flush=True)
+        about = f"{options.model}, {options.input_size} pixels, {options.backend}"
+        print(f"{os.cpu_count()} cores, load {load:.1f}; {about}", flush=True)
         with Served(index) as served:
+            print(f"start to first answer: {served.first_answer():.1f} s", flush=True)
             if shutil.which("chromedriver"):
                 tell("browser, stroke to photos", in_a_browser(served.port, options.strokes))
             before = served.memory()
@@ -71,7 +77,7 @@ def tell(what, seconds):
     print(f"{what}: {len(seconds)}, median {median:.0f} ms, 95 % {most:.0f} ms", flush=True)
 
 
-def make_index(folder, model, size, photos):
+def make_index(folder, model, size, photos, backend):
     torch.manual_seed(0)
     options = {"model": model, "input_size": size, "imagenet_classes": 1000}
     save_checkpoint(folder / "model.pth.tar", Student(create_backbone(model), len(CATEGORIES)), options=options)
@@ -79,7 +85,10 @@ def make_index(folder, model, size, photos):
     names = list(CATEGORIES)
     for number in range(photos):
         draw_photo(names[number % len(names)], np.random.default_rng(number)).save(folder / f"album/{number}.jpg")
-    own = ["--index", folder / "index", "--checkpoint", folder / "model.pth.tar", "--workers", "0", "--device", "cpu"]
+    checkpoint = folder / "model.pth.tar"
+    if backend == "onnx":
+        checkpoint = export.main([str(checkpoint), "--to", str(folder / "model.onnx")])
+    own = ["--index", folder / "index", "--checkpoint", checkpoint, "--workers", "0", "--device", "cpu"]
     search_photos.main(["index", str(folder / "album"), *map(str, own)])
     return folder / "index"
 
@@ -88,6 +97,7 @@ class Served:
     """The page, served by a process of its own on a free port."""
 
     def __init__(self, index):
+        self.began = time.perf_counter()
         command = [sys.executable, "search_photos.py", "page", "--index", index, "--port", "0", "--device", "cpu"]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
@@ -98,6 +108,13 @@ class Served:
     def __exit__(self, *_):
         self.process.terminate()
         self.process.wait()
+
+    def first_answer(self):
+        """Seconds from the start to the answer to one sketch, the first."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        ask(connection, "POST", "/find?k=20", png(draw_sketch("bell", np.random.default_rng(0))))
+        connection.close()
+        return time.perf_counter() - self.began
 
     def memory(self):
         """Resident memory in MB."""

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import search_photos
 from datasets.images import resize, stack
 from datasets.prepare.drawings import CATEGORIES
 from datasets.prepare.miniature import draw_photo, draw_sketch
+from models import export
 from models.checkpoints import save_checkpoint
 from models.networks import Student, create_backbone, normalise
 
@@ -71,10 +73,10 @@ def index(tmp_path_factory):
     return folder / "index"
 
 
-@pytest.fixture(scope="module")
-def address(index):
+@contextmanager
+def served(index, *more):
     """The address of a page that the command serves; Ctrl-C ends it quietly."""
-    command = [sys.executable, "search_photos.py", "page", "--index", index, "--device", "cpu", "--port", "0"]
+    command = [sys.executable, "search_photos.py", "page", "--index", index, "--device", "cpu", "--port", "0", *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     wake = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731, jobs of a shell ignore Ctrl-C
     with subprocess.Popen(
@@ -88,6 +90,12 @@ def address(index):
             page.send_signal(signal.SIGINT)
             said = page.communicate(timeout=60)
     assert (page.returncode, *said) == (130, "", "interrupted\n")
+
+
+@pytest.fixture(scope="module")
+def address(index):
+    with served(index) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +196,14 @@ def test_a_drawn_bell_finds_bells(visit):
     parts = visit.driver.find_element(By.CLASS_NAME, "parts").text.replace("\u00a0", " ")
     score, distance, cluster = (float(part.split()[-1]) for part in parts.replace(" d", " · d").split("·"))
     assert shown and score == pytest.approx(0.8 * cluster + 0.2 * distance, abs=2e-3)
+
+
+def test_the_page_without_pytorch_finds_the_same(visit, index, tmp_path):
+    pytest.importorskip("onnxscript")
+    found = visit.draw("bell").names
+    path = export.main([str(index.parent / "model.pth.tar"), "--to", str(tmp_path / "student.onnx")])
+    with served(index, "--checkpoint", path, "--backend", "onnx") as address:
+        assert Visit(visit.driver, address).open().draw("bell").names == found
 
 
 def pixels(url):
