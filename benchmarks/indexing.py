@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/indexing.py --photos 50000 --folder DIR
 
 Photos are small JPEGs of coloured noise, all different, and the network is an untrained ConvNeXt V2-Atto at 32 px, so
-that what is not the network's work counts. Of the photos that change half are written anew, a quarter get another name and
-content, a quarter are removed. Each time is that of a whole command, start included; the folder is deleted at the end.
+that what is not the network's work counts. Of the photos that change half are written anew, a quarter get another name
+and content, a quarter are removed. Each time is that of a whole command, start included; the folder is deleted at the
+end.
 """
 
 import argparse
