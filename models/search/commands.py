@@ -32,7 +32,7 @@ def create_parser():
         )
         added.add_argument("--engine", choices=ENGINES, default=LOCAL,
             help="what searches: this program, or Milvus, which also has a copy of the index")  # fmt: skip
-        added.add_argument("--uri", metavar="ADDRESS", help="of Milvus: http://HOST:PORT, or a file that ends in .db")
+        added.add_argument("--uri", metavar="ADDRESS", help="of Milvus: http://HOST:PORT, or a path that ends in .db")
         added.add_argument("--collection", default="photo_index", metavar="NAME", help="of the copy in Milvus")
         added.add_argument("--checkpoint", type=_path, metavar="FILE",
             help="what a train script wrote, ours or the authors', or models.export as .onnx (default: that of the "

@@ -147,7 +147,7 @@ def _check_names(uri, collection):
     except ValueError:  # a port that is none
         fits = False
     if not fits:
-        raise InputError(f"--uri {uri}: is no address; give http://HOST:PORT, or a file that ends in .db")
+        raise InputError(f"--uri {uri}: is no address; give http://HOST:PORT, or a path that ends in .db")
 
 
 def _is_file(uri):

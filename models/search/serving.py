@@ -1,5 +1,6 @@
 """The drawing page on a port of this machine."""
 
+import errno
 import os
 import re
 import socket
@@ -50,4 +51,6 @@ def _bound(host, port):
         raise InputError(f"--host {host}: not an address of this machine ({error.strerror})") from None
     except OSError as error:
         why = os.strerror(error.errno)
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise InputError(f"--host {host}: not an address of this machine ({why.lower()})") from None
         raise InputError(f"--host {host} --port {port}: {why.lower()}; choose another --port") from None

@@ -151,9 +151,10 @@ class _Update:
         if old is not None and not plan.refit and not self._asks_for_others(old):
             return old, False
         subspaces = plan.subspaces or (2 if width % 2 == 0 else 1)
-        clusters = plan.clusters or default_clusters(photos)
+        few = photos < FEWEST  # such have clusters only if they were asked for, and then as many as before
+        clusters = plan.clusters or (old.shape[1] if few and old is not None else default_clusters(photos))
         none = np.empty((0, 0, 0), np.float32)
-        if (photos < FEWEST and not asked) or clusters > photos:
+        if (few and not asked and old is None) or clusters > photos:
             return none, old is not None
         features = self.known.rows(np.fromiter(rows.values(), np.int64)[spread(photos, FITTED)])
         try:

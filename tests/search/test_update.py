@@ -406,3 +406,12 @@ def test_a_damaged_header_runs_nothing(album, index, network, trap):
 def test_there_may_be_no_index(tmp_path):
     with pytest.raises(InputError, match=r"no index of photos is there; make one with search_photos\.py index"):
         open_index(tmp_path)
+
+
+def test_a_refit_leaves_few_photos_as_many_clusters_as_were_asked_for(tmp_path):
+    album, network = write_album(tmp_path / "album"), FakeNetwork()
+    update(tmp_path / "index", network, album, clusters=3)
+    write_photo(album / "new.png", 99)
+    update(tmp_path / "index", network, album, refit=True)
+    index = open_index(tmp_path / "index")
+    assert index.clusters == (2, 3) and index.share_new == 0
