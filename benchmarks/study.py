@@ -315,7 +315,7 @@ def _rows(values, base, classes):
 
 
 def _choice(study, records, rates):
-    """The accuracies (%) that rates were chosen by: [{"variant", "rate", "tested", "last", "chosen"}, ...]."""
+    """The accuracies (%) that rates were chosen by: [{"variant", "rate", "tested", "accuracy", "chosen"}, ...]."""
     split, seed, choice = next(iter(study["splits"])), study["seeds"][0], []
     for variant, about in study["variants"].items():
         for rate in study["rates"]:

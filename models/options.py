@@ -18,12 +18,12 @@ from datasets.errors import (
     positive,
     seed,
 )
+from datasets.pool import available_cores
 from models import parallel
 from models.alignment import METHOD, TERMS
 from models.checkpoints import SaveSchedule
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import metric
-from models.eval.workers import available_cores
 from models.networks import PRECISIONS, facts_of
 
 

@@ -8,11 +8,12 @@ from concurrent.futures import as_completed
 import torch
 from tqdm import tqdm
 
+from datasets.pool import available_cores
 from models import parallel
 from models.eval.mixture import fit_mixture
 from models.eval.parts import CollapsedComponent, check_parts, joined, parts_of
 from models.eval.sklearn_mixture import fit_row, starts, without_warnings
-from models.eval.workers import available_cores, workers
+from models.eval.workers import workers
 from models.speaker import no_bar, note
 
 SILENCE, PATIENCE = 10, 120  # seconds

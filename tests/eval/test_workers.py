@@ -4,7 +4,8 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from models.eval.workers import available_cores, workers
+from datasets.pool import available_cores
+from models.eval.workers import workers
 
 
 def test_each_thread_computes_alone_and_nothing_stays_that_way():

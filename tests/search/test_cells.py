@@ -70,15 +70,20 @@ def queries(features, rng):
     yield from unit(rng.normal(size=(1, features.shape[1])))
 
 
+def drawn_codebook(features, subspaces, clusters, rng):
+    """A codebook (M, K, D/M) near photos that are drawn; an empty one for no sub-spaces."""
+    own = features.reshape(len(features), subspaces, -1) if subspaces else None
+    chosen = rng.integers(len(features), size=clusters)
+    return np.ascontiguousarray(own[chosen].swapaxes(0, 1) * 0.9) if subspaces else np.empty((0, 0, 0), np.float32)
+
+
 @pytest.mark.parametrize(
     ("name", "features"), list(galleries()), ids=lambda value: value if isinstance(value, str) else ""
 )
 @pytest.mark.parametrize(("subspaces", "clusters"), [(0, 0), (2, 5), (4, 30)])
 def test_search_equals_brute_force(name, features, subspaces, clusters):
     rng = np.random.default_rng(1)
-    own = features.reshape(len(features), subspaces, -1) if subspaces else None
-    chosen = rng.integers(len(features), size=clusters)
-    codebook = np.ascontiguousarray(own[chosen].swapaxes(0, 1) * 0.9) if subspaces else np.empty((0, 0, 0), np.float32)
+    codebook = drawn_codebook(features, subspaces, clusters, rng)
     cells, order = build(features, codebook)
     for query in queries(features, rng):
         for weight in (0, 0.8) if subspaces else (0,):

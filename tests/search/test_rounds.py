@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_cells import brute_force, build, clustered, galleries, queries
+from test_cells import brute_force, build, clustered, drawn_codebook, galleries, queries
 
 from models.search import rounds
 
@@ -49,9 +49,7 @@ def test_rounds_equal_brute_force(name, features, subspaces, clusters, monkeypat
     monkeypatch.setattr(rounds, "WANTED", 100)
     monkeypatch.setattr(rounds, "FIRST", 8)
     rng = np.random.default_rng(1)
-    own = features.reshape(len(features), subspaces, -1) if subspaces else None
-    chosen = rng.integers(len(features), size=clusters)
-    codebook = np.ascontiguousarray(own[chosen].swapaxes(0, 1) * 0.9) if subspaces else np.empty((0, 0, 0), np.float32)
+    codebook = drawn_codebook(features, subspaces, clusters, rng)
     cells, _ = build(features, codebook)
     for query in queries(features, rng):
         for weight in (0, 0.8) if subspaces else (0,):
