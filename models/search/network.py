@@ -117,19 +117,20 @@ def share_cores(checkpoint, threads):
     _room(checkpoint).share_cores(threads)
 
 
-def add_photos(network, found, unfinished, batch_size=64, workers=0):
+def add_photos(network, facts, found, unfinished, batch_size=64, workers=0):
     """Compute the features of Founds, and add them to an Unfinished batch by batch.
 
+    network: a function that gives the Network, called once a photo can be read: it takes long to load; facts: its facts.
     workers: processes that decode; with 0 the calling process decodes.
     """
-    decode = partial(_decoded, size=network.facts["input_size"])
+    decode = partial(_decoded, size=facts["input_size"])
     decoded = on_all_cores(decode, found, "photos", workers, -(-batch_size // max(workers, 1)), no_bar())
     while items := list(islice(decoded, batch_size)):
         batch, found = list(zip(found[: len(items)], items, strict=True)), found[len(items) :]
         unreadable = {each: item for each, item in batch if isinstance(item, str)}
         good = [(each, *item) for each, item in batch if not isinstance(item, str)]
         own, images, thumbnails, digests = zip(*good, strict=True) if good else ((), (), (), ())
-        rows = network.embed(stack(images)) if good else np.empty((0, network.facts["width"]), np.float32)
+        rows = network().embed(stack(images)) if good else np.empty((0, facts["width"]), np.float32)
         unfinished.add(own, rows, digests, thumbnails, unreadable)
 
 

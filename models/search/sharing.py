@@ -4,6 +4,7 @@ Batches are dealt out in turn, and the first process keeps them in their order: 
 alone makes. Only the first needs the folder of the index; all need the checkpoint and the photos.
 """
 
+import functools
 from contextlib import contextmanager
 
 from datasets.errors import InputError, OwnError
@@ -12,11 +13,11 @@ from models.search import network as networks
 from models.speaker import processes, rank
 
 
-def add_photos(network, found, unfinished, batch_size=64, workers=0):
+def add_photos(network, facts, found, unfinished, batch_size=64, workers=0):
     """As models.search.network.add_photos, for the first process; the others are in `follow`."""
     parallel.connect("cpu")
-    parallel.told((network.facts, found, batch_size))
-    _compute(network, found, unfinished, batch_size, workers)
+    parallel.told((facts, found, batch_size))
+    _compute(network, facts, found, unfinished, batch_size, workers)
 
 
 @contextmanager
@@ -40,18 +41,19 @@ def follow(checkpoint=None, device=None, workers=0):
     try:
         if task := parallel.told(None):
             facts, found, batch_size = task
-            _compute(networks.network_of(facts, checkpoint, device), found, None, batch_size, workers)
+            network = functools.cache(lambda: networks.network_of(facts, checkpoint, device))
+            _compute(network, facts, found, None, batch_size, workers)
     except InputError as error:
         raise OwnError(str(error)) from error
     finally:
         parallel.disconnect()
 
 
-def _compute(network, found, unfinished, batch_size, workers):
+def _compute(network, facts, found, unfinished, batch_size, workers):
     batches = [found[start : start + batch_size] for start in range(0, len(found), batch_size)]
     own = batches[rank() :: processes()]
     together = _Together(unfinished)
-    networks.add_photos(network, [each for batch in own for each in batch], together, batch_size, workers)
+    networks.add_photos(network, facts, [each for batch in own for each in batch], together, batch_size, workers)
     if len(own) < -(-len(batches) // processes()):
         together.add()  # the others have one more
 

@@ -115,7 +115,7 @@ class _Update:
                 rest.append(each)
         if rest:
             before = len(self.unfinished.photos)
-            self.add(self.network(), rest, self.unfinished, self.plan.batch_size, self.plan.workers)
+            self.add(self.network, self.facts, rest, self.unfinished, self.plan.batch_size, self.plan.workers)
             self.totals.extracted = len(self.unfinished.photos) - before
             for number, photo in enumerate(self.unfinished.photos[before:], before + self.known.first):
                 rows[photo.found] = number
