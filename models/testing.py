@@ -21,6 +21,7 @@ from models.eval.features import FEATURES, compute_features, extract_all, featur
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import DEFINED, STANDARD, by_definition, class_means
 from models.eval.report import print_classes, print_definitions, print_table, summarise, write_report
+from models.memory import freed_memory_kept
 from models.options import resolve, run_record, test_parser
 from models.speaker import note
 from models.weights import check_size
@@ -141,7 +142,8 @@ def features_of(subject, network, loading, precision="fp32", recompute=False):
         student.compile_features()
     parallel.connect(loading.device)
     try:
-        return compute_features(folder, student.to(loading.device), images, loading, precision, source)
+        with freed_memory_kept():
+            return compute_features(folder, student.to(loading.device), images, loading, precision, source)
     except FloatingPointError:
         way_out = "test another checkpoint, or train anew"
         raise InputError(f"{checkpoint}: its features are not finite; {way_out}") from None

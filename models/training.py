@@ -30,6 +30,7 @@ from models.checkpoints import (
 )
 from models.data import open_training_data
 from models.measured import Measured
+from models.memory import freed_memory_kept
 from models.networks import matmul_rules, normalise, place
 from models.options import defaults_of, resolve, run_record, train_parser
 from models.progress import EpochBar, Log, show_epoch
@@ -84,7 +85,8 @@ def main(protocol_name, argv=None):
         )  # fmt: skip
         keeper = Keeper(options.savedir, record, options.save_every, options.overwrite)
         parallel.connect(options.device)
-        return train(run, data, recipe, keeper, watch, options.print_freq)
+        with freed_memory_kept():
+            return train(run, data, recipe, keeper, watch, options.print_freq)
 
 
 def train(run, data, recipe, keeper, watch=None, print_freq=10):

@@ -7,6 +7,7 @@ from pathlib import Path
 from datasets.errors import InputError, OneLineParser, number, pixels, positive
 from datasets.files import write_json
 from datasets.pool import available_cores
+from models.memory import freed_memory_kept
 from models.search import update
 from models.search.figure import PHOTOS, draw_found
 from models.search.find import MATCHINGS, ONE_TO_ONE, is_lost, open_finder, read_sketch
@@ -106,13 +107,14 @@ def make_index(options):
     plan = update.Plan(folders, exclude, options.clusters, options.subspaces, options.refit, options.batch_size,
                        options.workers, checkpoint)  # fmt: skip
     fit = functools.partial(fit_codebook, checkpoint or old["checkpoint"])
-    if processes() > 1:
-        from models.search import sharing
+    with freed_memory_kept():
+        if processes() > 1:
+            from models.search import sharing
 
-        with sharing.leading():
-            totals = update.update_index(folder, network, fit, plan, sharing.add_photos)
-    else:
-        totals = update.update_index(folder, network, fit, plan)
+            with sharing.leading():
+                totals = update.update_index(folder, network, fit, plan, sharing.add_photos)
+        else:
+            totals = update.update_index(folder, network, fit, plan)
     _tell(folder, totals)
     if publish:
         publish()

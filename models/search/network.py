@@ -120,7 +120,7 @@ def share_cores(checkpoint, threads):
 def add_photos(network, facts, found, unfinished, batch_size=64, workers=0):
     """Compute the features of Founds, and add them to an Unfinished batch by batch.
 
-    network: a function that gives the Network, called once a photo can be read: it takes long to load; facts: its facts.
+    network: a function that gives the Network, called where a photo can be read; facts: those of the Network.
     workers: processes that decode; with 0 the calling process decodes.
     """
     decode = partial(_decoded, size=facts["input_size"])
