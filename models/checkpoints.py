@@ -6,6 +6,7 @@
 What this project adds (teacher, options, history, ...) stands beside the authors' keys, so checkpoints move both ways.
 """
 
+import json
 import os
 import re
 import shutil
@@ -21,8 +22,9 @@ from datasets.files import digest, write_json, write_whole
 from models.alignment import TERMS
 from models.run import MEASURES
 from models.saved import check_saved, plain_options
+from models.search.exported import FORMAT
 from models.speaker import note
-from models.torchfiles import UnreadableFile, gist, is_whole, read_torch
+from models.torchfiles import UnreadableFile, gist, is_whole, read_torch, safetensors_metadata
 from models.weights import load_published, published_state, student_of
 
 LAST, BEST, BEST_AFTER_WARMUP = "checkpoint.pth.tar", "model_best.pth.tar", "best_after_warmup.pth.tar"
@@ -108,14 +110,27 @@ class Keeper:
 def read_checkpoint(path):
     """Read a training checkpoint, ours or the authors', or a bare state dict, which becomes its 'state_dict'.
 
+    What models.export wrote as .safetensors tells its model, input size and classes, as a checkpoint of ours does.
     Raises InputError if the file holds neither, and UnreadableFile if it is torn.
     """
     checkpoint = read_torch(path)
     if isinstance(checkpoint, dict) and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        return {"state_dict": checkpoint}
+        return {"state_dict": checkpoint, **_exported_with(path)}
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise InputError(f"{path}: not a training checkpoint, it has no 'state_dict'")
     return checkpoint
+
+
+def _exported_with(path):
+    """What models.export wrote beside weights, under the names of a training checkpoint; {} for files of others."""
+    told = safetensors_metadata(path) if str(path).endswith(".safetensors") else {}
+    if told.get("format") != FORMAT:
+        return {}
+    try:
+        sizes = {name: int(told[name]) for name in ("input_size", "imagenet_classes")}
+        return {"options": {"model": told["model"], **sizes}, "classes": json.loads(told.get("classes", "null"))}
+    except (KeyError, ValueError, RecursionError):
+        return {}
 
 
 def save_checkpoint(path, student, teacher=None, **rest):

@@ -13,7 +13,7 @@ import zipfile
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from datasets.errors import InputError
@@ -88,6 +88,12 @@ def read_torch(path):
         raise UnreadableFile(f"{path}: not a readable safetensors file ({gist(error)})", "fetch it again") from error
     except Exception as error:  # a torn file can fail in any way
         raise UnreadableFile(f"{path}: not a readable torch file ({gist(error)})", "fetch it again") from error
+
+
+def safetensors_metadata(path):
+    """The metadata of a safetensors file that read_torch has read: {name: text}."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def is_whole(path):

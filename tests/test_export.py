@@ -10,12 +10,14 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from datasets.files import digest
 from models import export
-from models.checkpoints import save_checkpoint
+from models.checkpoints import read_checkpoint, save_checkpoint
 from models.networks import Student, create_backbone
+from models.search.exported import FORMAT
 from models.search.trained import load_student
 from models.weights import create_pair, published_state
 
@@ -97,11 +99,23 @@ def test_safetensors_hold_the_weights_and_what_they_are(student, checkpoint, tmp
     assert all(np.array_equal(value, state[name].numpy()) for name, value in held.items())
     assert json.loads(metadata["classes"]) == CLASSES and metadata["sha256"] == digest(checkpoint)
     assert metadata["seen_classes"] == "4" and metadata["width"] == "320"
-    again, *_ = load_student(path, "convnextv2_atto", imagenet_classes=7)
+    again, facts, content = load_student(path)
+    assert (facts["model"], facts["input_size"], facts["imagenet_classes"]) == ("convnextv2_atto", 40, 7)
+    assert content["classes"] == CLASSES
     images = np.random.default_rng(1).integers(0, 256, (2, 3, 40, 40), np.uint8)
     np.testing.assert_array_equal(expected(again, images), expected(student, images))
     for network in create_pair("convnextv2_atto", 9, str(path), 7):  # --finetune
         assert all(torch.equal(value, state[name]) for name, value in published_state(network.backbone).items())
+
+
+@pytest.mark.parametrize("metadata", [
+    None, {"model": "m"}, {"format": FORMAT, "model": "m", "input_size": "x", "imagenet_classes": "7"},
+    {"format": FORMAT, "model": "m", "input_size": "40"},
+    {"format": FORMAT, "model": "m", "input_size": "40", "imagenet_classes": "7", "classes": "["},
+])  # fmt: skip
+def test_safetensors_of_others_are_bare_weights(metadata, tmp_path):
+    save_file({"a": torch.zeros(3)}, tmp_path / "s.safetensors", metadata)
+    assert read_checkpoint(tmp_path / "s.safetensors").keys() == {"state_dict"}
 
 
 @pytest.mark.parametrize("classes", [None, CLASSES[:3], [*CLASSES[:3], 5], "abcd"])
