@@ -31,9 +31,9 @@ def write_whole(path):
         beside.replace(path)
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(
-            f"{path.parent}: {path.name} cannot be written ({reason}); make room, or choose another folder"
-        ) from error
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "make room, or choose another folder" if is_full else "choose another name or folder"
+        raise InputError(f"{path.parent}: {path.name} cannot be written ({reason}); {way_out}") from error
     finally:
         if beside is not None:
             beside.unlink(missing_ok=True)

@@ -129,5 +129,6 @@ def is_plain_tensor(value):
 
 
 def gist(error):
-    """The first sentence of an error's message."""
-    return re.split(r"\n|\. ", str(error).strip())[0][:160] or type(error).__name__
+    """The first sentence of an error's message, or its type where it has no words."""
+    text = re.split(r"\n|\. ", str(error).strip())[0][:160]
+    return text if re.search("[A-Za-z]{2}", text) else type(error).__name__

@@ -207,7 +207,7 @@ def checkpoint_to_test(history, folder, validated):
         name = BEST_AFTER_WARMUP if kept else LAST
         why = "no epoch after warm-up beat every epoch before it" if kept else "all epochs were warm-up"
         note(f"note: {why}, so there is no {BEST}; {name} stands in")
-    print(f"trained {len(history)} epochs; test reads {folder / name}")
+    print(f"trained {len(history)} epoch{'s' if len(history) > 1 else ''}; test reads {folder / name}")
     return folder / name
 
 

@@ -34,7 +34,7 @@ def create_parser():
         added.add_argument("--engine", choices=ENGINES, default=LOCAL,
             help="what searches: this program, or Milvus, which also has a copy of the index")  # fmt: skip
         added.add_argument("--uri", metavar="ADDRESS", help="of Milvus: http://HOST:PORT, or a path that ends in .db")
-        added.add_argument("--collection", default="photo_index", metavar="NAME", help="of the copy in Milvus")
+        added.add_argument("--collection", metavar="NAME", help="of the copy in Milvus (default: photo_index)")
         added.add_argument("--checkpoint", type=_path, metavar="FILE",
             help="what a train script wrote, ours or the authors', or models.export as .onnx (default: that of the "
             "index)")  # fmt: skip
@@ -68,7 +68,8 @@ def create_parser():
         "what networks learn from)")  # fmt: skip
     add("--matching", choices=MATCHINGS, help="(default: one-to-many where the index has clusters)")
     add("--json", type=_path, metavar="FILE", help="write what was found to FILE")
-    add("--picture", type=_path, metavar="FILE", help="where the picture goes (default: found.png in the index)")
+    add("--picture", type=_path, metavar="FILE", help="where the picture goes (default: found.png in the index; of "
+        "Milvus, here)")  # fmt: skip
 
     page = command("page", serve_page, "serve a page for the browser: draw, and see the photos of an index")
     add = page.add_argument
@@ -127,7 +128,7 @@ def _publisher(options):
         return None
     from models.search.publish import check_own, publish
 
-    server = milvus.Server(options.uri, options.collection)
+    server = milvus.Server(options.uri, options.collection or milvus.COLLECTION)
     check_own(server, options.index)
 
     def run():
@@ -140,14 +141,15 @@ def _publisher(options):
 def _place(options):
     """Where the index is that options name, see find.open_place. Raises InputError."""
     milvus = _milvus(options)
-    return milvus.existing(options.uri, options.collection) if milvus else options.index
+    return milvus.existing(options.uri, options.collection or milvus.COLLECTION) if milvus else options.index
 
 
 def _milvus(options):
     """The module models.search.milvus where options ask for Milvus; None for the local engine. Raises InputError."""
     if options.engine == LOCAL:
-        if options.uri:
-            raise InputError(f"--uri {options.uri}: it is for --engine {MILVUS}")
+        for name in ("uri", "collection"):
+            if (asked := getattr(options, name)) is not None:
+                raise InputError(f"--{name} {asked}: it is for --engine {MILVUS}")
         return None
     if not options.uri:
         raise InputError(f"--engine {MILVUS}: needs --uri, the address of Milvus (see --help)")
@@ -205,7 +207,7 @@ def find_photos(options):
         _print_table(path, matching, matches)
         found.append(matches)
     if gone := len({match.path for matches in found for match in matches if is_lost(match)}):
-        note(f"note: {gone:,} of the photos found are no longer there; index again")
+        note(f"note: no longer there: {gone:,} of the photos found; index again")
     result = [
         {"sketch": path, "matching": matching, "found": [_as_json(match) for match in matches]}
         for path, matches in zip(options.sketches, found, strict=True)
@@ -237,7 +239,7 @@ def _print_table(path, matching, matches):
 
 
 def _draw(options, finder, sketches, found):
-    path = options.picture or options.index / "found.png"
+    path = options.picture or (options.index if options.engine == LOCAL else Path()) / "found.png"
     rows = []
     for name, sketch, matches in zip(options.sketches, sketches, found, strict=True):
         thumbnails = finder.index.thumbnails_of([match.row for match in matches[:PHOTOS]])

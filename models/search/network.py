@@ -90,13 +90,13 @@ def check_checkpoint(facts, path):
     if own["sha256"] != facts["sha256"]:
         raise InputError(
             f"{path}: not the checkpoint that the index was made with, and features of two do not mix; "
-            "name another --index"
+            "name that one with --checkpoint, or another index"
         )
     for name, value in own.items():
         if facts[name] != value:
             raise InputError(
                 f"{path}: exported with {name} {value}, while the index has {facts[name]}; export it again with "
-                f"--{name} {facts[name]}, or name another --index"
+                f"--{name} {facts[name]}, or name another index"
             )
 
 

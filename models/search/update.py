@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -59,9 +60,16 @@ def update_index(folder, network, fit, plan, add=add_photos):
     add: network.add_photos, or sharing.add_photos, which computes them.
     Raises InputError for folders without photos, an index of another checkpoint, and where another process writes.
     """
+    is_new = not folder.exists()
     check_writable(folder)
-    with sole_writer(folder, "indexing"):
-        return _Update(folder, network, fit, plan, add).run()
+    try:
+        with sole_writer(folder, "indexing"):
+            return _Update(folder, network, fit, plan, add).run()
+    except InputError:
+        if is_new:
+            with suppress(OSError):  # it holds what was done so far
+                folder.rmdir()
+        raise
 
 
 class _Update:

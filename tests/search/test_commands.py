@@ -128,7 +128,7 @@ def test_photos_that_are_gone_are_told(photos, checkpoint, sketch, capsys, tmp_p
     capsys.readouterr()
     found = run("find", sketch, *HERE)[0]
     assert found["matching"] == "one-to-many" and len(found["found"]) == 5
-    assert "note: 1 of the photos found are no longer there; index again" in capsys.readouterr().err
+    assert "note: no longer there: 1 of the photos found; index again" in capsys.readouterr().err
     for photo in found["found"]:
         score = 0.8 * photo["cluster_distance"] + 0.2 * photo["distance"]
         assert photo["score"] == pytest.approx(score, abs=1e-12)
@@ -203,6 +203,8 @@ def bad_sketches(folder):
     ("find sketch.png --matching one-to-many", "has no clusters; index again with --clusters"),
     ("find sketch.png --device abacus", "--device abacus: there is no such device"),
     ("find sketch.png --json sketch.png/x.json", "x.json cannot be written"),
+    ("find sketch.png --json empty", "empty cannot be written (Is a directory); choose another name or folder"),
+    ("find sketch.png --collection cats", "--collection cats: it is for --engine milvus"),
     ("index --index new", "a new one needs a folder of photos"), ("index photos --index new", "needs --checkpoint"),
     ("index none --index new --checkpoint {}", "none: cannot be searched for photos"),
     ("index empty --index new --checkpoint {}", "empty: no photos are there"),
@@ -223,6 +225,7 @@ def test_bad_input_ends_in_one_line(arguments, told, small, photos, sketch, chec
     torch.save({"state_dict": {"a": torch.zeros(3)}}, tmp_path / "backbone.pt")
     shutil.copytree(small, tmp_path / "photo_index")
     assert told in fails(search_photos.main, *arguments.format(checkpoint).split())
+    assert not (tmp_path / "new").exists()
     assert len(open_index("photo_index")) == 5
 
 
