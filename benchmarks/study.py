@@ -315,13 +315,17 @@ def _rows(values, base, classes):
 
 
 def _choice(study, records, rates):
-    """The accuracies (%) that rates were chosen by: [{"variant", "rate", "tested", "accuracy", "chosen"}, ...]."""
+    """What rates were chosen by: [{"variant", "rate", "tested", "accuracy", "chosen", "unseen"}, ...].
+
+    "tested", "accuracy": in %; "unseen": the metric of each row on unseen classes, which has no say.
+    """
     split, seed, choice = next(iter(study["splits"])), study["seeds"][0], []
     for variant, about in study["variants"].items():
         for rate in study["rates"]:
             if run := records.runs.get(Job(split, variant, rate, seed).key):
                 found = {"variant": about["name"], "rate": rate, "tested": run["tested"], "accuracy": run["accuracy"]}
-                choice.append(found | {"chosen": rate == rates[variant]})
+                unseen = [row[run["metrics"][0]] for row in run["rows"]]
+                choice.append(found | {"chosen": rate == rates[variant], "unseen": unseen})
     return choice
 
 

@@ -10,12 +10,13 @@ from datasets.files import write_whole
 def markdown(results):
     """The choice of rates, and a table a split: mean ± deviation over seeds, and the difference from the base."""
     lines = [
-        "Accuracy (%) on held-back sketches of seen classes, of the tested epoch and of the last three; * chosen:",
+        "Accuracy (%) on held-back sketches of seen classes, of the tested epoch and of the last three; * chosen by it.",
+        f"{results['rows'][0]['metric']} of the unseen classes, by each matching, has no say:",
         "",
+        "| variant | rate | seen | unseen |",
+        "|---|---|---|---|",
     ]
-    lines += ["| variant | rates |", "|---|---|"]
-    for variant, runs in groupby(results["rates"], key=lambda run: run["variant"]):
-        lines.append(f"| {variant} | {'; '.join(map(_rate, runs))} |")
+    lines += map(_rate, results["rates"])
     for split, rows in groupby(results["rows"], key=lambda row: row["split"]):
         rows = list(rows)
         shown = list(dict.fromkeys(_matching(row) for row in rows))
@@ -29,7 +30,8 @@ def markdown(results):
 
 def _rate(run):
     last = " ".join(f"{value:.1f}" for value in run["accuracy"][-3:])
-    return f"{run['rate']}: {run['tested']:.1f} ({last}){' *' if run['chosen'] else ''}"
+    unseen, mark = " / ".join(f"{value:.3f}" for value in run["unseen"]), " *" if run["chosen"] else ""
+    return f"| {run['variant']} | {run['rate']}{mark} | {run['tested']:.1f} ({last}) | {unseen} |"
 
 
 def _matching(row):

@@ -105,13 +105,17 @@ def test_rates_are_sought_upwards_of_the_middle_and_all_else_runs_at_the_best(fo
 def test_differences_are_paired_and_commands_stand_beside_them(study):
     path, content = study
     records, random = studies.Records(path), np.random.default_rng(0)
-    rows = [{"matching": "one-to-one", "M": None, "K": None}, {"matching": "one-to-many", "M": 2, "K": 3}]
+    rows = [
+        {"matching": "one-to-one", "M": None, "K": None, "mAP@all": 0.25},
+        {"matching": "one-to-many", "M": 2, "K": 3, "mAP@all": 0.5},
+    ]
     for job in [studies.Job("zeroshot1", name, "2", seed) for name in ("cls", "method") for seed in (0, 1)]:
         records.runs[job.key] = {"metrics": ["mAP@all"], "tested": 5.0, "accuracy": [5.0], "rows": rows}
         records.queries[job.key] = random.random((2, 6)).astype(np.float32)
     for rate in ("1", "3"):
         for name in ("cls", "method"):
-            records.runs[f"zeroshot1/{name}/{rate}/0"] = {"tested": 1.0, "accuracy": [1.0]}
+            found = {"metrics": ["mAP@all"], "tested": 1.0, "accuracy": [1.0], "rows": rows}
+            records.runs[f"zeroshot1/{name}/{rate}/0"] = found
     records.queries["zeroshot1/classes"] = np.array([0, 0, 0, 0, 1, 1])
     results = studies.collect(content, records)
     method = [row for row in results["rows"] if row["variant"] == "the method"]
@@ -128,6 +132,7 @@ def test_differences_are_paired_and_commands_stand_beside_them(study):
         assert "--lr 2 " in row["train"] and row["test"].startswith("test_sketchy_ext_zeroshot --data_root DIR")
     assert [entry["rate"] for entry in results["rates"] if entry["chosen"]] == ["2", "2"]
     table = markdown(results)
+    assert "| the method | 1 | 1.0 (1.0) | 0.250 / 0.500 |\n| the method | 2 * | 5.0 (5.0) | 0.250 / 0.500 |" in table
     assert (
         f"| the method | 2 | {method[0]['mean']:.3f} ± {method[0]['deviation']:.3f} ({method[0]['difference']:+.3f}"
         in table
