@@ -10,8 +10,8 @@ from datasets.files import write_whole
 def markdown(results):
     """The choice of rates, and a table a split: mean ± deviation over seeds, and the difference from the base."""
     lines = [
-        "Seen: accuracy (%) on held-back sketches of seen classes, of the tested epoch and of the last three; * is chosen",
-        f"by it. Unseen: {results['rows'][0]['metric']} by each matching; it has no say.",
+        "Seen: accuracy (%) on held-back sketches of seen classes, of the tested epoch and of the last three; the best",
+        f"rate (*) is taken. Unseen: {results['rows'][0]['metric']} by each matching; it has no say.",
         "",
         "| variant | rate | seen | unseen |",
         "|---|---|---|---|",
