@@ -144,7 +144,8 @@ class Page:
         else:
             drawing = read_drawing(body)
             check_drawn(drawing, "drawing")
-            matches = finder.find(drawing, k, matching, allowed)
+            as_drawn = _whole(query.get("as_drawn") or "0", "as_drawn", 0, 1) == 1
+            matches = finder.find(drawing, k, matching, allowed, as_drawn)
         return {
             "index": album.stamp, "matching": finder.matching(matching), "found": [_as_json(match) for match in matches]
         }  # fmt: skip

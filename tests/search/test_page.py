@@ -82,6 +82,8 @@ def test_a_drawing_finds_what_the_finder_finds(client, shelf, matching):
     answer = find(client, drawing(), k=7, **options)
     assert told(answer) == as_found(finder.find(read_drawing(drawing()), 7, matching))
     assert answer["matching"] == (matching or "one-to-many")
+    as_drawn = find(client, drawing(), k=7, as_drawn=1, **options)
+    assert told(as_drawn) == as_found(finder.find(read_drawing(drawing()), 7, matching, as_drawn=True)) != told(answer)
     for each in answer["found"]:
         path = finder.index.path(each["photo"])
         assert (each["path"], each["name"]) == (path, os.path.basename(path))
@@ -241,6 +243,7 @@ def test_a_picture_of_a_phone_is_looked_at_upright():
 @pytest.mark.parametrize(("options", "said"), [
     ({"k": "0"}, "k: it is a whole number from 1 to 200"), ({"k": "201"}, "k: it is"), ({"k": "x"}, "k: it is"),
     ({"matching": "both"}, "matching: it is one of one-to-one, one-to-many"),
+    ({"as_drawn": "yes"}, "as_drawn: it is a whole number from 0 to 1"),
     ({"folder": "3"}, "folder: it is a whole number from 0 to 2"), ({"folder": "-1"}, "folder: it is"),
     ({"photo": "24"}, "photo: it is a whole number from 0 to 23"), ({"photo": ""}, "photo: it is"),
 ])  # fmt: skip

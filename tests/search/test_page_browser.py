@@ -309,7 +309,7 @@ def choose(visit, name, text):
     return visit.wait()
 
 
-def test_matching_number_and_folder_are_chosen(visit):
+def test_matching_clean_up_number_and_folder_are_chosen(visit):
     visit.draw("bell")
     many = visit.names
     choose(visit, "matching", "one-to-one")
@@ -318,6 +318,10 @@ def test_matching_number_and_folder_are_chosen(visit):
     assert len(visit.names) == 12
     choose(visit, "matching", "one-to-many")
     assert visit.names == many[:12]
+    cleaned = visit.run("return found.map(each => each.score)")
+    for as_before in (False, True):
+        visit.get("clean").click()
+        assert (visit.wait().run("return found.map(each => each.score)") == cleaned) is as_before
     choose(visit, "folder", "fish")
     assert len(visit.names) == 12 and all("fish" in name for name in visit.names)
 
@@ -431,11 +435,11 @@ def test_everything_has_a_name_and_a_place_in_the_order_of_the_keyboard(visit):
     visit.until("return location.hash.startsWith('#d=') && kept === turn")
     visit.open(visit.driver.current_url).wait()
     order = []
-    for _ in range(13):
+    for _ in range(14):
         selenium.ActionChains(visit.driver).send_keys(Keys.TAB).perform()
         order.append(visit.run("return document.activeElement.id || document.activeElement.className"))
-    tools = ["paper", "pen", "eraser", "undo", "clear", "choose", "link", "width", "matching", "count", "folder"]
-    assert order == [*tools, "", "photo"]
+    tools = ["paper", "pen", "eraser", "undo", "clear", "choose", "link", "width", "clean", "matching"]
+    assert order == [*tools, "count", "folder", "", "photo"]
 
 
 def test_a_page_whose_server_has_ended_says_so(visit):
