@@ -303,15 +303,23 @@ def collect(study, records):
 
 
 def _rows(values, base, classes):
-    """For each row of values (seeds, rows, Q): its mean, deviation over seeds, and difference from base (rows, Q)."""
-    for number in range(values.shape[1]):
+    """For each row of values (seeds, rows, Q): its mean, deviation over seeds, and difference from base (rows, Q); of
+    rows after the first, which is one-to-one, also the gain over that."""
+    together = values.mean(axis=0)
+    for number, row in enumerate(together):
         means = class_mean(values[:, number], classes)
         found = {"mean": float(means.mean()), "seeds": len(means)}
         found["deviation"] = float(means.std(ddof=1)) if len(means) > 1 else None
         if base is not None:
-            difference = values[:, number].mean(axis=0) - base[number]
-            found |= {"difference": float(class_mean(difference, classes)), "interval": bootstrap(difference, classes)}
+            found |= dict(zip(("difference", "interval"), _apart(row, base[number], classes), strict=True))
+        if number:
+            found |= dict(zip(("gain", "gain_interval"), _apart(row, together[0], classes), strict=True))
         yield found
+
+
+def _apart(one, other, classes):
+    """The class mean of the difference of two rows (Q,), and its interval."""
+    return float(class_mean(one - other, classes)), bootstrap(one - other, classes)
 
 
 def _choice(study, records, rates):

@@ -20,11 +20,12 @@ def markdown(results):
     for split, rows in groupby(results["rows"], key=lambda row: row["split"]):
         rows = list(rows)
         shown = list(dict.fromkeys(_matching(row) for row in rows))
-        lines += ["", f"{split}, {rows[0]['metric']}:", "", f"| variant | seeds | {' | '.join(shown)} |"]
-        lines.append("|---" * (len(shown) + 2) + "|")
+        lines += ["", f"{split}, {rows[0]['metric']}, and its difference from {results['base']}:", ""]
+        lines += [f"| variant | seeds | {' | '.join(shown)} | gain over {shown[0]} |", "|---" * (len(shown) + 3) + "|"]
         for variant, own in groupby(rows, key=lambda row: row["variant"]):
             own = list(own)
-            lines.append(f"| {variant} | {own[0]['seeds']} | {' | '.join(map(_cell, own))} |")
+            cells = [*map(_cell, own), "; ".join(_signed(row["gain"], row["gain_interval"]) for row in own[1:])]
+            lines.append(f"| {variant} | {own[0]['seeds']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -41,8 +42,12 @@ def _matching(row):
 def _cell(row):
     text = f"{row['mean']:.3f}" + (f" ± {row['deviation']:.3f}" if row["deviation"] is not None else "")
     if "difference" in row:
-        text += " ({:+.3f}, {:+.3f} to {:+.3f})".format(row["difference"], *row["interval"])
+        text += f" ({_signed(row['difference'], row['interval'])})"
     return text
+
+
+def _signed(difference, interval):
+    return "{:+.3f}, {:+.3f} to {:+.3f}".format(difference, *interval)
 
 
 def draw_differences(path, results):
@@ -65,7 +70,7 @@ def draw_differences(path, results):
         axis.invert_yaxis()
         axis.set(title=split, xlabel=f"{rows[0]['metric']}: difference from {results['base']}, 95 %")
         axis.grid(axis="x", alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.1))
     _write(path, figure)
 
 

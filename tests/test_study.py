@@ -130,6 +130,8 @@ def test_differences_are_paired_and_commands_stand_beside_them(study):
         assert row["difference"] == pytest.approx(np.mean(own) - np.mean(base))
         assert row["interval"][0] < row["difference"] < row["interval"][1]
         assert "--lr 2 " in row["train"] and row["test"].startswith("test_sketchy_ext_zeroshot --data_root DIR")
+    assert method[1]["gain"] == pytest.approx(method[1]["mean"] - method[0]["mean"]) and "gain" not in method[0]
+    assert method[1]["gain_interval"][0] < method[1]["gain"] < method[1]["gain_interval"][1]
     assert [entry["rate"] for entry in results["rates"] if entry["chosen"]] == ["2", "2"]
     table = markdown(results)
     assert "| the method | 1 | 1.0 (1.0) | 0.250 / 0.500 |\n| the method | 2 * | 5.0 (5.0) | 0.250 / 0.500 |" in table
