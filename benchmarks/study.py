@@ -28,7 +28,7 @@ from study_report import draw_differences, draw_sweeps, markdown  # noqa: E402
 from datasets.errors import InputError, ends_in_one_line  # noqa: E402
 from datasets.files import sole_writer, write_json, write_whole  # noqa: E402
 from datasets.protocols import PROTOCOLS  # noqa: E402
-from models.compare import bootstrap, class_mean  # noqa: E402
+from models.compare import apart, over_seeds  # noqa: E402
 from models.eval.report import QUERIES  # noqa: E402
 from models.options import test_parser, train_parser  # noqa: E402
 
@@ -289,9 +289,9 @@ def collect(study, records):
             ]
             if not done:
                 continue
-            values = np.stack([records.queries[job.key] for job in done]).astype(np.float64)
+            values = np.stack([records.queries[job.key] for job in done], axis=1).astype(np.float64)
             is_base = variant == study["base"]
-            base = values.mean(axis=0) if is_base else base
+            base = values if is_base else base
             found = _rows(values, None if is_base else base, records.queries[f"{split}/classes"])
             train, test = (" ".join(each) for each in commands(done[0], study))
             for row, numbers in zip(records.runs[done[0].key]["rows"], found, strict=True):
@@ -303,23 +303,15 @@ def collect(study, records):
 
 
 def _rows(values, base, classes):
-    """For each row of values (seeds, rows, Q): its mean, deviation over seeds, and difference from base (rows, Q); of
-    rows after the first, which is one-to-one, also the gain over that."""
-    together = values.mean(axis=0)
-    for number, row in enumerate(together):
-        means = class_mean(values[:, number], classes)
-        found = {"mean": float(means.mean()), "seeds": len(means)}
-        found["deviation"] = float(means.std(ddof=1)) if len(means) > 1 else None
+    """For each row of values (rows, seeds, Q): its mean, deviation over seeds, and difference from base (shaped alike);
+    of rows after the first, which is one-to-one, also the gain over that."""
+    for number, row in enumerate(values):
+        found = over_seeds(row, classes)
         if base is not None:
-            found |= dict(zip(("difference", "interval"), _apart(row, base[number], classes), strict=True))
+            found["difference"], found["interval"] = apart(row, base[number], classes)
         if number:
-            found |= dict(zip(("gain", "gain_interval"), _apart(row, together[0], classes), strict=True))
+            found["gain"], found["gain_interval"] = apart(row, values[0], classes)
         yield found
-
-
-def _apart(one, other, classes):
-    """The class mean of the difference of two rows (Q,), and its interval."""
-    return float(class_mean(one - other, classes)), bootstrap(one - other, classes)
 
 
 def _choice(study, records, rates):

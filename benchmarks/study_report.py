@@ -5,6 +5,7 @@ from itertools import groupby
 import numpy as np
 
 from datasets.files import write_whole
+from models.compare import cell, signed
 
 
 def markdown(results):
@@ -24,7 +25,7 @@ def markdown(results):
         lines += [f"| variant | seeds | {' | '.join(shown)} | gain over {shown[0]} |", "|---" * (len(shown) + 3) + "|"]
         for variant, own in groupby(rows, key=lambda row: row["variant"]):
             own = list(own)
-            cells = [*map(_cell, own), "; ".join(_signed(row["gain"], row["gain_interval"]) for row in own[1:])]
+            cells = [*map(cell, own), "; ".join(signed(row["gain"], row["gain_interval"]) for row in own[1:])]
             lines.append(f"| {variant} | {own[0]['seeds']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -37,17 +38,6 @@ def _rate(run):
 
 def _matching(row):
     return row["matching"] if row["M"] is None else f"{row['matching']}, M {row['M']}, K {row['K']}"
-
-
-def _cell(row):
-    text = f"{row['mean']:.3f}" + (f" ± {row['deviation']:.3f}" if row["deviation"] is not None else "")
-    if "difference" in row:
-        text += f" ({_signed(row['difference'], row['interval'])})"
-    return text
-
-
-def _signed(difference, interval):
-    return "{:+.3f}, {:+.3f} to {:+.3f}".format(difference, *interval)
 
 
 def draw_differences(path, results):

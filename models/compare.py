@@ -167,13 +167,9 @@ def compare(settings, names, metric, draws=10_000, seed=0):
         found = [np.stack([_of_row(run, row, metric) for run in runs]) for runs in settings]
         entries = []
         for name, values in zip(names, found, strict=True):
-            means = class_mean(values, classes)
-            deviation = float(means.std(ddof=1)) if len(means) > 1 else None
-            entry = {"name": name, "mean": float(means.mean()), "deviation": deviation, "seeds": len(means)}
+            entry = {"name": name, **over_seeds(values, classes)}
             if values is not found[0]:
-                difference = values.mean(axis=0) - found[0].mean(axis=0)
-                entry |= {"difference": float(class_mean(difference, classes)),
-                    "interval": bootstrap(difference, classes, draws, seed)}  # fmt: skip
+                entry["difference"], entry["interval"] = apart(values, found[0], classes, draws, seed)
             entries.append(entry)
         subspaces, clusters, weight = row
         named = {"matching": "one-to-one"} if not clusters else {"M": int(subspaces), "K": int(clusters)}
@@ -183,6 +179,19 @@ def compare(settings, names, metric, draws=10_000, seed=0):
 
 def _of_row(run, row, metric):
     return np.nan_to_num(run.values[run.rows.index(row), run.metrics.index(metric)])
+
+
+def over_seeds(values, classes):
+    """{"mean", "deviation" (None for one seed), "seeds"} of values (seeds, Q); classes: (Q,) from 0."""
+    means = class_mean(values, classes)
+    deviation = float(means.std(ddof=1)) if len(means) > 1 else None
+    return {"mean": float(means.mean()), "deviation": deviation, "seeds": len(means)}
+
+
+def apart(values, base, classes, draws=10_000, seed=0):
+    """(difference, its interval) of two values (seeds, Q), whose sketches are paired; draws, seed: see bootstrap."""
+    difference = values.mean(axis=0) - base.mean(axis=0)
+    return float(class_mean(difference, classes)), bootstrap(difference, classes, draws, seed)
 
 
 def class_mean(values, classes):
@@ -217,7 +226,7 @@ def bootstrap(values, classes, draws=10_000, seed=0, level=0.95):
 def markdown(table, names, metric):
     """The table in Markdown: a line a row, a column a setting."""
     lines = ["| " + " | ".join([metric, *names]) + " |", "|" + "---|" * (len(names) + 1)]
-    lines += ["| " + " | ".join([entry["row"], *map(_cell, entry["settings"])]) + " |" for entry in table]
+    lines += ["| " + " | ".join([entry["row"], *map(cell, entry["settings"])]) + " |" for entry in table]
     return "\n".join([*lines, "", _LEGEND, ""])
 
 
@@ -226,7 +235,7 @@ def latex(table, names, metric):
     lines = [r"\begin{tabular}{l" + "c" * len(names) + "}", r"\toprule"]
     lines += [" & ".join(map(_escaped, [metric, *names])) + r" \\", r"\midrule"]
     for entry in table:
-        cells = [_escaped(_cell(each)).replace("±", r"$\pm$") for each in entry["settings"]]
+        cells = [_escaped(cell(each)).replace("±", r"$\pm$") for each in entry["settings"]]
         lines.append(" & ".join([_escaped(entry["row"]), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", f"% {_LEGEND}", ""])
 
@@ -237,11 +246,17 @@ _LEGEND = (
 )
 
 
-def _cell(entry):
+def cell(entry):
+    """The text of what over_seeds and apart give."""
     text = f"{entry['mean']:.3f}" + ("" if entry["deviation"] is None else f" ± {entry['deviation']:.3f}")
     if "difference" in entry:
-        text += " ({:+.3f}, {:+.3f} to {:+.3f})".format(entry["difference"], *entry["interval"])
+        text += f" ({signed(entry['difference'], entry['interval'])})"
     return text
+
+
+def signed(difference, interval):
+    """The text of a difference and its interval."""
+    return "{:+.3f}, {:+.3f} to {:+.3f}".format(difference, *interval)
 
 
 def _escaped(text):
