@@ -22,7 +22,7 @@ from datasets.files import digest, write_json, write_whole
 from models.alignment import TERMS
 from models.run import MEASURES
 from models.saved import check_saved, plain_options
-from models.search.exported import FORMAT
+from models.search.exported import FORMAT, parsed
 from models.speaker import note
 from models.torchfiles import UnreadableFile, gist, is_whole, read_torch, safetensors_metadata
 from models.weights import load_published, published_state, student_of
@@ -123,12 +123,13 @@ def read_checkpoint(path):
 
 def _exported_with(path):
     """What models.export wrote beside weights, under the names of a training checkpoint; {} for files of others."""
-    told = safetensors_metadata(path) if str(path).endswith(".safetensors") else {}
-    if told.get("format") != FORMAT:
+    metadata = safetensors_metadata(path) if str(path).endswith(".safetensors") else {}
+    if metadata.get("format") != FORMAT:
         return {}
     try:
-        sizes = {name: int(told[name]) for name in ("input_size", "imagenet_classes")}
-        return {"options": {"model": told["model"], **sizes}, "classes": json.loads(told.get("classes", "null"))}
+        told = parsed(metadata)
+        options = {name: told[name] for name in ("model", "input_size", "imagenet_classes")}
+        return {"options": options, "classes": json.loads(metadata.get("classes", "null"))}
     except (KeyError, ValueError, RecursionError):
         return {}
 

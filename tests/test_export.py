@@ -108,10 +108,12 @@ def test_safetensors_hold_the_weights_and_what_they_are(student, checkpoint, tmp
         assert all(torch.equal(value, state[name]) for name, value in published_state(network.backbone).items())
 
 
+TOLD = {"model": "m", "input_size": "40", "imagenet_classes": "7", "width": "3", "sha256": "ab" * 32}
+
+
 @pytest.mark.parametrize("metadata", [
-    None, {"model": "m"}, {"format": FORMAT, "model": "m", "input_size": "x", "imagenet_classes": "7"},
+    None, TOLD, TOLD | {"format": FORMAT, "input_size": "x"}, TOLD | {"format": FORMAT, "classes": "["},
     {"format": FORMAT, "model": "m", "input_size": "40"},
-    {"format": FORMAT, "model": "m", "input_size": "40", "imagenet_classes": "7", "classes": "["},
 ])  # fmt: skip
 def test_safetensors_of_others_are_bare_weights(metadata, tmp_path):
     save_file({"a": torch.zeros(3)}, tmp_path / "s.safetensors", metadata)

@@ -128,7 +128,7 @@ def _publisher(options):
         return None
     from models.search.publish import check_own, publish
 
-    server = milvus.Server(options.uri, options.collection or milvus.COLLECTION)
+    server = milvus.Server(options.uri, options.collection)
     check_own(server, options.index)
 
     def run():
@@ -141,7 +141,7 @@ def _publisher(options):
 def _place(options):
     """Where the index is that options name, see find.open_place. Raises InputError."""
     milvus = _milvus(options)
-    return milvus.existing(options.uri, options.collection or milvus.COLLECTION) if milvus else options.index
+    return milvus.existing(options.uri, options.collection) if milvus else options.index
 
 
 def _milvus(options):

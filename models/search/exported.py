@@ -31,9 +31,14 @@ def told_by(path):
     if metadata.get("format") != FORMAT:
         raise InputError(f"{path}: an ONNX file of others, or of another version of this program; {NOT_OURS}")
     try:
-        return {name: kind(metadata[name]) for name, kind in TOLD.items()}
+        return parsed(metadata)
     except (KeyError, ValueError):
         raise InputError(f"{path}: does not tell what network it holds; {NOT_OURS}") from None
+
+
+def parsed(metadata):
+    """TOLD by name, of the metadata {name: text} that models.export writes. Raises KeyError, ValueError."""
+    return {name: kind(metadata[name]) for name, kind in TOLD.items()}
 
 
 def load(path, model, input_size, imagenet_classes, device):

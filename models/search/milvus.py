@@ -57,10 +57,12 @@ class Server:
 
     uri: http://HOST:PORT, https://..., or a path that ends in .db, which milvus-lite makes and opens in this process.
     The environment variable MILVUS_TOKEN is shown to servers that want one.
+    collection: None for COLLECTION.
     Raises InputError if it is none, or Milvus cannot be reached there.
     """
 
-    def __init__(self, uri, collection=COLLECTION):
+    def __init__(self, uri, collection=None):
+        collection = COLLECTION if collection is None else collection
         _check_names(uri, collection)
         self.uri, self.collection, self.place = uri, collection, f"{collection} at {uri}"
         token = os.environ.get("MILVUS_TOKEN", "")
@@ -119,14 +121,14 @@ class Server:
         return index
 
 
-def existing(uri, collection=COLLECTION):
+def existing(uri, collection=None):
     """The Server that is to hold an index already: a file is not made. Raises InputError."""
     if _is_file(uri) and not Path(uri).exists():
         raise InputError(f"--uri {uri}: no such file; make it with search_photos.py index, or correct --uri")
     return Server(uri, collection)
 
 
-def open_milvus(uri, collection=COLLECTION):
+def open_milvus(uri, collection=None):
     """The MilvusIndex in a collection. Raises InputError as Server and Server.open do."""
     return existing(uri, collection).open()
 
