@@ -233,7 +233,7 @@ def take_turns(cases, options):
     for turn in range(-1, options.rounds):  # the first warms up
         for name, run in cases.items():
             with freed_memory_kept() if name.startswith("ours") else nullcontext():  # as the train scripts do
-                run()
+                run()  # fills the memory that is kept
                 finish(options)
                 start = time.perf_counter()
                 for _ in range(steps):
@@ -249,12 +249,15 @@ def finish(options):
         torch.cuda.synchronize(options.device)
 
 
-MEMORY = {  # parts, checkpointing, precision
-    "fp32": (1, False, "fp32"),
-    "fp32, --accum_steps 4": (4, False, "fp32"),
-    "fp32, --grad_checkpointing": (1, True, "fp32"),
-    "both": (4, True, "fp32"),
-    "bf16": (1, False, "bf16"),
+MEMORY = {  # parts, checkpointing, precision, whether freed memory is kept: as the train scripts do, and otherwise
+    "fp32": (1, False, "fp32", True),
+    "fp32, freed memory given back": (1, False, "fp32", False),
+    "fp32, --accum_steps 4": (4, False, "fp32", True),
+    "fp32, --grad_checkpointing": (1, True, "fp32", False),
+    "fp32, --grad_checkpointing, freed memory kept": (1, True, "fp32", True),
+    "both": (4, True, "fp32", False),
+    "bf16": (1, False, "bf16", True),
+    "bf16, freed memory given back": (1, False, "bf16", False),
 }
 
 
@@ -269,10 +272,10 @@ def memory(options):
 
 
 def one_memory(options):
-    parts, checkpointing, precision = MEMORY[options.case]
+    parts, checkpointing, precision, kept = MEMORY[options.case]
     network = create_backbone("convnextv2_tiny")
     run = our_case(network, example_batch(options), precision, False, True, parts, checkpointing)
-    with freed_memory_kept():
+    with freed_memory_kept() if kept else nullcontext():
         run()
         finish(options)
         start = time.perf_counter()

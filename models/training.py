@@ -4,7 +4,7 @@
 the run alone, so a run that was interrupted ends with the weights of one that was not.
 """
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import numpy as np
 import torch
@@ -85,7 +85,8 @@ def main(protocol_name, argv=None):
         )  # fmt: skip
         keeper = Keeper(options.savedir, record, options.save_every, options.overwrite)
         parallel.connect(options.device)
-        with freed_memory_kept():
+        # Who recomputes to save memory would need half as much again.
+        with nullcontext() if options.grad_checkpointing else freed_memory_kept():
             return train(run, data, recipe, keeper, watch, options.print_freq)
 
 
