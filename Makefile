@@ -37,10 +37,10 @@ test: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
 torture: .venv/ready
-	$(PY) tests/torture.py
+	$(PY) tests/helpers/kill_resume.py
 
 fuzz: .venv/ready
-	$(PY) tests/fuzz.py
+	$(PY) tests/helpers/fuzz.py
 
 gpu: .venv/ready
 	$(PY) benchmarks/gpu.py

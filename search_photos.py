@@ -6,18 +6,12 @@
 Writes the folder photo_index. `torchrun --nproc_per_node 2 search_photos.py index ...` shares the photos.
 """
 
-import os
-
-from datasets import errors
+from utils.cli import run_command
 
 
-@errors.ends_in_one_line(speaks=lambda: os.environ.get("RANK", "0") == "0")
 def main(argv=None):
     """Command line; returns what the command did."""
-    from models.search.commands import create_parser
-
-    options = create_parser().parse_args(argv)
-    return options.run(options)
+    return run_command("photo_search.cli", argv)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@
 Reads checkpoint/quickdraw (checkpoint.pth.tar or features_zero.pickle), writes results.json there.
 """
 
-from models.testing import main as run
+from utils.cli import run_command
 
 
 def main(argv=None):
-    return run("quickdraw", argv)
+    return run_command("models.testing", "quickdraw", argv)
 
 
 if __name__ == "__main__":

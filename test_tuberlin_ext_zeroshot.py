@@ -5,11 +5,11 @@
 Reads checkpoint/tuberlin (model_best.pth.tar or features_zero.pickle), writes results.json there.
 """
 
-from models.testing import main as run
+from utils.cli import run_command
 
 
 def main(argv=None):
-    return run("tuberlin", argv)
+    return run_command("models.testing", "tuberlin", argv)
 
 
 if __name__ == "__main__":

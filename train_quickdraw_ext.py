@@ -5,11 +5,11 @@
 Reads datasets/QuickDraw, writes checkpoint/quickdraw, which test_quickdraw_ext_zeroshot.py reads.
 """
 
-from models.training import main as run
+from utils.cli import run_command
 
 
 def main(argv=None):
-    return run("quickdraw", argv)
+    return run_command("models.training", "quickdraw", argv)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ Reads datasets/Sketchy, writes checkpoint/sketchy/<zero_version>; test_sketchy_e
 test_sketchy_ext_split_zeroshot.py read that.
 """
 
-from models.training import main as run
+from utils.cli import run_command
 
 
 def main(argv=None):
-    return run("sketchy", argv)
+    return run_command("models.training", "sketchy", argv)
 
 
 if __name__ == "__main__":

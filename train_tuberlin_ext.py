@@ -5,11 +5,11 @@
 Reads datasets/TUBerlin, writes checkpoint/tuberlin, which test_tuberlin_ext_zeroshot.py reads.
 """
 
-from models.training import main as run
+from utils.cli import run_command
 
 
 def main(argv=None):
-    return run("tuberlin", argv)
+    return run_command("models.training", "tuberlin", argv)
 
 
 if __name__ == "__main__":

@@ -22,21 +22,23 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import models  # noqa: E402, F401, I001, before NumPy, as in the scripts
+from utils import numpy_sort  # noqa: E402
+
+numpy_sort.choose_kernel()  # before NumPy, as in the scripts
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from sklearn.cluster import KMeans  # noqa: E402
 from sklearn.decomposition import PCA  # noqa: E402
 from sklearn.mixture import GaussianMixture  # noqa: E402
 
-from datasets.benchmark import open_benchmark  # noqa: E402
-from datasets.files import digest, write_whole  # noqa: E402
-from datasets.zeroshot import Loading, evaluation_loader  # noqa: E402
+from datasets.lists import open_benchmark  # noqa: E402
+from datasets.loaders import Loading, evaluation_loader  # noqa: E402
 from models.eval.codebooks import fit_codebook  # noqa: E402
-from models.eval.evaluation import evaluate  # noqa: E402
+from models.eval.evaluate import evaluate  # noqa: E402
 from models.eval.features import Features, extract  # noqa: E402
 from models.eval.metrics import class_means  # noqa: E402
-from models.search.trained import load_student  # noqa: E402
+from photo_search.trained import load_student  # noqa: E402
+from utils.files import atomic_write, sha256_of  # noqa: E402
 
 GRID = (2, 5, 10, 20, 40, 80)  # of K, for the rules that fit mixtures
 RULES = {  # of photos (N, D) and classes: K
@@ -92,7 +94,7 @@ def main():
 
 def albums(root, options):
     """(Album of the unseen classes, Album of all classes) of a benchmark folder."""
-    path = options.cache / f"{Path(root).name}-{digest(options.checkpoint)[:12]}.npz"
+    path = options.cache / f"{Path(root).name}-{sha256_of(options.checkpoint)[:12]}.npz"
     if not path.is_file():
         options.cache.mkdir(parents=True, exist_ok=True)
         (student, facts, _), benchmark = load_student(options.checkpoint), open_benchmark("sketchy", root)
@@ -103,7 +105,7 @@ def albums(root, options):
                 loader = evaluation_loader(files, Loading(facts["input_size"]))
                 arrays[f"{kind} {split}"] = np.concatenate(list(extract(student, loader, "cpu")))
                 arrays[f"{kind} {split} labels"] = files.labels
-        with write_whole(path) as file:
+        with atomic_write(path) as file:
             np.savez(file, **arrays)
     with np.load(path) as arrays:
         zero, train = (
@@ -237,7 +239,7 @@ def draw_figure(path, changes):
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set_ylabel(f"mAP@all less one-to-one's, M {subspaces}")
         axis.legend(fontsize=6, ncols=2)
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 

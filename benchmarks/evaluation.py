@@ -23,9 +23,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import models  # noqa: E402, F401, I001, before NumPy, as in the scripts
-import numpy as np  # noqa: E402
+from utils import numpy_sort  # noqa: E402
 
+numpy_sort.choose_kernel()  # before NumPy, as in the scripts
+import numpy as np  # noqa: E402
 from benchmarks.peers import PEERS  # noqa: E402
 
 SIZES = {  # unseen sketches, photos
@@ -204,7 +205,7 @@ def codebooks_of(options, gallery):
 def ours_matching(options, dtype, queries=None, photos=None, rows="all"):
     import torch
 
-    from models.eval.evaluation import evaluate
+    from models.eval.evaluate import evaluate
     from models.eval.features import Features
     from models.eval.metrics import STANDARD
 
@@ -230,7 +231,7 @@ def plain_matching(options):
     from scipy.spatial.distance import cdist
 
     from datasets.protocols import PROTOCOLS
-    from models.eval.evaluation import evaluate
+    from models.eval.evaluate import evaluate
     from models.eval.features import Features
 
     gallery, gallery_labels, query, query_labels = load(options)
@@ -333,17 +334,17 @@ def em_step(options, kind, width):
     from sklearn.cluster import KMeans
     from sklearn.mixture import GaussianMixture
 
-    from models.eval import mixture
+    from models.eval import gmm
 
     points = np.ascontiguousarray(load(options, kind)[0][:, : int(width)])
     labels = KMeans(25, n_init=1, random_state=np.random.RandomState(123)).fit(points).labels_
-    mixture.TOLERANCE = 0.0
+    gmm.TOLERANCE = 0.0
     single, start = torch.from_numpy(points).to(options.device), torch.from_numpy(labels)
     seconds = {}
     for iterations in (1, 10):
-        mixture.ITERATIONS = iterations
+        gmm.ITERATIONS = iterations
         begin = time.perf_counter()
-        ours = mixture.fit_mixture(single, start, 25)
+        ours = gmm.fit_mixture(single, start, 25)
         seconds[iterations] = time.perf_counter() - begin
     theirs = GaussianMixture(25, max_iter=10, tol=0.0)
     theirs._initialize_parameters = lambda X, *_, **__: theirs._initialize(X, np.eye(25)[labels])

@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader, TensorDataset
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from datasets.benchmark import FileList  # noqa: E402
-from datasets.zeroshot import Loading, evaluation_loader  # noqa: E402
+from datasets.lists import FileList  # noqa: E402
+from datasets.loaders import Loading, evaluation_loader  # noqa: E402
 from models.eval.features import extract  # noqa: E402
-from models.memory import freed_memory_kept  # noqa: E402
 from models.weights import create_pair  # noqa: E402
+from utils.memory import freed_memory_kept  # noqa: E402
 
 
 def main():

@@ -22,13 +22,16 @@ from timm.models.convnext import ConvNeXt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.alignment import Batch  # noqa: E402
 from models.eval.codebooks import fit_codebooks, mixture_device  # noqa: E402
-from models.eval.evaluation import evaluate  # noqa: E402
+from models.eval.evaluate import evaluate  # noqa: E402
 from models.eval.features import Features  # noqa: E402
+from models.losses import Batch  # noqa: E402
 from models.networks import Student, Teacher, place  # noqa: E402
-from models.run import Run, create_optimizers  # noqa: E402
-from models.step import train_step  # noqa: E402
+from models.train_step import (  # noqa: E402
+    Run,
+    create_optimizers,
+    train_step,
+)
 
 # Figures, each a script of this folder with its options.
 FIGURES = [

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import test_sketchy_ext_zeroshot  # noqa: E402
 import train_sketchy_ext  # noqa: E402
-from datasets.benchmark import open_benchmark  # noqa: E402
+from datasets.lists import open_benchmark  # noqa: E402
 from models.eval.metrics import average_precision, class_means, rank  # noqa: E402
 
 SMALL = "--model convnextv2_atto --input_size 48".split()

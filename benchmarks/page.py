@@ -28,7 +28,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import models  # noqa: E402, F401, I001, before NumPy, as in the scripts
+from utils import numpy_sort  # noqa: E402
+
+numpy_sort.choose_kernel()  # before NumPy, as in the scripts
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 

@@ -23,10 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import models  # noqa: E402, F401, I001, before NumPy, as in the scripts
+from utils import numpy_sort  # noqa: E402
+
+numpy_sort.choose_kernel()  # before NumPy, as in the scripts
 import numpy as np  # noqa: E402
 
-from models.search.index import RECORD, open_index, write_index  # noqa: E402
+from photo_search.index import RECORD, open_index, write_index  # noqa: E402
 
 WIDTH, CLASSES, DIRECTIONS = 768, 1000, 64
 INSIDE, OUTSIDE = 0.5, 0.4  # how far a photo is from its class, in those directions and in others; a class is at 1
@@ -148,7 +150,7 @@ def _memory():
 
 def _ours(weight):
     def run(folder, count):
-        from models.search.cells import search
+        from photo_search.cells import search
 
         began = time.perf_counter()
         index = open_index(folder)

@@ -15,20 +15,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import models  # noqa: E402, F401, I001, before NumPy, as in the scripts
+from utils import numpy_sort  # noqa: E402
+
+numpy_sort.choose_kernel()  # before NumPy, as in the scripts
 import numpy as np  # noqa: E402
 from PIL import Image, ImageChops  # noqa: E402
 from scipy import ndimage  # noqa: E402
 
-from datasets.benchmark import open_benchmark  # noqa: E402
-from datasets.files import write_whole  # noqa: E402
 from datasets.images import read_rgb  # noqa: E402
+from datasets.lists import open_benchmark  # noqa: E402
 from models.compare import bootstrap, class_mean  # noqa: E402
 from models.eval.codebooks import fit_codebook  # noqa: E402
-from models.eval.evaluation import evaluate  # noqa: E402
+from models.eval.evaluate import evaluate  # noqa: E402
 from models.eval.features import Features  # noqa: E402
-from models.search import sketch  # noqa: E402
-from models.search.network import load_network  # noqa: E402
+from photo_search import sketch  # noqa: E402
+from photo_search.encoder import load_network  # noqa: E402
+from utils.files import atomic_write  # noqa: E402
 
 METRICS, BATCH = ("mAP@all", "Prec@100"), 64
 
@@ -145,7 +147,7 @@ def draw_figure(path, cases, files, side=112):
         for row, image in enumerate((spoilt, sketch.clean_up(spoilt))):
             image.thumbnail((side - 4, side - 4))
             sheet.paste(image, (column * side + 2, row * side + 2))
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         sheet.quantize(64).save(file, "PNG")
 
 

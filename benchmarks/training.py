@@ -27,11 +27,10 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from datasets.benchmark import FileList, open_benchmark  # noqa: E402
 from datasets.images import draw_augmentation  # noqa: E402
-from datasets.zeroshot import Loading, TrainingImages, training_loader  # noqa: E402
-from models.alignment import Batch, alignment_losses  # noqa: E402
-from models.memory import freed_memory_kept  # noqa: E402
+from datasets.lists import FileList, open_benchmark  # noqa: E402
+from datasets.loaders import Loading, TrainingImages, training_loader  # noqa: E402
+from models.losses import Batch, alignment_losses  # noqa: E402
 from models.networks import (  # noqa: E402
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -43,8 +42,9 @@ from models.networks import (  # noqa: E402
     normalise,
     place,
 )
-from models.run import Run, create_optimizers  # noqa: E402
+from models.train_step import Run, create_optimizers  # noqa: E402
 from models.training import train_step  # noqa: E402
+from utils.memory import freed_memory_kept  # noqa: E402
 
 SEEN = 100
 FORWARD = 4.47e9 * 2  # FLOPs of one image through ConvNeXt V2-Tiny at 224; backward takes twice as many

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from datasets.errors import InputError
+from utils.cli import InputError
 
 
 @contextmanager
-def without_warnings():
+def no_pillow_warnings():
     """Within this block no warning is printed. Pillow warns of large images, and of damage that does not stop it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -29,7 +29,7 @@ def read_rgb(path):
     Raises InputError naming the file if it does not exist, may not be read, is damaged or is no image.
     """
     try:
-        with without_warnings(), Image.open(path) as image:
+        with no_pillow_warnings(), Image.open(path) as image:
             image.load()
             return as_rgb(image)
     except FileNotFoundError:

@@ -10,10 +10,10 @@ import sys
 
 import torch
 
-from datasets.benchmark import open_benchmark
-from datasets.zeroshot import Loading
+from datasets.lists import open_benchmark
+from datasets.loaders import Loading
 from models.eval.codebooks import fit_codebooks
-from models.eval.evaluation import evaluate
+from models.eval.evaluate import evaluate
 from models.eval.features import extract_all
 from models.eval.metrics import class_means
 from models.weights import create_pair

@@ -9,11 +9,10 @@ import sys
 
 import torch
 
-from datasets.benchmark import open_benchmark
-from datasets.zeroshot import Loading
-from models.data import open_training_data
+from datasets.lists import open_benchmark
+from datasets.loaders import Loading, open_training_data
 from models.networks import place
-from models.run import MEASURES, Recipe, Run, create_optimizers
+from models.train_step import MEASURES, Recipe, Run, create_optimizers
 from models.training import close_epoch, train_epoch
 from models.weights import create_pair
 

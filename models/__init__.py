@@ -1,5 +1,1 @@
-"""SBKA itself: networks, alignment, training and the zero-shot test."""
-
-from models import sort_kernel
-
-sort_kernel.choose()  # here, since nothing of this package imports NumPy earlier
+"""SBKA itself: networks, losses, training and the zero-shot test."""

@@ -16,16 +16,24 @@ from pathlib import Path
 
 import torch
 
-from datasets.benchmark import MASK
-from datasets.errors import InputError
-from datasets.files import digest, write_json, write_whole
-from models.alignment import TERMS
-from models.run import MEASURES
+from datasets.lists import MASK
+from models.losses import LOSS_NAMES
 from models.saved import check_saved, plain_options
-from models.search.exported import FORMAT, parsed
-from models.speaker import note
-from models.torchfiles import UnreadableFile, gist, is_whole, read_torch, safetensors_metadata
-from models.weights import load_published, published_state, student_of
+from models.train_step import MEASURES
+from models.weights import (
+    UnreadableFile,
+    gist,
+    is_whole,
+    load_published,
+    published_state,
+    read_torch,
+    safetensors_metadata,
+    student_of,
+)
+from photo_search.exported import FORMAT, parsed
+from utils.cli import InputError
+from utils.distributed import log_rank0
+from utils.files import atomic_write, sha256_of, write_json
 
 LAST, BEST, BEST_AFTER_WARMUP = "checkpoint.pth.tar", "model_best.pth.tar", "best_after_warmup.pth.tar"
 PREVIOUS = "checkpoint.previous.pth.tar"  # what LAST was before, for a disk that tears it
@@ -139,7 +147,7 @@ def save_checkpoint(path, student, teacher=None, **rest):
     content = {"state_dict": {f"module.{name}": value for name, value in published_state(student).items()}, **rest}
     if teacher is not None:
         content["teacher"] = published_state(teacher)
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # how torch reports a write that failed
@@ -170,7 +178,7 @@ def find_checkpoint(folder, kept):
     for name in (kept, BEST_AFTER_WARMUP, LAST):
         if os.path.isfile(folder / name):
             if name != kept:
-                note(f"note: {folder} has no {kept}, testing {name}")
+                log_rank0(f"note: {folder} has no {kept}, testing {name}")
             return folder / name
     return None
 
@@ -188,7 +196,7 @@ def restore(run, savedir, record, defaults):
     load_published(run.student, checkpoint["state_dict"], path)
     load_published(run.teacher, checkpoint["teacher"], path)
     # Without ka_student the student's ImageNet head learns late, or never.
-    idle = () if "ka_student" in record["options"].get("losses", TERMS) else tuple(run.student.head.parameters())
+    idle = () if "ka_student" in record["options"].get("losses", LOSS_NAMES) else tuple(run.student.head.parameters())
     try:
         saved = check_saved(checkpoint, run.optimizers, idle)
     except (ValueError, RuntimeError) as error:
@@ -218,7 +226,7 @@ def _read_last(savedir):
             torn = torn or f"{path}: damaged, its sums do not agree"
             continue
         if torn:
-            note(f"note: {torn}; going on from {PREVIOUS}, the one before")
+            log_rank0(f"note: {torn}; going on from {PREVIOUS}, the one before")
         return path, content
     raise InputError(f"{torn}; it cannot be resumed, start anew with --overwrite")
 
@@ -243,7 +251,7 @@ def _check_same_options(before, now, path):
 def data_record(files, benchmark, has_mask):
     """SHA-256 by name of the lists (FileLists) and, if it has one, the mask that a run learns from."""
     paths = [*(each.source for each in files), *([benchmark.lists / MASK] if has_mask else [])]
-    return {path.name: digest(path) for path in paths}
+    return {path.name: sha256_of(path) for path in paths}
 
 
 def _check_same_data(before, now):

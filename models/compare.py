@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from scipy import stats
 
-from datasets.errors import InputError, OneLineParser, ends_in_one_line, number, seed
-from datasets.files import check_writable, write_whole
 from models.eval.figures import row_name
 from models.eval.metrics import class_means
 from models.eval.report import QUERIES
+from utils.cli import InputError, OneLineParser, number_type, one_line_errors, seed_type
+from utils.files import atomic_write, check_writable
 
 # Options that tell runs of one setting apart, or are no part of it.
 _OF_A_RUN = {"seed", "savedir", "resume_dir", "data_root", "device", "workers", "mixture_device"}
@@ -38,7 +38,7 @@ class Tested:
     sketches: np.ndarray  # (Q,) text
 
 
-@ends_in_one_line()
+@one_line_errors()
 def main(argv=None):
     """Command line."""
     options = create_parser().parse_args(argv)
@@ -69,9 +69,9 @@ def create_parser():
     add("runs", type=Path, nargs="+", metavar="RUN", help="folders of tests; the first one's setting is compared with")
     add("--names", nargs="+", metavar="NAME", help="what to call the settings, in the order of the runs")
     add("--metric", help="what to compare (default: the protocol's first)")
-    add("--draws", type=number(int, 100, 10**6, "a whole number from 100 to a million"), default=10_000,
+    add("--draws", type=number_type(int, 100, 10**6, "a whole number from 100 to a million"), default=10_000,
         help="of the bootstrap")  # fmt: skip
-    add("--seed", type=seed, default=0, help="of the bootstrap")
+    add("--seed", type=seed_type, default=0, help="of the bootstrap")
     add("--out", type=Path, default=Path("comparison"), metavar="DIR", help="takes the figure and the tables")
     return parser
 
@@ -292,12 +292,12 @@ def draw(path, table, names, metric):
     axis.grid(axis="x", alpha=0.3)
     for text in axis.legend(fontsize=8).get_texts():
         text.set_parse_math(False)
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
 
 def _write(path, text):
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 

@@ -22,13 +22,12 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
-from datasets.errors import InputError, OneLineParser, ends_in_one_line, pixels, positive
-from datasets.files import write_whole
 from models.eval.features import embed
-from models.search.exported import FORMAT
-from models.search.trained import load_student
-from models.torchfiles import gist
-from models.weights import check_size, published_state
+from models.weights import check_size, gist, published_state
+from photo_search.exported import FORMAT
+from photo_search.trained import load_student
+from utils.cli import InputError, OneLineParser, image_side, one_line_errors, positive_int
+from utils.files import atomic_write
 
 CLOSE = 1e-4  # how far a value of a feature may be from PyTorch's
 LARGEST = (1 << 31) - (1 << 24)  # bytes of weights in one ONNX file, a message of at most 2 GiB
@@ -42,13 +41,17 @@ def create_parser():
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="what a train script wrote, ours or the authors'")
     add("--to", type=_target, required=True, metavar="FILE", help="where it goes: FILE.onnx or FILE.safetensors")
     add("--model", help="of a checkpoint that does not tell (default: convnextv2_tiny)")
-    add("--input_size", type=pixels,
+    add("--input_size", type=image_side,
         help="side of an input image, in pixels (default: what the checkpoint was trained with, else 224)")  # fmt: skip
-    add("--imagenet_classes", type=positive, help="outputs of the ImageNet head (default: what the checkpoint tells)")
+    add(
+        "--imagenet_classes",
+        type=positive_int,
+        help="outputs of the ImageNet head (default: what the checkpoint tells)",
+    )
     return parser
 
 
-@ends_in_one_line()
+@one_line_errors()
 def main(argv=None):
     """Command line; returns the path that was written."""
     options = create_parser().parse_args(argv)
@@ -59,7 +62,7 @@ def main(argv=None):
     metadata = describe(student, facts, content.get("classes"))
     to_bytes = onnx_bytes if options.to.suffix == ".onnx" else safetensors_bytes
     data = to_bytes(student, facts, metadata)
-    with write_whole(options.to) as file:
+    with atomic_write(options.to) as file:
         file.write(data)
     size = facts["input_size"]
     print(f"{options.to}: {facts['model']} at {size} × {size}, features of {facts['width']} values")

@@ -3,7 +3,7 @@
 import signal
 from contextlib import contextmanager
 
-from models.speaker import note
+from utils.distributed import log_rank0
 
 
 @contextmanager
@@ -14,7 +14,7 @@ def caught():
     def take(number, _):
         signals.append(number)
         signal.signal(number, usual[number])
-        note("note: ending after this step, with a checkpoint; once more ends at once")
+        log_rank0("note: ending after this step, with a checkpoint; once more ends at once")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         usual[number] = signal.signal(number, take)

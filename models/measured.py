@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from datasets.errors import InputError, let_another_tell
-from models import parallel
-from models.alignment import TERMS
-from models.run import MEASURES
+from models.losses import LOSS_NAMES
+from models.train_step import MEASURES
+from utils import distributed
+from utils.cli import InputError, exit_quietly
 
 
 class _Step(NamedTuple):
@@ -48,12 +48,14 @@ class Measured:
 
     def _refuse(self, step):
         finite = dict(zip(MEASURES, step.values.isfinite().tolist(), strict=True))
-        terms = ", ".join(name for name in TERMS if not finite[name]) or "total"
+        terms = ", ".join(name for name in LOSS_NAMES if not finite[name]) or "total"
         bad = (~step.sound).nonzero()[:, 0].tolist()
         # All processes are here. The first that has such images tells of them; without any, the first of all.
-        having = [rank for rank, count in parallel.merged({parallel.rank(): len(bad)}).items() if count]
-        if parallel.rank() != min(having, default=0):
-            let_another_tell()
+        having = [
+            rank for rank, count in distributed.all_gather_dict({distributed.get_rank(): len(bad)}).items() if count
+        ]
+        if distributed.get_rank() != min(having, default=0):
+            exit_quietly()
         images = "not of single images" if len(bad) in (0, len(step.sound)) else self._names(step.number, bad)
         raise InputError(
             f"epoch {self.epoch + 1}, step {step.number + 1}: {terms} not finite, {images}; the last checkpoint is as "
@@ -63,7 +65,7 @@ class Measured:
     def _names(self, number, bad):
         """The first images of `bad`, which counts in this process's share of the batch of a step."""
         whole = next(itertools.islice(self.loader.batch_sampler.batches(), number, None))
-        own = whole[parallel.share(len(whole))]
+        own = whole[distributed.rank_slice(len(whole))]
         files = [self.loader.dataset.file(own[place]) for place in bad[:3]]
         return f"in {len(bad)} images: " + ", ".join(str(files.root / files.paths[at]) for files, at in files)
 

@@ -7,24 +7,24 @@ from pathlib import Path
 
 import torch
 
-from datasets.errors import (
-    InputError,
-    OneLineParser,
-    OwnError,
-    folder_name,
-    lacks_memory,
-    number,
-    pixels,
-    positive,
-    seed,
-)
-from datasets.pool import available_cores
-from models import parallel
-from models.alignment import METHOD, TERMS
 from models.checkpoints import SaveSchedule
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import metric
+from models.losses import LOSS_NAMES, PAPER_WEIGHTS
 from models.networks import PRECISIONS, facts_of
+from utils import distributed
+from utils.cli import (
+    InputError,
+    OneLineParser,
+    RankError,
+    folder_name,
+    image_side,
+    is_out_of_memory,
+    number_type,
+    positive_int,
+    seed_type,
+)
+from utils.process_pool import available_cores
 
 
 def train_parser(protocol):
@@ -38,14 +38,14 @@ def train_parser(protocol):
     add("--finetune", type=_text, default="pretrained_model/convnextv2_tiny_1k_224_ema.pt", metavar="FILE|timm|none",
         help="ImageNet weights of both networks: a downloaded file, timm's hub, or random")  # fmt: skip
     add("--drop_path", type=_share, default=0.0, help="stochastic depth of the student")
-    add("--epochs", type=positive, default=20, help="epochs in all")
+    add("--epochs", type=positive_int, default=20, help="epochs in all")
     add("--warmup_epochs", type=_count, default=protocol.last_warmup_epoch, metavar="E_w",
         help="epochs 0..E_w teach the student alone, later ones both networks")  # fmt: skip
-    add("--batch_size", type=positive, default=protocol.batch_size,
+    add("--batch_size", type=positive_int, default=protocol.batch_size,
         help=f"images a step, {protocol.sketch_share} sketch to {protocol.photo_share} photos")  # fmt: skip
     add(
         "--max_steps",
-        type=positive,
+        type=positive_int,
         metavar="N",
         help="stop each epoch after N steps, for a trial run (default: none)",
     )
@@ -57,23 +57,23 @@ def train_parser(protocol):
         help="leave the semantic mask out of the alignment, as QuickDraw Ext does")  # fmt: skip
     group.add_argument("--mask", dest="no_mask", action="store_false", default=argparse.SUPPRESS,
         help="use a semantic mask for QuickDraw Ext, too; python -m datasets.prepare mask makes one")  # fmt: skip
-    add("--losses", nargs="+", choices=TERMS, default=list(TERMS), action=_Terms, metavar="TERM",
-        help=f"what is learnt, of {', '.join(TERMS)}; the others are only measured (default: all)")  # fmt: skip
-    add("--mask_weight", type=_weight, default=METHOD.mask_weight, help="of the semantic mask in the alignment")
-    add("--modality_weight", type=_weight, default=METHOD.modality_weight, help="of the loss ma")
+    add("--losses", nargs="+", choices=LOSS_NAMES, default=list(LOSS_NAMES), action=_Terms, metavar="TERM",
+        help=f"what is learnt, of {', '.join(LOSS_NAMES)}; the others are only measured (default: all)")  # fmt: skip
+    add("--mask_weight", type=_weight, default=PAPER_WEIGHTS.mask_weight, help="of the semantic mask in the alignment")
+    add("--modality_weight", type=_weight, default=PAPER_WEIGHTS.modality_weight, help="of the loss ma")
     add("--no_validation", action="store_true", default=not protocol.has_validation,
         help="read no validation list and keep the last epoch, as QuickDraw Ext always does")  # fmt: skip
     add("--precision", choices=PRECISIONS, default="tf32",
         help="arithmetic: float32, but TF32 for convolutions on CUDA (tf32, as the authors' runs had) or for matrix "
         "products, too (tf32_all); all float32 (fp32); bfloat16 in the networks, not in the losses (bf16)")  # fmt: skip
     _add_compile(parser)
-    add("--accum_steps", type=positive, default=1, metavar="N",
+    add("--accum_steps", type=positive_int, default=1, metavar="N",
         help="take a batch in N parts and sum their gradients: the same step in less memory")  # fmt: skip
     add("--grad_checkpointing", action="store_true",
         help="compute activations twice rather than keep them: the same step in less memory, more slowly")  # fmt: skip
     add("--save_every", type=_interval, default="1e", metavar="10m|30s|2h|1e",
         help="save every 10 minutes (and after each epoch), or, with 2e, after every second epoch")  # fmt: skip
-    add("--print_freq", "--print-freq", "-p", type=positive, default=10, metavar="N",
+    add("--print_freq", "--print-freq", "-p", type=positive_int, default=10, metavar="N",
         help="read and log the losses every N steps")  # fmt: skip
     add("--eval_every", type=_count, default=0, metavar="N",
         help="test zero-shot (one-to-one) after every N epochs, which looks at unseen classes; 0: never")  # fmt: skip
@@ -81,7 +81,7 @@ def train_parser(protocol):
     add("--resume", action="store_true", help="go on from the last checkpoint in --savedir, with the same options")
     add("--overwrite", action="store_true", help="start anew in a --savedir that holds checkpoints, and replace them")
     add = parser.add_argument
-    add("--seed", type=seed, default=0, help="seeds weights, order, augmentation and noise")
+    add("--seed", type=seed_type, default=0, help="seeds weights, order, augmentation and noise")
     _add_machine(parser)
     _refuse_idle(parser)
     return parser
@@ -105,10 +105,17 @@ def test_parser(protocol):
         default=2,
         help="1: one-to-one matching; 2: one-to-many cluster matching too",
     )
-    add("--clusters", type=positive, nargs="+", default=list(protocol.clusters), metavar="K", help="mixture components")
+    add(
+        "--clusters",
+        type=positive_int,
+        nargs="+",
+        default=list(protocol.clusters),
+        metavar="K",
+        help="mixture components",
+    )
     add(
         "--subspaces",
-        type=positive,
+        type=positive_int,
         nargs="+",
         default=list(protocol.subspaces),
         metavar="M",
@@ -119,15 +126,15 @@ def test_parser(protocol):
     add("--mixture", choices=("torch", "sklearn"), default="torch",
         help="fits the clusters: our EM in float64, or scikit-learn's in float32, as the release does")  # fmt: skip
     add("--mixture_device", type=_text, help="where our EM runs (default: a GPU that is fast in float64, else cpu)")
-    add("--mixture_seeds", type=seed, nargs="+", default=[123], metavar="SEED",
+    add("--mixture_seeds", type=seed_type, nargs="+", default=[123], metavar="SEED",
         help="seeds of the mixtures; with several, each row is their mean, with deviation and range")  # fmt: skip
     add("--distances", choices=("float32", "float64"), default="float32", help="type of distances and scores")
     add("--per_class", action="store_true", help="print a table of the classes, too")
     add("--definitions", action="store_true", help="print what other papers' definitions of the metrics give, too")
     add("--tsne", action="store_true", help="draw sketches and photos of the unseen classes in the plane (t-SNE)")
-    add("--nearest", type=number(int, 1, 50, "a whole number from 1 to 50"), default=10,
+    add("--nearest", type=number_type(int, 1, 50, "a whole number from 1 to 50"), default=10,
         help="photos beside each sketch in the picture of retrievals")  # fmt: skip
-    add("--batch_size", type=positive, default=64, help="images at a time in feature extraction")
+    add("--batch_size", type=positive_int, default=64, help="images at a time in feature extraction")
     add("--precision", choices=PRECISIONS, default="tf32",
         help="arithmetic of feature extraction: float32, but TF32 for convolutions on CUDA (tf32) or for matrix "
         "products, too (tf32_all); all float32 (fp32); bfloat16 (bf16)")  # fmt: skip
@@ -147,7 +154,7 @@ def resolve(options, protocol, folder):
     if getattr(options, folder) is None:
         setattr(options, folder, Path(_checkpoint_folder(protocol, options.zero_version)))
     options.input_size = input_size(options.model, options.input_size)
-    options.device = parallel.own_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options.device = distributed.local_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_device("--device", options.device)
     if getattr(options, "mixture_device", None) is not None:
         check_device("--mixture_device", options.mixture_device)
@@ -180,10 +187,10 @@ def check_device(option, device):
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        of = f"process {parallel.rank()}, " if parallel.processes() > 1 else ""
-        if lacks_memory(error):
-            raise OwnError(f"{of}{option} {device}: its memory is full; free it, or use another") from None
-        raise OwnError(f"{of}{option} {device}: there is no such device here; use cpu, or cuda with a GPU") from None
+        of = f"process {distributed.get_rank()}, " if distributed.get_world_size() > 1 else ""
+        if is_out_of_memory(error):
+            raise RankError(f"{of}{option} {device}: its memory is full; free it, or use another") from None
+        raise RankError(f"{of}{option} {device}: there is no such device here; use cpu, or cuda with a GPU") from None
 
 
 def run_record(options):
@@ -218,10 +225,10 @@ def _add_data(parser, protocol):
 def _add_model(parser, protocol):
     parser.add_argument("--model", type=_text, default="convnextv2_tiny",
         help="any image classifier of timm with an ImageNet head, tf_efficientnet_lite0, say")  # fmt: skip
-    parser.add_argument("--nb_classes", type=positive, metavar="C", help="seen classes; refused if cname_cid.txt "
+    parser.add_argument("--nb_classes", type=positive_int, metavar="C", help="seen classes; refused if cname_cid.txt "
         f"lists another number ({protocol.title} has {protocol.seen_classes}; default: what it lists)")  # fmt: skip
-    parser.add_argument("--imagenet_classes", type=positive, default=1000, help="outputs of the ImageNet head")
-    parser.add_argument("--input_size", type=pixels,
+    parser.add_argument("--imagenet_classes", type=positive_int, default=1000, help="outputs of the ImageNet head")
+    parser.add_argument("--input_size", type=image_side,
         help="side of an input image, in pixels (default: 224, or what the model takes)")  # fmt: skip
 
 
@@ -247,11 +254,11 @@ def _path(text):
     return Path(_text(text))
 
 
-_count = number(int, 0, 10**6, "a whole number from 0 to a million")
-_rate = number(float, 0, 1e30, "a number, 0 or more")
-_weight = number(float, 0, 1e6, "a number from 0 to a million")
-_part = number(float, 0, 1, "a number from 0 to 1")
-_share = number(float, 0, 0.99, "a number from 0 to 0.99")
+_count = number_type(int, 0, 10**6, "a whole number from 0 to a million")
+_rate = number_type(float, 0, 1e30, "a number, 0 or more")
+_weight = number_type(float, 0, 1e6, "a number from 0 to a million")
+_part = number_type(float, 0, 1, "a number from 0 to 1")
+_share = number_type(float, 0, 0.99, "a number from 0 to 0.99")
 
 
 def _interval(text):
@@ -267,7 +274,7 @@ class _Terms(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         if "cls" not in values:
             parser.error(f"{option_string}: without cls the seen classes are not learnt; add cls")
-        setattr(namespace, self.dest, [term for term in TERMS if term in values])
+        setattr(namespace, self.dest, [term for term in LOSS_NAMES if term in values])
 
 
 class _Idle(argparse.Action):

@@ -4,9 +4,9 @@ import math
 
 import torch
 
-from models.alignment import TERMS
-from models.run import MEASURES
-from models.torchfiles import is_plain_tensor
+from models.losses import LOSS_NAMES
+from models.train_step import MEASURES
+from models.weights import is_plain_tensor
 
 _PLAIN = (str, int, float, bool, type(None))
 # Earlier versions of this project wrote the sums without names, in this order.
@@ -32,7 +32,7 @@ def check_saved(content, optimizers, idle=()):
     _want(_is_count(found["step"]), "step is not a whole number, 0 or more")
     _want(found["step"] == 0 or found["sums"] is not None, f"no sums of its {found['step']} steps")
     begun = bool(found["history"]) or found["step"] > 0
-    losses = found["options"].get("losses", TERMS)
+    losses = found["options"].get("losses", LOSS_NAMES)
     taught = "ka_teacher" in losses and any(entry["phase"] == "bidirectional" for entry in found["history"])
     triples = zip(("optimizer", "optimizer_1"), optimizers, (begun, taught), strict=True)
     return found | {"adam": [_adam(content.get(name), name, *rest, idle) for name, *rest in triples]}

@@ -8,26 +8,26 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.benchmark import Benchmark, UnseenImages, open_benchmark
-from datasets.errors import InputError, ends_in_one_line, sigterm_raises
-from datasets.files import check_writable
+from datasets.lists import Benchmark, UnseenImages, open_benchmark
+from datasets.loaders import Loading
 from datasets.protocols import PROTOCOLS, protocol_of
-from datasets.zeroshot import Loading
-from models import parallel
 from models.checkpoints import find_checkpoint, load_student
 from models.eval.codebooks import fit_codebooks, mixture_device
-from models.eval.evaluation import Weighted, evaluate
+from models.eval.evaluate import Weighted, evaluate
 from models.eval.features import FEATURES, compute_features, extract_all, features_record, source_of, stored_features
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import DEFINED, STANDARD, by_definition, class_means
 from models.eval.report import print_classes, print_definitions, print_table, summarise, write_report
-from models.memory import freed_memory_kept
 from models.options import resolve, run_record, test_parser
-from models.speaker import note
 from models.weights import check_size
+from utils import distributed
+from utils.cli import InputError, one_line_errors, sigterm_as_exception
+from utils.distributed import log_rank0
+from utils.files import check_writable
+from utils.memory import freed_memory_kept
 
 
-@ends_in_one_line(speaks=parallel.speaks)
+@one_line_errors(should_print=distributed.should_print)
 def main(protocol_name, argv=None):
     """Command line of a test script. Returns the results as they are in results.json.
 
@@ -37,29 +37,29 @@ def main(protocol_name, argv=None):
     options = resolve(test_parser(protocol).parse_args(argv), protocol, "resume_dir")
     other = PROTOCOLS[protocol_of(protocol_name, options.zero_version)]
     if other is not protocol:
-        note(f"note: {options.zero_version} is the folder of {other.title}; this is the test of {protocol.title}")
+        log_rank0(f"note: {options.zero_version} is the folder of {other.title}; this is the test of {protocol.title}")
     subject = find_subject(protocol, options.resume_dir, options.data_root, options.zero_version)
     if subject.benchmark:
         subject.benchmark.check_seen_classes(options.nb_classes)
-    with sigterm_raises(), parallel.together(subject.folder, "testing"):
+    with sigterm_as_exception(), distributed.folder_lock_and_group(subject.folder, "testing"):
         loading = Loading(options.input_size, options.batch_size, options.workers, options.device)
         network = Network(options.model, options.imagenet_classes, options.compile)
         features = features_of(subject, network, loading, options.precision, options.recompute)
         rows = [(m, k) for m in options.subspaces for k in options.clusters] if options.mode == 2 else []
-        with parallel.in_all():  # all processes have the same features
+        with distributed.same_error_on_all_ranks():  # all processes have the same features
             features = name_classes(features, subject.benchmark)
             check_features(features, rows)
         if rows and options.mixture == "torch" and options.mixture_device is None:
             fastest = mixture_device(options.device)
-            options.mixture_device = "cpu" if parallel.anyone(fastest == "cpu") else fastest
+            options.mixture_device = "cpu" if distributed.any_rank(fastest == "cpu") else fastest
         grid = Grid(
             rows, options.mixture_seeds, options.mixture, options.mixture_device or "cpu", options.nearest,
             options.cluster_weight,
         )  # fmt: skip
         metrics = tuple(dict.fromkeys((*STANDARD, *protocol.metrics)))
         measured = measure(features, grid, metrics, options.device, getattr(torch, options.distances))
-        parallel.disconnect()
-        if parallel.rank() != 0:
+        distributed.destroy_process_group()
+        if distributed.get_rank() != 0:
             return None
         title = subject.benchmark.title if subject.benchmark else protocol.title
         results = {"benchmark": title, "protocol": protocol.name, "metrics": list(protocol.metrics)}
@@ -129,18 +129,18 @@ def features_of(subject, network, loading, precision="fp32", recompute=False):
         way_out = f", or move {checkpoint.name} away to test {FEATURES} as it is" if stored else ""
         raise InputError(f"{subject.no_images}{way_out}")
     if features is not None:
-        parallel.connect(loading.device)
+        distributed.init_process_group(loading.device)
         return features
     seen_classes = len(subject.benchmark.seen_names)
     student, trained_with = load_student(checkpoint, network.model, seen_classes, network.imagenet_classes)
     size = trained_with.get("input_size", loading.size)
     if size != loading.size:
-        note(f"note: {checkpoint} was trained with --input_size {size}, not {loading.size}")
+        log_rank0(f"note: {checkpoint} was trained with --input_size {size}, not {loading.size}")
     check_size(student, network.model, loading.size)
     images.check()
     if network.compiled:
         student.compile_features()
-    parallel.connect(loading.device)
+    distributed.init_process_group(loading.device)
     try:
         with freed_memory_kept():
             return compute_features(folder, student.to(loading.device), images, loading, precision, source)
@@ -160,7 +160,7 @@ def name_classes(features, benchmark=None):
         names = [unseen[label] if label < len(unseen) else str(label) for label in range(labels[-1] + 1)]
         return replace(features, names=names)
     named = len(unseen) == len(labels)
-    note(
+    log_rank0(
         f"note: the features' {len(labels)} labels, {labels[0]} to {labels[-1]}, are not 0 to {len(labels) - 1}: "
         f"taken as {'the unseen classes' if named else 'classes'} in ascending order"
     )
@@ -176,9 +176,9 @@ def check_features(features, rows):
     """Raise InputError for what matching cannot do with named Features: their classes, or (M, K) of `rows`."""
     _check_classes(features.query_labels, features.gallery_labels, features.names)
     if (features.gallery == features.gallery[0]).all():
-        note("note: all photos have the same features, so every ranking is the gallery's order")
-    if len(features.query) < parallel.processes():
-        raise InputError(f"{len(features.query)} sketches cannot be shared by {parallel.processes()} processes")
+        log_rank0("note: all photos have the same features, so every ranking is the gallery's order")
+    if len(features.query) < distributed.get_world_size():
+        raise InputError(f"{len(features.query)} sketches cannot be shared by {distributed.get_world_size()} processes")
     count, width = features.gallery.shape
     if rows and count < 2:
         raise InputError("--mode 2: a mixture needs two gallery photos or more; use --mode 1")
@@ -229,14 +229,14 @@ class Measured(NamedTuple):
 def measure(features, grid, metrics=STANDARD, device="cpu", dtype=torch.float32):
     """One-to-one matching and all rows of a Grid, by all processes together.
 
-    metrics, device, dtype: see models.eval.evaluation.evaluate. Returns, in process 0, what was Measured, else None.
+    metrics, device, dtype: see models.eval.evaluate.evaluate. Returns, in process 0, what was Measured, else None.
     """
     keys, labels = grid.keys(), torch.from_numpy(features.query_labels)
     # As many clusters as classes, else the last row of the grid.
     classes = len(np.unique(features.gallery_labels))
     look = next((key for key in keys if key[1] == classes), keys[-1] if keys else None)
     means, queries, nearest = {None: {}} | {key: {} for key in keys}, {}, None
-    share = parallel.share(len(features.query))
+    share = distributed.rank_slice(len(features.query))
     own = replace(features, query=features.query[share], query_labels=features.query_labels[share])
     for number, seed in enumerate(grid.seeds if keys else [None]):
         fitted, failures = fit_codebooks(features.gallery, grid.rows, seed, grid.mixture, grid.mixture_device)
@@ -249,13 +249,13 @@ def measure(features, grid, metrics=STANDARD, device="cpu", dtype=torch.float32)
             codebooks = {None: None} | codebooks
         kept = {look: grid.nearest} if number == 0 else {}
         for key, values in evaluate(own, codebooks, (*metrics, *DEFINED), kept, device, dtype).items():
-            whole = {name: parallel.joined(value) for name, value in values.items()}
-            if parallel.rank() == 0:
+            whole = {name: distributed.gather_concat(value) for name, value in values.items()}
+            if distributed.get_rank() == 0:
                 nearest = whole.pop("nearest", nearest)
                 found = {name: class_means(whole[name], labels)[1].numpy() for name in (*metrics, "curve")}
                 means[key][str(seed) if key else None] = found | {"definitions": by_definition(whole, labels)}
                 queries.setdefault(key, []).append(torch.stack([whole[name] for name in metrics]))
-    if parallel.rank() != 0:
+    if distributed.get_rank() != 0:
         return None
     queries = {key: dict(zip(metrics, torch.stack(each).mean(dim=0), strict=True)) for key, each in queries.items()}
     return Measured(means, queries, look, nearest)

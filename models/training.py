@@ -1,7 +1,7 @@
 """Two-phase training of SBKA (arXiv:2312.10320): the student learns from the teacher, then both from each other.
 
-`train` is the whole of it; models.step.train_step is one update. What is random depends on the seed and the place in
-the run alone, so a run that was interrupted ends with the weights of one that was not.
+`train` is the whole of it; models.train_step.train_step is one update. What is random depends on the seed and the place
+in the run alone, so a run that was interrupted ends with the weights of one that was not.
 """
 
 from contextlib import closing, nullcontext
@@ -10,13 +10,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.benchmark import open_benchmark
-from datasets.errors import InputError, ends_in_one_line, lost_worker
-from datasets.files import check_writable
+from datasets.lists import open_benchmark
+from datasets.loaders import Loading, open_training_data
 from datasets.protocols import PROTOCOLS, protocol_of
-from datasets.zeroshot import Loading
-from models import interrupts, parallel
-from models.alignment import Batch, Objective
+from models import interrupts
 from models.checkpoints import (
     BEST,
     BEST_AFTER_WARMUP,
@@ -28,20 +25,22 @@ from models.checkpoints import (
     restore,
     tidy,
 )
-from models.data import open_training_data
+from models.logger import EpochBar, Log, show_epoch
+from models.losses import Batch, LossWeights
 from models.measured import Measured
-from models.memory import freed_memory_kept
 from models.networks import matmul_rules, normalise, place
 from models.options import defaults_of, resolve, run_record, train_parser
-from models.progress import EpochBar, Log, show_epoch
-from models.run import MEASURES, Recipe, Run, create_optimizers, set_learning_rates
-from models.speaker import no_bar, note
-from models.step import parts_that_fit, train_step
 from models.testing import watch_unseen
+from models.train_step import MEASURES, Recipe, Run, create_optimizers, parts_that_fit, set_learning_rates, train_step
 from models.weights import check_size, create_pair
+from utils import distributed
+from utils.cli import InputError, is_dead_worker, one_line_errors
+from utils.distributed import bar_disabled, log_rank0
+from utils.files import check_writable
+from utils.memory import freed_memory_kept
 
 
-@ends_in_one_line(speaks=parallel.speaks)
+@one_line_errors(should_print=distributed.should_print)
 def main(protocol_name, argv=None):
     """Command line of a train script. Returns the path of the checkpoint that the zero-shot test will read."""
     parser = train_parser(PROTOCOLS[protocol_name])
@@ -57,7 +56,7 @@ def main(protocol_name, argv=None):
     )  # fmt: skip
     watch = watch_unseen(benchmark, loading, options.precision, options.eval_every)
     check_writable(options.savedir)
-    with parallel.together(options.savedir, "training"):
+    with distributed.folder_lock_and_group(options.savedir, "training"):
         check_savedir(options.savedir, options.resume, options.overwrite)
         record = {
             "protocol": benchmark.protocol.title,
@@ -81,10 +80,10 @@ def main(protocol_name, argv=None):
         recipe = Recipe(
             options.epochs, options.warmup_epochs, options.lr, options.teacher_lr,
             options.seed, options.accum_steps, options.precision,
-            Objective(tuple(options.losses), options.mask_weight, options.modality_weight),
+            LossWeights(tuple(options.losses), options.mask_weight, options.modality_weight),
         )  # fmt: skip
         keeper = Keeper(options.savedir, record, options.save_every, options.overwrite)
-        parallel.connect(options.device)
+        distributed.init_process_group(options.device)
         # Who recomputes to save memory would need half as much again.
         with nullcontext() if options.grad_checkpointing else freed_memory_kept():
             return train(run, data, recipe, keeper, watch, options.print_freq)
@@ -98,7 +97,7 @@ def train(run, data, recipe, keeper, watch=None, print_freq=10):
     Returns the path of the checkpoint to test: the epoch after warm-up whose validation accuracy beats every epoch
     before it, warm-up included; where none does, the best one after warm-up; without validation, the last.
     """
-    is_first = parallel.rank() == 0
+    is_first = distributed.get_rank() == 0
     with interrupts.caught() as signals:
         log = _begin(run, data, recipe, keeper) if is_first else None
         run.synchronise()
@@ -113,7 +112,7 @@ def train(run, data, recipe, keeper, watch=None, print_freq=10):
             except (RuntimeError, EOFError, ConnectionResetError) as error:
                 # A signal to the whole process group may have ended the processes that decode images. No step is half
                 # done then, so the run can be saved.
-                if lost_worker(error) and parallel.processes() == 1:
+                if is_dead_worker(error) and distributed.get_world_size() == 1:
                     _end_if_asked(run, signals, keeper)
                 raise
             if is_first:
@@ -145,7 +144,7 @@ def train_epoch(run, data, recipe, log=None, print_freq=10):
                     draw_noise(run.student, sizes[step], (recipe.seed, epoch, step))  # seeds again what the trial drew
                 bidirectional = recipe.is_bidirectional(epoch)
                 measures, sound = train_step(run, batch, bidirectional, run.parts, recipe.precision, recipe.objective)
-                values = parallel.total(torch.stack([measures[name] for name in MEASURES]))
+                values = distributed.all_reduce_sum(torch.stack([measures[name] for name in MEASURES]))
                 run.sums = values if run.sums is None else run.sums + values
                 run.step = step + 1
                 bar.show(run, measured.add(step, values, sound))
@@ -178,11 +177,11 @@ def validate(student, loader, count):
     student.eval()
     device = student.linear.weight.device
     right = torch.zeros((), dtype=torch.long)
-    for images, labels in tqdm(loader, "validation", unit="batch", leave=False, disable=no_bar()):
+    for images, labels in tqdm(loader, "validation", unit="batch", leave=False, disable=bar_disabled()):
         predicted = student(normalise(images.to(device), *student.statistics)).seen_logits.argmax(dim=1)
         right += (predicted.cpu() == labels).sum()
     student.train()
-    return 100 * parallel.total(right).item() / count
+    return 100 * distributed.all_reduce_sum(right).item() / count
 
 
 def kept_names(history, entry):
@@ -207,7 +206,7 @@ def checkpoint_to_test(history, folder, validated):
     else:
         name = BEST_AFTER_WARMUP if kept else LAST
         why = "no epoch after warm-up beat every epoch before it" if kept else "all epochs were warm-up"
-        note(f"note: {why}, so there is no {BEST}; {name} stands in")
+        log_rank0(f"note: {why}, so there is no {BEST}; {name} stands in")
     print(f"trained {len(history)} epoch{'s' if len(history) > 1 else ''}; test reads {folder / name}")
     return folder / name
 
@@ -220,9 +219,11 @@ def draw_noise(student, size, place):
     """
     torch.manual_seed(_seed_of(*place))
     # Pinned memory is copied to a GPU without waiting.
-    noise = torch.empty(size, student.width, pin_memory=student.linear.weight.is_cuda).normal_()[parallel.share(size)]
-    if parallel.rank():  # stochastic depth differs between processes
-        torch.manual_seed(_seed_of(*place, parallel.rank()))
+    noise = torch.empty(size, student.width, pin_memory=student.linear.weight.is_cuda).normal_()[
+        distributed.rank_slice(size)
+    ]
+    if distributed.get_rank():  # stochastic depth differs between processes
+        torch.manual_seed(_seed_of(*place, distributed.get_rank()))
     return noise
 
 
@@ -240,14 +241,14 @@ def _begin(run, data, recipe, keeper):
     """Tidy up the run's folder, tell where the run stands, and open its Log."""
     tidy(keeper.folder, run.source, everything=keeper.overwrite)
     if run.history or run.step:
-        note(f"note: going on after {len(run.history)} of {recipe.epochs} epochs and {run.step} steps")
+        log_rank0(f"note: going on after {len(run.history)} of {recipe.epochs} epochs and {run.step} steps")
     return Log(keeper.folder, len(run.history), run.step, data.loader.batch_sampler.stop)
 
 
 def _end_if_asked(run, signals, keeper):
     """Save and end, all processes after the same step, once one of them was sent a signal."""
-    if parallel.anyone(bool(signals)):
-        if parallel.rank() == 0:
+    if distributed.any_rank(bool(signals)):
+        if distributed.get_rank() == 0:
             keeper.save(run)
-            note(f"saved after {len(run.history)} epochs and {run.step} steps; --resume goes on from there")
+            log_rank0(f"saved after {len(run.history)} epochs and {run.step} steps; --resume goes on from there")
         raise SystemExit(interrupts.status(signals))

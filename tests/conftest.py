@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from timm.models.convnext import ConvNeXt
 
-from datasets.benchmark import write_list, write_mask
+from datasets.lists import write_list, write_mask
 from datasets.prepare.miniature import write_miniature
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -59,7 +59,7 @@ def fails(capsys):
 def without_figures(monkeypatch, request):
     """Figures take longer than all else in a tiny run, so only tests marked `draws` have them."""
     if not request.node.get_closest_marker("draws"):
-        monkeypatch.setattr("models.progress.draw_curves", lambda *_: None)
+        monkeypatch.setattr("models.logger.draw_curves", lambda *_: None)
         monkeypatch.setattr("models.eval.report.draw_precision_recall", lambda *_: None)
         monkeypatch.setattr("models.eval.report.draw_retrievals", lambda *_: None)
 

@@ -13,7 +13,7 @@ import pytest
 from datasets.prepare.commands import create_parser
 from datasets.protocols import PROTOCOLS
 from models import compare, export, options
-from models.search.commands import create_parser as search_parser
+from photo_search.cli import create_parser as search_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

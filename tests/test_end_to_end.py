@@ -182,7 +182,7 @@ def test_both_mixtures_and_distances_agree(tmp_path):
 
 def test_a_collapsed_mixture_leaves_the_other_rows(tmp_path, capsys, monkeypatch):
     features_of_three_classes(tmp_path / "features_zero.pickle", 8)
-    monkeypatch.setattr("models.eval.mixture.REGULARISATION", 0.0)  # 40 components of 60 photos have no covariance
+    monkeypatch.setattr("models.eval.gmm.REGULARISATION", 0.0)  # 40 components of 60 photos have no covariance
     arguments = ["--resume_dir", str(tmp_path), "--subspaces", "2", "--device", "cpu", "--clusters"]
     results = test_tuberlin_ext_zeroshot.main([*arguments, "2", "40"])
     captured = capsys.readouterr()
@@ -376,7 +376,7 @@ def test_a_query_class_without_photos_is_named(tmp_path, fails):
 
 def test_a_results_folder_that_cannot_be_written_is_named_first(tmp_path, fails, monkeypatch):
     features_of_three_classes(tmp_path / "features_zero.pickle")
-    monkeypatch.setattr("datasets.files.tempfile.TemporaryFile", _denied)
+    monkeypatch.setattr("utils.files.tempfile.TemporaryFile", _denied)
     assert "cannot be written (Permission denied)" in fails(test_tuberlin_ext_zeroshot.main, "--resume_dir", tmp_path)
 
 

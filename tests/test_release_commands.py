@@ -12,7 +12,7 @@ import test_tuberlin_ext_zeroshot
 import train_quickdraw_ext
 import train_sketchy_ext
 import train_tuberlin_ext
-from datasets.benchmark import open_benchmark, write_list
+from datasets.lists import open_benchmark, write_list
 from datasets.protocols import PROTOCOLS
 from models.checkpoints import LAST, read_checkpoint
 from models.options import test_parser as parser_of_test

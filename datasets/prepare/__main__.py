@@ -7,14 +7,14 @@ python -m datasets.prepare summary <root>                       write a page: cl
 python -m datasets.prepare miniature <root>                     draw the built-in miniature benchmark
 """
 
-from datasets import errors
+from utils import cli
 
 
-@errors.ends_in_one_line()
+@cli.one_line_errors()
 def main(argv=None):
     """Command line."""
-    with errors.sigterm_raises():
-        with errors.signals_wait():  # because an interrupted import can fail in any way
+    with cli.sigterm_as_exception():
+        with cli.signals_blocked():  # because an interrupted import can fail in any way
             from datasets.prepare.commands import create_parser
         options = create_parser().parse_args(argv)
         options.run(options)

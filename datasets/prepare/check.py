@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from datasets.benchmark import CLASS_NAMES, LISTS, MASK, Benchmark, check_root, find_layout, open_benchmark, spelling
-from datasets.errors import InputError
-from datasets.files import why_unknown
+from datasets.lists import CLASS_NAMES, LISTS, MASK, Benchmark, check_root, find_layout, open_benchmark, spelling
 from datasets.prepare.listed_images import decode_all, find_missing
 from datasets.protocols import PROTOCOLS
+from utils.cli import InputError
+from utils.files import stat_error
 
 SHOWN = 3  # so many messages of one kind are printed; the JSON has all of them
 
@@ -128,7 +128,7 @@ def _read_lists(benchmark, custom, findings):
     lists = {}
     for key in LISTS:
         path, optional = benchmark.path(*key), key == ("sketch", "test")
-        if optional and not os.path.isfile(path) and not why_unknown(path):
+        if optional and not os.path.isfile(path) and not stat_error(path):
             if benchmark.protocol.has_validation:
                 report = findings.note if custom else findings.fault
                 report(
@@ -198,7 +198,7 @@ def _check_repeats(lists, findings):
 
 def _check_mask(benchmark, custom, findings):
     path, wanted = benchmark.lists / MASK, benchmark.protocol.has_mask
-    there = os.path.isfile(path) or why_unknown(path)
+    there = os.path.isfile(path) or stat_error(path)
     if not (there or wanted):
         return
     try:

@@ -5,19 +5,19 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from datasets import errors
-from datasets.benchmark import LISTS, MASK, check_root, find_layout, list_text, open_benchmark, write_mask
-from datasets.errors import InputError, signals_wait
-from datasets.files import check_writable, write_json, write_whole
+from datasets.lists import LISTS, MASK, check_root, find_layout, list_text, open_benchmark, write_mask
 from datasets.prepare.check import as_json, check_benchmark, print_checked
-from datasets.prepare.layouts import lists_from_images, lists_from_lists
+from datasets.prepare.make_lists import lists_from_images, lists_from_lists
 from datasets.prepare.miniature import SEEN, UNSEEN, write_miniature
 from datasets.protocols import PROTOCOLS, protocol_of
+from utils import cli
+from utils.cli import InputError, signals_blocked
+from utils.files import atomic_write, check_writable, write_json
 
 
 def create_parser():
     """The commands and their options."""
-    parser = errors.OneLineParser(
+    parser = cli.OneLineParser(
         prog="python -m datasets.prepare", description="From raw downloads to a checked benchmark."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -31,11 +31,11 @@ def create_parser():
     lists = command("lists", make_lists, "write the lists of a benchmark from its image folders")
     _add_protocol(lists)
     _add_zero_version(lists, "that of the protocol")
-    lists.add_argument("--held_back", type=errors.number(int, 0, 10**6, "a whole number, 0 or more"), metavar="N",
+    lists.add_argument("--held_back", type=cli.number_type(int, 0, 10**6, "a whole number, 0 or more"), metavar="N",
         help="number of sketches of each seen class in the validation list; 0 writes no such list (default: 50 for "
         "Sketchy, 10 for TU-Berlin Ext, 0 for QuickDraw Ext)")  # fmt: skip
-    lists.add_argument("--seed", type=errors.seed, help="chooses the sketches that are held back (default: 0)")
-    lists.add_argument("--convert", type=errors.folder_name, metavar="NAME", help="convert the "
+    lists.add_argument("--seed", type=cli.seed_type, help="chooses the sketches that are held back (default: 0)")
+    lists.add_argument("--convert", type=cli.folder_name, metavar="NAME", help="convert the "
         "lists of another release in this folder, such as zeroshot0, instead of reading the image folders")  # fmt: skip
     lists.add_argument("--force", action="store_true", help="replace existing lists")
 
@@ -61,7 +61,7 @@ def create_parser():
     )
 
     miniature = command("miniature", make_miniature, "draw the built-in miniature benchmark into a new or empty folder")
-    miniature.add_argument("--seed", type=errors.seed, default=0, help="another seed draws other images")
+    miniature.add_argument("--seed", type=cli.seed_type, default=0, help="another seed draws other images")
     return parser
 
 
@@ -72,7 +72,7 @@ def _add_protocol(parser, **kwargs):
 
 def _add_zero_version(parser, default):
     text = f"name of the folder of lists (default: {default})"
-    parser.add_argument("--zero_version", type=errors.folder_name, metavar="NAME", help=text)
+    parser.add_argument("--zero_version", type=cli.folder_name, metavar="NAME", help=text)
 
 
 def make_lists(options):
@@ -119,9 +119,9 @@ def _check_old_lists(folder, protocol, lists, new, options):
 
 def _write_together(folder, lists):
     """Write {name: rows} into `folder`. No list changes before all new ones are on the disk under temporary names."""
-    with signals_wait(), ExitStack() as renames:
+    with signals_blocked(), ExitStack() as renames:
         for name, rows in lists.items():
-            file = renames.enter_context(write_whole(folder / name))
+            file = renames.enter_context(atomic_write(folder / name))
             file.write(list_text(rows))
             file.flush()
             os.fsync(file.fileno())
@@ -171,7 +171,7 @@ def make_mask(options):
 
     A class is looked up in WordNet by the ids in the names of its training photos; without such ids, by its own name.
     """
-    from datasets.prepare.semantics import photo_ids, semantic_mask  # loads timm and torch, which takes seconds
+    from datasets.prepare.wordnet_mask import photo_ids, semantic_mask  # loads timm and torch, which takes seconds
 
     check_root(options.root)
     benchmark = open_benchmark(options.protocol, options.root, options.zero_version)

@@ -5,8 +5,8 @@ import os
 import time
 from dataclasses import dataclass
 
-from datasets.errors import InputError
-from datasets.pool import on_all_cores
+from utils.cli import InputError
+from utils.process_pool import parallel_map
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z")
 SMALL = 32  # pixels; if a side is shorter than this, little can be seen
@@ -116,7 +116,7 @@ def decode_all(lists, missing, findings):
                 jobs.append(files.root / path)
                 places.append((key, index))
     began, unreadable = time.monotonic(), collections.Counter()
-    for (key, index), path, result in zip(places, jobs, on_all_cores(_size, jobs, "decoding"), strict=True):
+    for (key, index), path, result in zip(places, jobs, parallel_map(_size, jobs, "decoding"), strict=True):
         place = f"{lists[key].source}:{lists[key].lines[index]}"
         if isinstance(result, str):
             unreadable[key] += 1

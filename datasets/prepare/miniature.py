@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from datasets.benchmark import CLASS_NAMES, MASK, TITLE, write_list, write_mask
-from datasets.errors import InputError
-from datasets.files import write_whole
-from datasets.pool import on_all_cores
+from datasets.lists import CLASS_NAMES, MASK, TITLE, write_list, write_mask
 from datasets.prepare.drawings import CATEGORIES, box, line, oval
 from datasets.protocols import PROTOCOLS
+from utils.cli import InputError
+from utils.files import atomic_write
+from utils.process_pool import parallel_map
 
 UNSEEN = ["bell", "bicycle", "fish", "house", "mushroom", "rabbit", "sailboat", "umbrella"]
 SEEN = [name for name in CATEGORIES if name not in UNSEEN]
@@ -46,7 +46,7 @@ def write_miniature(root, seed=0, sketches=40, photos=60, held_back=5, workers=N
     shutil.rmtree(unfinished, ignore_errors=True)
     jobs, lists = _plan(unfinished, seed, sketches, photos, held_back)
     _make_folders({path.parent for path, *_ in jobs})
-    for _ in on_all_cores(_draw_file, jobs, "drawing", workers):
+    for _ in parallel_map(_draw_file, jobs, "drawing", workers):
         pass
     folder = unfinished / PROTOCOLS["sketchy"].zero_version
     for name, rows in lists.items():
@@ -54,7 +54,7 @@ def write_miniature(root, seed=0, sketches=40, photos=60, held_back=5, workers=N
     for name, classes in zip(CLASS_NAMES, (SEEN, UNSEEN), strict=True):
         write_list(folder / name, zip(classes, range(len(classes)), strict=True))
     write_mask(folder / MASK, semantic_mask())
-    with write_whole(folder / TITLE) as file:
+    with atomic_write(folder / TITLE) as file:
         file.write(b"miniature benchmark\n")
     for name in ("256x256", folder.name):  # the lists come last: if they exist, everything does
         (unfinished / name).replace(root / name)

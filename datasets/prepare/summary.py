@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.benchmark import LISTS
-from datasets.files import check_writable, write_whole
-from datasets.images import without_warnings
+from datasets.images import no_pillow_warnings
+from datasets.lists import LISTS
 from datasets.prepare.survey import KINDS, TILE, evenly, survey
+from utils.files import atomic_write, check_writable
 
 SPLITS = {"train": "training", "test": "validation", "zero": "unseen"}
 
@@ -33,10 +33,10 @@ def write_summary(benchmark, lists, folder, odd=()):
     check_writable(folder)
     found = survey(benchmark, lists)
     odd = list(dict.fromkeys(_printable(line) for line in [*odd, *found.odd]))
-    with write_whole(page) as file:
+    with atomic_write(page) as file:
         file.write(_html(found, odd).encode())
     try:
-        with without_warnings():  # matplotlib warns of letters that its font lacks; the HTML shows them
+        with no_pillow_warnings():  # matplotlib warns of letters that its font lacks; the HTML shows them
             _draw(picture, found, odd)
     except ImportError:
         picture.unlink(missing_ok=True)
@@ -253,7 +253,7 @@ def _draw(path, found, odd, unseen=30, seen=10, each=4):
     _draw_counts(charts, list(_ranks(found)))
     for part, (heading, rows) in zip(parts, shown, strict=True):
         _draw_classes(part, heading, rows, each)
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 

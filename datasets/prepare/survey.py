@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from datasets.benchmark import LISTS, Benchmark
-from datasets.errors import InputError
-from datasets.images import read_rgb, without_warnings
-from datasets.pool import on_all_cores
+from datasets.images import no_pillow_warnings, read_rgb
+from datasets.lists import LISTS, Benchmark
 from datasets.prepare.listed_images import LARGE, SMALL
+from utils.cli import InputError
+from utils.process_pool import parallel_map
 
 TILE = 96  # pixels of a thumbnail's longer side
 KINDS = {"sketch": "sketches", "photo": "photos"}
@@ -88,7 +88,7 @@ def _look_at_samples(benchmark, lists):
             paths.setdefault((split != "zero", label, kind), []).append(path)
     jobs = [(key, benchmark.root, path) for key in sorted(paths) for path in evenly(paths[key], each)]
     samples = {}
-    for (key, *_), sample in zip(jobs, on_all_cores(_look, jobs, "looking", chunk=4), strict=True):
+    for (key, *_), sample in zip(jobs, parallel_map(_look, jobs, "looking", chunk=4), strict=True):
         samples.setdefault(key, []).append(sample)
     numbers = {key: np.bincount(files.labels, minlength=total).tolist() for key, files in lists.items()}
     rows = []
@@ -105,7 +105,7 @@ def _look(job):
     (_, _, kind), root, path = job
     try:
         image = read_rgb(root / path)
-        with without_warnings(), Image.open(root / path) as file:
+        with no_pillow_warnings(), Image.open(root / path) as file:
             form = f"{file.format}, {file.mode}"
     except (InputError, OSError):
         return Sample(path, None, None, "", frozenset(["broken" if os.path.isfile(root / path) else "missing"]))

@@ -8,13 +8,13 @@ from concurrent.futures import as_completed
 import torch
 from tqdm import tqdm
 
-from datasets.pool import available_cores
-from models import parallel
-from models.eval.mixture import fit_mixture
+from models.eval.gmm import fit_mixture
 from models.eval.parts import CollapsedComponent, check_parts, joined, parts_of
 from models.eval.sklearn_mixture import fit_row, starts, without_warnings
 from models.eval.workers import workers
-from models.speaker import no_bar, note
+from utils import distributed
+from utils.distributed import bar_disabled, log_rank0
+from utils.process_pool import available_cores
 
 SILENCE, PATIENCE = 10, 120  # seconds
 CPU_ADVANTAGE = 8  # our EM on a CPU computes about an eighth of what it computes on a GPU
@@ -28,7 +28,7 @@ def fit_codebooks(gallery, grid, seed=123, mixture="torch", device="cpu"):
     Returns ({(M, K): codebook (M, K, D/M)}, {(M, K): why it could not be fitted}), in all processes.
     """
     # Many sub-spaces take longest, as EM needs more iterations in narrow ones, and come first.
-    own, fitted = sorted(grid, reverse=True)[parallel.rank() :: parallel.processes()], {}
+    own, fitted = sorted(grid, reverse=True)[distributed.get_rank() :: distributed.get_world_size()], {}
     on_gpu = mixture == "torch" and torch.device(device).type != "cpu"
     at_a_time = 1 if on_gpu else min(len(own), available_cores())
     progress = _Progress(sum(subspaces for subspaces, _ in own), at_a_time)
@@ -44,17 +44,17 @@ def fit_codebooks(gallery, grid, seed=123, mixture="torch", device="cpu"):
                 fitted[row] = _fit_from(gallery, row, result, device, progress.add) if on_gpu else result
             except CollapsedComponent as error:
                 fitted[row] = str(error)
-    fitted = parallel.merged(fitted)
+    fitted = distributed.all_gather_dict(fitted)
     codebooks, failures = {}, {}
     for key in grid:
         row = f"M {key[0]}, K {key[1]}, seed {seed}"
         if isinstance(fitted[key], str):
             failures[key] = fitted[key]
-            note(f"note: {row}: {fitted[key]}; the row is left out, others are not affected")
+            log_rank0(f"note: {row}: {fitted[key]}; the row is left out, others are not affected")
             continue
         codebooks[key], unconverged = fitted[key]
         if unconverged:
-            note(f"note: {row}: no convergence in 100 iterations in sub-space {unconverged}")
+            log_rank0(f"note: {row}: no convergence in 100 iterations in sub-space {unconverged}")
     return codebooks, failures
 
 
@@ -129,7 +129,7 @@ class _Progress:
         self.timer.daemon = True
 
     def __enter__(self):
-        self.bar = tqdm(total=self.total, desc="mixtures", unit="mixture", leave=False, disable=no_bar())
+        self.bar = tqdm(total=self.total, desc="mixtures", unit="mixture", leave=False, disable=bar_disabled())
         if self.bar.disable:
             self.timer.start()
         return self
@@ -145,8 +145,8 @@ class _Progress:
         seconds = (time.monotonic() - self.began) * (self.total / self.count - 1)
         if self.bar.disable and self.count >= self.enough and not self.told and seconds > PATIENCE:
             self.told = True
-            note(f"note: the other {self.total - self.count} mixtures take about {seconds / 60:.0f} minutes")
+            log_rank0(f"note: the other {self.total - self.count} mixtures take about {seconds / 60:.0f} minutes")
 
     def _say_how_far(self):
         if not self.told:
-            note(f"note: {self.count} of {self.total} mixtures are fitted after {SILENCE} seconds")
+            log_rank0(f"note: {self.count} of {self.total} mixtures are fitted after {SILENCE} seconds")

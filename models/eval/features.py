@@ -16,14 +16,14 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from datasets.errors import InputError
-from datasets.files import digest, write_json, write_whole
-from datasets.pickles import read_pickled_list
-from datasets.zeroshot import evaluation_loader
-from models import parallel
+from datasets.loaders import evaluation_loader
 from models.eval.unfinished import Unfinished
 from models.networks import arithmetic, normalise
-from models.speaker import no_bar, note
+from utils import distributed
+from utils.cli import InputError
+from utils.distributed import bar_disabled, log_rank0
+from utils.files import atomic_write, sha256_of, write_json
+from utils.safe_pickle import read_pickled_list
 
 FEATURES = "features_zero.pickle"
 
@@ -48,7 +48,7 @@ def extract_all(student, images, loading, precision="fp32", keep=None):
     """
     parts = []
     for files, title in images.named():
-        share = parallel.share(len(files))
+        share = distributed.rank_slice(len(files))
         part = keep(title, share) if keep else None
         done = part.done if part else 0
         loader = evaluation_loader(files, loading, share.start + done, share.stop)
@@ -60,8 +60,8 @@ def extract_all(student, images, loading, precision="fp32", keep=None):
             if part:
                 part.remove()
             raise FloatingPointError(f"features of {title} are not finite")
-        parts += [parallel.joined(rows), files.labels]
-    return Features(*parts) if parallel.rank() == 0 else None
+        parts += [distributed.gather_concat(rows), files.labels]
+    return Features(*parts) if distributed.get_rank() == 0 else None
 
 
 def extract(student, loader, device, title="features", precision="fp32", done=0):
@@ -71,7 +71,7 @@ def extract(student, loader, device, title="features", precision="fp32", done=0)
     """
     student.eval().to(memory_format=torch.channels_last)
     total = done + len(loader.dataset)
-    with tqdm(total=total, initial=done, desc=title, unit="image", leave=False, disable=no_bar()) as bar:
+    with tqdm(total=total, initial=done, desc=title, unit="image", leave=False, disable=bar_disabled()) as bar:
         for images, _ in loader:
             rows = embed(student, images, device, precision)
             yield rows
@@ -98,10 +98,10 @@ def compute_features(folder, student, images, loading, precision, source):
     unfinished = []
 
     def keep(title, share):
-        of = f".{parallel.rank()}-of-{parallel.processes()}" if parallel.processes() > 1 else ""
+        of = f".{distributed.get_rank()}-of-{distributed.get_world_size()}" if distributed.get_world_size() > 1 else ""
         part = Unfinished(folder / f".{title}{of}.unfinished", source, student.width, loading.batch_size)
         if part.done:
-            note(f"features: {part.done:,} of {share.stop - share.start:,} {title} are there already, going on")
+            log_rank0(f"features: {part.done:,} of {share.stop - share.start:,} {title} are there already, going on")
         unfinished.append(part)
         return part
 
@@ -109,9 +109,9 @@ def compute_features(folder, student, images, loading, precision, source):
     if features:
         if os.path.isfile(folder / FEATURES) and not is_ours(folder / FEATURES):
             (folder / FEATURES).replace(folder / f"{FEATURES}.old")
-            note(f"features: the {FEATURES} that was there is now {FEATURES}.old")
+            log_rank0(f"features: the {FEATURES} that was there is now {FEATURES}.old")
         write_features(folder / FEATURES, features, source)
-    parallel.anyone(False)  # wait until process 0 has written the whole
+    distributed.any_rank(False)  # wait until process 0 has written the whole
     for part in unfinished:
         part.remove()
     return features or read_features(folder / FEATURES)[0]
@@ -126,19 +126,19 @@ def stored_features(folder, checkpoint, source):
     if not os.path.isfile(path):
         return None
     if checkpoint and (stale := why_stale(path, source, checkpoint)):
-        note(f"features: {path} is {stale}, computing them anew")
+        log_rank0(f"features: {path} is {stale}, computing them anew")
         return None
     features, rescaled = read_features(path)
-    note(f"features: {path}" + (", scaled to length 1" if rescaled else ""))
+    log_rank0(f"features: {path}" + (", scaled to length 1" if rescaled else ""))
     return features
 
 
 def source_of(checkpoint, model, size, precision, benchmark=None):
     """What features depend on, for the record beside them; without lists where there is no benchmark at hand."""
-    source = {"checkpoint": digest(checkpoint), "model": model, "input_size": size, "precision": precision}
+    source = {"checkpoint": sha256_of(checkpoint), "model": model, "input_size": size, "precision": precision}
     if benchmark is None:
         return source
-    lists = {f"{kind} list": digest(benchmark.path(kind, "zero")) for kind in ("photo", "sketch")}
+    lists = {f"{kind} list": sha256_of(benchmark.path(kind, "zero")) for kind in ("photo", "sketch")}
     return source | lists | {"data_root": str(benchmark.root.resolve())}
 
 
@@ -179,15 +179,15 @@ def read_features(path):
 
 def write_features(path, features, source):
     """Write a features_zero.pickle in the authors' form, and beside it the `source` (JSON) it was computed from."""
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         content = [features.gallery, features.gallery_labels, features.query, features.query_labels, None]
         pickle.dump(content, file, protocol=4)
-    write_json(_sidecar(path), {"source": source, "sha256": digest(path)})
+    write_json(_sidecar(path), {"source": source, "sha256": sha256_of(path)})
 
 
 def is_ours(path):
     """Whether the features at `path` are those that the record beside them speaks of."""
-    return record(path).get("sha256") == digest(path)
+    return record(path).get("sha256") == sha256_of(path)
 
 
 def why_stale(path, source, checkpoint):
@@ -208,7 +208,7 @@ def features_record(folder):
     """Which features in `folder` a result was measured on, for results.json: {"features": ...}."""
     path = folder / FEATURES
     source = record(path).get("source") if is_ours(path) else None
-    return {"features": {"file": str(path), "sha256": digest(path), "source": source}}
+    return {"features": {"file": str(path), "sha256": sha256_of(path), "source": source}}
 
 
 def _sidecar(path):

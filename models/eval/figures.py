@@ -5,10 +5,10 @@ All raise ImportError without matplotlib.
 
 import numpy as np
 
-from datasets.files import write_whole
 from datasets.images import read_rgb
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import RECALL_LEVELS
+from utils.files import atomic_write
 
 
 def main_rows(results):
@@ -41,7 +41,7 @@ def draw_precision_recall(path, results):
     axis.set_title(f"{results['benchmark']}: {results['classes']} unseen classes", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=130)
 
 
@@ -75,7 +75,7 @@ def draw_plane(path, features, title, most=60):
     axis.legend(fontsize=8)
     axis.set(xticks=[], yticks=[])
     axis.set_title(f"{title}: t-SNE of unseen classes, {len(query):,} sketches, {len(gallery):,} photos", fontsize=10)
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
@@ -137,7 +137,7 @@ def draw_retrievals(path, groups, title):
                 axis.set(xticks=[], yticks=[])
                 frame = dict(color="tab:green", linestyle="-") if right else dict(color="tab:red", linestyle="--")
                 axis.spines[:].set(linewidth=3, **frame)
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 

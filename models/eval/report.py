@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from datasets.errors import InputError
-from datasets.files import write_json, write_whole
 from models.eval.figures import (
     draw_plane,
     draw_precision_recall,
@@ -14,7 +12,9 @@ from models.eval.figures import (
 )
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import STANDARD
-from models.speaker import note
+from utils.cli import InputError
+from utils.distributed import log_rank0
+from utils.files import atomic_write, write_json
 
 QUERIES = "per_query.npz"
 
@@ -89,7 +89,7 @@ def write_report(folder, results, features, measured, images, count=4):
             draw_plane(folder / "tsne.png", features, results["benchmark"])
             print(f"figure: {folder / 'tsne.png'}")
         if not at_hand:
-            note("note: no picture of retrievals, the images of these features are not at hand (see --data_root)")
+            log_rank0("note: no picture of retrievals, the images of these features are not at hand (see --data_root)")
             return
         values = measured.queries[measured.shown] | {"nearest": measured.nearest}
         groups = retrieval_groups(features, values, results["metrics"][0], images, count)
@@ -97,9 +97,9 @@ def write_report(folder, results, features, measured, images, count=4):
         draw_retrievals(folder / "retrievals.png", groups, title)
         print(f"picture: {folder / 'retrievals.png'}")
     except ImportError:
-        note("note: no figures, matplotlib is not installed")
+        log_rank0("note: no figures, matplotlib is not installed")
     except InputError as error:
-        note(f"note: no picture of retrievals, {error}")
+        log_rank0(f"note: no picture of retrievals, {error}")
 
 
 def matching_name(row):
@@ -120,7 +120,7 @@ def write_queries(path, features, queries, files=None):
     (R, n, Q) float64; "class" and "sketch" (Q,) text, the sketch by its number where its file is not known.
     """
     files = [str(number) for number in range(len(features.query_labels))] if files is None else files
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         np.savez_compressed(
             file,
             rows=np.array([(0, 0, 0) if row is None else row for row in queries], np.float64),

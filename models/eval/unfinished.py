@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from datasets.errors import InputError
+from utils.cli import InputError
 
 
 class Unfinished:

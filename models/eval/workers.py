@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from threadpoolctl import threadpool_limits
 
-from datasets.pool import available_cores
+from utils.process_pool import available_cores
 
 
 @contextmanager

@@ -1,0 +1,112 @@
+"""What a study found, as tables and figures; see study.py."""
+
+from itertools import groupby
+
+import numpy as np
+
+from models.compare import cell, signed
+from utils.files import atomic_write
+
+
+def markdown(results):
+    """The choice of rates, and a table a split: mean ± deviation over seeds, and the difference from the base."""
+    lines = [
+        "Seen: accuracy (%) on held-back sketches of seen classes, of the tested epoch and of the last three; the best",
+        f"rate (*) is taken. Unseen: {results['rows'][0]['metric']} by each matching; it has no say.",
+        "",
+        "| variant | rate | seen | unseen |",
+        "|---|---|---|---|",
+    ]
+    lines += map(_rate, results["rates"])
+    for split, rows in groupby(results["rows"], key=lambda row: row["split"]):
+        rows = list(rows)
+        shown = list(dict.fromkeys(_matching(row) for row in rows))
+        lines += ["", f"{split}, {rows[0]['metric']}, and its difference from {results['base']}:", ""]
+        lines += [f"| variant | seeds | {' | '.join(shown)} | gain over {shown[0]} |", "|---" * (len(shown) + 3) + "|"]
+        for variant, own in groupby(rows, key=lambda row: row["variant"]):
+            own = list(own)
+            cells = [*map(cell, own), "; ".join(signed(row["gain"], row["gain_interval"]) for row in own[1:])]
+            lines.append(f"| {variant} | {own[0]['seeds']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _rate(run):
+    last = " ".join(f"{value:.1f}" for value in run["accuracy"][-3:])
+    unseen, mark = " / ".join(f"{value:.3f}" for value in run["unseen"]), " *" if run["chosen"] else ""
+    return f"| {run['variant']} | {run['rate']}{mark} | {run['tested']:.1f} ({last}) | {unseen} |"
+
+
+def _matching(row):
+    return row["matching"] if row["M"] is None else f"{row['matching']}, M {row['M']}, K {row['K']}"
+
+
+def draw_differences(path, results):
+    """Draw the differences from the base with their intervals, a panel a split."""
+    splits = {split: list(rows) for split, rows in groupby(results["rows"], key=lambda row: row["split"])}
+    figure, panels = _figure(len(splits), (5.5, 3.6))
+    for axis, (split, rows) in zip(panels, splits.items(), strict=True):
+        rows = [row for row in rows if "difference" in row]
+        if not rows:
+            continue
+        names = list(dict.fromkeys(row["variant"] for row in rows))
+        for number, matching in enumerate(dict.fromkeys(_matching(row) for row in rows)):
+            own = [row for row in rows if _matching(row) == matching]
+            middle = np.array([row["difference"] for row in own])
+            ends = np.abs(np.array([row["interval"] for row in own]).T - middle)
+            places = [names.index(row["variant"]) + 0.25 * number - 0.125 for row in own]
+            axis.errorbar(middle, places, xerr=ends, fmt="o", capsize=3, label=matching)
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.set(title=split, xlabel=f"{rows[0]['metric']}: difference from {results['base']}, 95 %")
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.1))
+    _write(path, figure)
+
+
+def draw_sweeps(path, results):
+    """Draw the metric of each sweep over its cluster weights, or else over K, a line for each M: the mean of all
+    trainings and mixtures, and a band of one deviation. Draws nothing without sweeps."""
+    runs = results["sweeps"]
+    if not runs:
+        return
+    figure, panels = _figure(len(runs[0]), (5, 3.6))
+    for axis, rows in zip(panels, map(sum, zip(*runs, strict=True), [[]] * len(runs[0])), strict=True):
+        one_to_one = [row["values"][0] for row in rows if row["M"] is None]
+        rows = [row for row in rows if row["M"] is not None]
+        varied = "cluster_weight" if len({row["cluster_weight"] for row in rows}) > 1 else "K"
+        what = {"cluster_weight": "weight of the cluster distance", "K": "K, clusters in each of M sub-spaces"}[varied]
+        for subspaces in sorted({row["M"] for row in rows}):
+            own = [row for row in rows if row["M"] == subspaces]
+            label = f"M {subspaces}" + (f", K {own[0]['K']}" if varied != "K" else "")
+            _band(axis, [(row[varied], row["values"]) for row in own], label)
+        axis.axhline(np.mean(one_to_one), color="black", linewidth=0.8, linestyle="--", label="one-to-one")
+        axis.set(xlabel=what, ylabel=results["rows"][0]["metric"], xscale="log" if varied == "K" else "linear")
+        if varied == "K":
+            ticks = sorted({row["K"] for row in rows})
+            axis.set_xticks(ticks, ticks)
+            axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    _write(path, figure)
+
+
+def _band(axis, points, label):
+    """points: [(x, values), ...], several of one x."""
+    places = sorted({x for x, _ in points})
+    values = [np.concatenate([each for x, each in points if x == place]) for place in places]
+    mean, deviation = (np.array([getattr(each, name)() for each in values]) for name in ("mean", "std"))
+    axis.plot(places, mean, marker=".", label=label)
+    axis.fill_between(places, mean - deviation, mean + deviation, alpha=0.2)
+
+
+def _figure(panels, size):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size[0] * panels, size[1]), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _write(path, figure):
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)

@@ -1,0 +1,315 @@
+"""The lists, class names and semantic masks of a benchmark folder, read and written; every line is checked.
+
+    <root>/<zero_version>/<list>.txt     one image a line: `relative/path with spaces.png 12`, labels 0..C-1
+    <root>/<zero_version>/cname_cid.txt  seen classes, `class name 12`; cname_cid_zero.txt the unseen ones
+    <root>/<zero_version>/cid_mask.pickle  {label: float64 vector (1000,)}, by Python 2 or 3
+    <root>/<zero_version>/title.txt      optional, ours: a line, what tables and pictures call a benchmark of one's own
+
+Reading never touches an image; `check_images` is the only function that looks for them.
+"""
+
+import os
+import pickle
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datasets.protocols import PROTOCOLS, Protocol
+from utils.cli import InputError
+from utils.files import atomic_write, check_stat, stat_error
+from utils.safe_pickle import read_pickled_dict
+
+LISTS = {  # (kind, split) of every list: what it holds
+    ("sketch", "train"): "training sketches",
+    ("sketch", "test"): "validation sketches",
+    ("sketch", "zero"): "unseen sketches",
+    ("photo", "train"): "training photos",
+    ("photo", "zero"): "unseen photos",
+}
+CLASS_NAMES = "cname_cid.txt", "cname_cid_zero.txt"  # of seen and of unseen classes
+MASK = "cid_mask.pickle"
+TITLE = "title.txt"
+_NEW_MASK = "make one with python -m datasets.prepare mask, or train without: --no_mask"
+
+
+def refuse(message):
+    """What readers do with a line they cannot use, unless told otherwise: raise InputError."""
+    raise InputError(message)
+
+
+@dataclass(frozen=True)
+class FileList:
+    """Images of one kind and split: `paths` relative to `root`, `labels` (n,) int64."""
+
+    source: Path  # the list file, for messages
+    root: Path
+    paths: list[str]
+    labels: np.ndarray
+    lines: list[int]  # where each stands in `source`
+
+    def __len__(self):
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class UnseenImages:
+    """The unseen-class part of a benchmark folder."""
+
+    photos: FileList  # the gallery
+    sketches: FileList  # the queries
+
+    def named(self):
+        """(FileList, what it holds), the gallery first."""
+        return (self.photos, "photos"), (self.sketches, "sketches")
+
+    def check(self):
+        """Raise InputError for the first image that is not there."""
+        for files, _ in self.named():
+            check_images(files)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark folder: where its lists lie and what its classes are called."""
+
+    protocol: Protocol
+    title: str  # what tables and pictures call it
+    root: Path
+    lists: Path  # root/zero_version
+    seen_names: list[str]
+    unseen_names: list[str]
+
+    def names(self, split):
+        """Class names of `split`, in the order of their labels."""
+        return self.unseen_names if split == "zero" else self.seen_names
+
+    def path(self, kind, split):
+        """The list of `kind` ("sketch" or "photo") and `split` ("train", "test" for validation, or "zero")."""
+        names = self.protocol.list_names(kind, split)
+        return next((self.lists / name for name in names if os.path.isfile(self.lists / name)), self.lists / names[0])
+
+    def read(self, kind, split, complain=refuse):
+        """FileList of `kind` and `split`, see `path` and `read_list`."""
+        return read_list(self.path(kind, split), self.root, len(self.names(split)), complain)
+
+    def read_unseen(self):
+        """UnseenImages."""
+        return UnseenImages(self.read("photo", "zero"), self.read("sketch", "zero"))
+
+    def check_seen_classes(self, count):
+        """Raise InputError unless it has `count` seen classes; None is any number."""
+        if count not in (None, len(self.seen_names)):
+            raise InputError(
+                f"--nb_classes {count}: {self.lists / CLASS_NAMES[0]} lists {len(self.seen_names)} seen classes; leave "
+                "the option out, or see --zero_version (the outputs of the ImageNet head are --imagenet_classes)"
+            )
+
+    def read_mask(self, imagenet_classes=1000):
+        """Semantic mask (seen classes, imagenet_classes) float32."""
+        return read_mask(self.lists / MASK, len(self.seen_names), imagenet_classes)
+
+
+def open_benchmark(protocol_name, root=None, zero_version=None, complain=refuse):
+    """Open a benchmark folder laid out like `protocol_name`'s; `root` and `zero_version` default to the protocol's.
+
+    complain: as in `read_list`, for class names. Raises InputError if the folder, or a file of class names in it, is
+    missing, and what `complain` raises.
+    """
+    protocol = PROTOCOLS[protocol_name]
+    root = Path(root or protocol.data_root)
+    lists = root / (zero_version or protocol.zero_version)
+    check_stat(root)
+    check_stat(lists)
+    if not os.path.isdir(root):
+        raise InputError(f"{root}: no such data folder; unpack {protocol.title} there or name another with --data_root")
+    if not os.path.isdir(lists):
+        raise InputError(
+            f"{lists}: no such folder of lists; name the right one with --zero_version, or make it with "
+            "python -m datasets.prepare lists"
+        )
+    seen, unseen = (read_class_names(lists / name, complain) for name in CLASS_NAMES)
+    if both := sorted(set(seen) & set(unseen)):
+        complain(f"{lists}: {both[0]!r} is in cname_cid.txt and in cname_cid_zero.txt; unseen classes must be new")
+    return Benchmark(protocol, _title(protocol, lists, seen, unseen), root, lists, seen, unseen)
+
+
+def _title(protocol, lists, seen, unseen):
+    """The line of title.txt; without one, the protocol's title if the classes are its own, else the folder's name."""
+    if os.path.isfile(lists / TITLE):
+        return _lines(lists / TITLE)[0][1]
+    pairs = ((seen, protocol.seen_names), (unseen, protocol.unseen_names))
+    published = all(set(map(spelling, own)) == set(map(spelling, names)) for own, names in pairs)
+    # A folder's name need not be UTF-8, and what it becomes part of must be.
+    return protocol.title if published else lists.parent.resolve().name.encode(errors="replace").decode()
+
+
+def check_root(root):
+    """Raise InputError unless `root` is a folder."""
+    check_stat(root)
+    if not os.path.isdir(root):
+        what = "is a file, perhaps an archive to unpack" if os.path.exists(root) else "no such folder"
+        raise InputError(f"{root}: {what}; name the folder of the data set")
+
+
+def find_layout(root, zero_version=None):
+    """(protocol name, folder of lists) of the first known layout found in `root`, a folder of any benchmark.
+
+    zero_version: the folder of lists, where it is known. Raises InputError where there is none.
+    """
+    check_root(root)
+    folders = [zero_version] if zero_version else sorted(path.name for path in Path(root).iterdir())
+    for name, protocol in PROTOCOLS.items():
+        for folder in sorted(folders, key=lambda each: each != protocol.zero_version):
+            kinds = (protocol.list_names(kind, "zero") for kind in ("sketch", "photo"))
+            if all(any(os.path.isfile(Path(root) / folder / each) for each in names) for names in kinds):
+                return name, folder
+    inside = Path(root) / zero_version if zero_version else f"{root}/zeroshot*"
+    hidden = _hidden_lists(root, folders)
+    raise InputError(
+        f"{inside}: no lists of unseen sketches and photos under any known names{hidden}; make them with "
+        "python -m datasets.prepare lists, or name their folder with --zero_version"
+    )
+
+
+def _hidden_lists(root, folders):
+    """A hint for the message where lists of unseen images may be that cannot be seen; else an empty text."""
+    keys = [key for key in LISTS if key[1] == "zero"]
+    names = {name for protocol in PROTOCOLS.values() for key in keys for name in protocol.list_names(*key)}
+    for folder in folders:
+        for name in (".", *sorted(names)):  # "." can be seen by who may look into the folder
+            if why := stat_error(os.path.join(root, folder, name)):
+                return f" ({os.path.normpath(os.path.join(root, folder, name))} cannot be read: {why})"
+    return ""
+
+
+def read_list(path, root, classes, complain=refuse):
+    """Read a list of images whose labels lie in 0..classes-1.
+
+    complain: takes a message, naming file and line, for each line without a label or with one out of range, and for
+    each path that is absolute or climbs out of `root`; if it returns, the line is left out.
+    Raises InputError if the list is missing or empty, and what `complain` raises.
+    """
+    paths, labels, numbers = [], [], []
+    for number, line in _lines(path):
+        if (parts := _split_label(path, number, line, complain)) is None:
+            continue
+        name, label = parts
+        if label >= classes:
+            complain(f"{path}:{number}: label {label} is outside 0..{classes - 1}, the classes of cname_cid*.txt")
+        elif name.startswith("/") or ".." in name.split("/"):
+            complain(f"{path}:{number}: {name!r} leaves the data folder; paths are relative to {root}")
+        else:
+            paths.append(name)
+            labels.append(label)
+            numbers.append(number)
+    return FileList(Path(path), Path(root), paths, np.array(labels, dtype=np.int64), numbers)
+
+
+def read_class_names(path, complain=refuse):
+    """Class names in the order of their labels, which must be 0..C-1; no name may come twice.
+
+    complain: as in `read_list`. Raises InputError if the file is missing or empty, and what `complain` raises.
+    """
+    names = {}
+    for number, line in _lines(path):
+        if (parts := _split_label(path, number, line, complain)) is None:
+            continue
+        name, label = parts
+        if label in names:
+            complain(f"{path}:{number}: label {label} is already that of {names[label]!r}")
+        elif name in names.values():
+            complain(f"{path}:{number}: the class {name!r} already has a label")
+        else:
+            names[label] = name
+    if missing := sorted(set(range(len(names))) - set(names)):
+        complain(f"{path}: labels must be 0..{len(names) - 1}, but {missing[0]} is missing")
+    return [names[label] for label in sorted(names)]
+
+
+def read_mask(path, classes, imagenet_classes=1000):
+    """Semantic mask a (classes, imagenet_classes) float32, row c for seen class c.
+
+    Raises InputError if the file is missing, refused or torn, lacks a class, or holds vectors of another length.
+    """
+    check_stat(path)
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no semantic mask; {_NEW_MASK}")
+    mask = read_pickled_dict(path)
+    if set(mask) != set(range(classes)):
+        raise InputError(f"{path}: not a mask of the {classes} classes in cname_cid.txt; {_NEW_MASK}")
+    rows = [mask[label] for label in range(classes)]
+    if sound := all(row is not None and row.shape == (imagenet_classes,) for row in rows):
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+            rows = np.stack(rows, dtype=np.float64).astype(np.float32)
+    if not sound or not np.isfinite(rows).all():
+        raise InputError(
+            f"{path}: every class needs a vector of {imagenet_classes} finite numbers (see --imagenet_classes)"
+        )
+    return rows
+
+
+def check_images(files):
+    """Raise InputError naming list and line of the first image of FileList `files` that is not there."""
+    for index, name in enumerate(files.paths):
+        if not os.path.isfile(files.root / name):
+            place = f"{files.source}:{files.lines[index]}"
+            if why := stat_error(files.root / name):
+                raise InputError(f"{place}: {files.root / name} cannot be read ({why}); correct that")
+            raise InputError(f"{place}: no image {files.root / name}; unpack the data, or set --data_root")
+
+
+def write_list(path, rows):
+    """Write (path or class name, label) rows as a list, or as a file of class names."""
+    with atomic_write(path) as file:
+        file.write(list_text(rows))
+
+
+def list_text(rows):
+    """Bytes of a list of (path or class name, label) rows."""
+    return "".join(f"{name} {label}\n" for name, label in rows).encode()
+
+
+def spelling(name):
+    """What all spellings of a class name have in common: the name without case, spaces and punctuation.
+
+    Vowel signs stay, and so do + and #: C, C++ and C# are three classes. A name of punctuation only stays as it is.
+    """
+    signs = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(sign for sign in signs if sign == "#" or unicodedata.category(sign)[0] not in "CPZ") or signs
+
+
+def write_mask(path, mask):
+    """Write mask (C, 1000) as the authors do: a pickled {label: float64 vector}, for any Python and NumPy."""
+    content = pickle.dumps(dict(enumerate(np.asarray(mask, dtype=np.float64))), protocol=2)
+    with atomic_write(path) as file:
+        file.write(content.replace(b"cnumpy._core.", b"cnumpy.core."))  # the name before NumPy 2, which knows it, too
+
+
+def _lines(path):
+    """Numbered lines of a text file that are not blank; Windows line ends and a byte-order mark are accepted."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{path}: no such list; python -m datasets.prepare lists makes it, or see --zero_version"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); change its permissions, or choose another"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read as text ({error})") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise InputError(f"{path}: the list is empty")
+    return lines
+
+
+def _split_label(path, number, line, complain):
+    name, _, label = line.rpartition(" ")
+    if not name.strip() or "\0" in name or not label.isascii() or not label.isdigit() or len(label) > 9:
+        complain(f"{path}:{number}: expected 'path label' with a whole number 0.. at the end, found {line!r}")
+        return None
+    return name.strip(), int(label)

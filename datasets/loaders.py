@@ -1,0 +1,226 @@
+"""torch datasets over lists of images, and the paired loader of a training step.
+
+All randomness depends only on the seed, the epoch and the place in the list. So a run gives the same result with any
+number of workers, and after a restart.
+"""
+
+import signal
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datasets.images import draw_augmentation, read_rgb, resize, stack, warp
+from datasets.lists import FileList, check_images
+from utils import distributed
+from utils.cli import InputError
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How images are read."""
+
+    size: int = 224  # side of an input image, in pixels
+    batch_size: int = 64
+    workers: int = 0  # processes that decode images; with 0 the calling process decodes them
+    device: str = "cpu"  # where batches go
+
+
+class ImageList(Dataset):
+    """The images start..stop-1 of a FileList, in order, without augmentation: ((3, size, size) uint8, label)."""
+
+    def __init__(self, files, size, start=0, stop=None):
+        self.files, self.size = files, size
+        self.indices = range(len(files))[start:stop]
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, index):
+        index = self.indices[index]
+        image = read_rgb(self.files.root / self.files.paths[index])
+        return resize(image, self.size), int(self.files.labels[index])
+
+
+class TrainingImages(Dataset):
+    """Augmented sketches and photos, indexed by (epoch, index). Indices count the sketches first, then the photos.
+
+    An item is ((3, size, size) uint8, label, 1.0 for a photo or 0.0 for a sketch).
+    """
+
+    def __init__(self, sketches, photos, size, seed):
+        self.sketches, self.photos = sketches, photos
+        self.size, self.seed = size, seed
+
+    def file(self, index):
+        """The FileList that holds image `index`, and the place of the image in it."""
+        is_photo = index >= len(self.sketches)
+        return (self.photos, index - len(self.sketches)) if is_photo else (self.sketches, index)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        files, place = self.file(index)
+        image = read_rgb(files.root / files.paths[place])
+        augmentation = draw_augmentation(np.random.default_rng((self.seed, epoch, index)))
+        if augmentation is not None:
+            image = warp(image, augmentation)
+        return resize(image, self.size), int(files.labels[place]), float(files is self.photos)
+
+
+class PairedBatches(Sampler):
+    """Batches of sketches_per_batch sketches and photos_per_batch photos, joined and shuffled.
+
+    Seed and epoch decide the order. The epoch ends when one list has no images left; the last batch of a list may have
+    fewer. Yields batches start..stop-1 as lists of (epoch, index) for TrainingImages, of each only the part
+    share(length).
+    """
+
+    def __init__(self, sketches, photos, sketches_per_batch, photos_per_batch, seed, share=slice):
+        self.counts = sketches, photos
+        self.per_batch = sketches_per_batch, photos_per_batch
+        self.seed, self.epoch, self.share = seed, 0, share
+        pairs = zip(self.counts, self.per_batch, strict=True)
+        self.start, self.stop = 0, min(-(-count // size) for count, size in pairs)
+
+    def __len__(self):
+        return max(0, self.stop - self.start)
+
+    def size(self, step):
+        """Number of images in the whole batch of `step`."""
+        pairs = zip(self.counts, self.per_batch, strict=True)
+        return sum(len(range(count)[step * size : (step + 1) * size]) for count, size in pairs)
+
+    def __iter__(self):
+        for step, batch in enumerate(self.batches()):
+            if self.start <= step < self.stop:
+                yield [(self.epoch, int(index)) for index in batch[self.share(len(batch))]]
+
+    def batches(self):
+        """The indices of every whole batch of the epoch; `start`, `stop` and `share` do not matter here."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        sketches, photos = rng.permutation(self.counts[0]), self.counts[0] + rng.permutation(self.counts[1])
+        for step in range(self.stop):
+            pairs = zip((sketches, photos), self.per_batch, strict=True)
+            yield rng.permutation(np.concatenate([order[step * size : (step + 1) * size] for order, size in pairs]))
+
+
+def training_loader(sketches, photos, loading, split, seed=0, share=slice):
+    """Loader of (images uint8, labels int64, is_photo float32) batches.
+
+    sketches, photos: FileLists. loading: a Loading. split: (sketches, photos) in a batch. share: a function that takes
+    the length of a batch and gives the slice of it that this process trains on.
+    Before each epoch set `loader.batch_sampler.epoch`; to run only a part of an epoch, set its `start` and `stop`, too.
+    """
+    return DataLoader(
+        TrainingImages(sketches, photos, loading.size, seed),
+        batch_sampler=PairedBatches(len(sketches), len(photos), *split, seed, share),
+        collate_fn=_collate_training,
+        persistent_workers=loading.workers > 0,
+        **_workers(loading),
+    )
+
+
+def evaluation_loader(files, loading, start=0, stop=None):
+    """Loader of (images uint8, labels int64) batches of a FileList: its images start..stop-1, in order."""
+    return DataLoader(
+        ImageList(files, loading.size, start, stop),
+        batch_size=loading.batch_size,
+        collate_fn=_collate_evaluation,
+        **_workers(loading),
+    )
+
+
+def _collate_training(items):
+    images, labels, is_photo = zip(*items, strict=True)
+    return torch.from_numpy(stack(images)), torch.tensor(labels), torch.tensor(is_photo, dtype=torch.float32)
+
+
+def _collate_evaluation(items):
+    images, labels = zip(*items, strict=True)
+    return torch.from_numpy(stack(images)), torch.tensor(labels)
+
+
+def _workers(loading):
+    pinned = torch.device(loading.device).type == "cuda"
+    return dict(num_workers=loading.workers, pin_memory=pinned, worker_init_fn=prepare_worker)
+
+
+def prepare_worker(_):
+    """Prepare a process of a DataLoader: it leaves Ctrl-C to its parent, and does not tell when that is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process sees to it
+    sys.excepthook = _without_lost_connections
+
+
+def _without_lost_connections(kind, error, trace):
+    """What a thread of a worker does with an error: the main process may be gone, and then there is nobody to tell."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run learns from, and the held-back sketches that it is measured on."""
+
+    loader: DataLoader  # of this process's share of each batch
+    mask: torch.Tensor  # (C, J) the semantic mask, or (C, 1) zeros for none; on the device of the run
+    files: list[FileList]  # sketches, photos and, if there are any, held-back sketches
+    validation: DataLoader | None = None  # of this process's share of the held-back sketches
+    held_back: int = 0  # how many there are in all
+
+
+def open_training_data(benchmark, loading, seed=0, imagenet_classes=1000, validate=True, max_steps=None):
+    """TrainingData of a benchmark folder.
+
+    loading: a Loading, its batch_size that of a whole batch; seed: of order and augmentation; imagenet_classes: width
+    of the semantic mask, None for no mask; validate: whether held-back sketches are read; max_steps: of an epoch.
+    Raises InputError for bad lists, missing images or mask, and a batch size that does not fit.
+    """
+    split = _split_batch(benchmark.protocol, loading.batch_size)
+    sketches, photos = benchmark.read("sketch", "train"), benchmark.read("photo", "train")
+    held_back = _held_back(benchmark) if validate else None
+    files = [sketches, photos, *filter(None, [held_back])]
+    for each in files:
+        check_images(each)
+    loader = training_loader(sketches, photos, loading, split, seed, distributed.rank_slice)
+    batches = loader.batch_sampler
+    batches.stop = min(batches.stop, max_steps or batches.stop)
+    if (least := min(batches.size(step) for step in range(batches.stop))) < distributed.get_world_size():
+        raise InputError(
+            f"--batch_size {loading.batch_size}: the last batch of an epoch holds {least} images, fewer than the "
+            f"{distributed.get_world_size()} processes; use another size, or fewer processes"
+        )
+    mask = torch.zeros(len(benchmark.seen_names), 1)
+    if imagenet_classes is not None:
+        mask = torch.from_numpy(benchmark.read_mask(imagenet_classes))
+    data = TrainingData(loader, mask.to(loading.device), files)
+    if not held_back:
+        return data
+    part = distributed.rank_slice(len(held_back))
+    validation = evaluation_loader(held_back, loading, part.start, part.stop)
+    return TrainingData(data.loader, data.mask, files, validation, len(held_back))
+
+
+def _split_batch(protocol, batch_size):
+    """(sketches, photos) of a batch. Raises InputError if it is too small for the protocol or for the processes."""
+    split = protocol.split_batch(batch_size)
+    if not all(split):
+        least = protocol.sketch_share + protocol.photo_share
+        raise InputError(
+            f"--batch_size {batch_size}: too small for {protocol.sketch_share} sketch and "
+            f"{protocol.photo_share} photos; use {least} or more"
+        )
+    if split[1] < distributed.get_world_size():
+        raise InputError(
+            f"--batch_size {batch_size}: its {split[1]} photos cannot be shared by "
+            f"{distributed.get_world_size()} processes; use a larger batch, or fewer processes"
+        )
+    return split
+
+
+def _held_back(benchmark):
+    try:
+        return benchmark.read("sketch", "test")
+    except InputError as error:
+        raise InputError(f"{error}; --no_validation trains without held-back sketches") from None

@@ -1,0 +1,213 @@
+"""Make the lists of a benchmark from its image folders, or from the lists of another release.
+
+`lists_from_images` reads class folders in any layout that the protocols name. `lists_from_lists` reads lists under any
+name that a release gives them. Both return the lists without writing them, and neither opens an image.
+"""
+
+import difflib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from datasets.lists import CLASS_NAMES, read_class_names, read_list, spelling
+from datasets.prepare.listed_images import is_file
+from datasets.protocols import PROTOCOLS
+from utils.cli import InputError
+from utils.files import check_stat
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+
+
+def lists_from_images(protocol, root, held_back, seed=0):
+    """Make the lists of `protocol` from all images in the class folders below `root`.
+
+    held_back: number of sketches of each seen class in the validation list; seed: chooses these sketches.
+    Returns ({file name: rows}, notes for the user). A row is (path relative to root, label); in the two files of class
+    names it is (class name, label).
+    Raises InputError if an image folder or a class is missing, or if a class has two folders, too few sketches or a
+    file with a name that a list cannot hold.
+    """
+    notes = []
+    classes = protocol.seen_names + protocol.unseen_names
+    sketches = class_images(root, protocol.sketch_folders, classes, notes)
+    photos = class_images(root, protocol.photo_folders, classes, notes)
+    rows = {(kind, split): [] for kind in ("sketch", "photo") for split in ("train", "zero")}
+    rows["sketch", "test"] = []
+    for label, name in enumerate(protocol.seen_names):
+        if len(sketches[name]) <= held_back:
+            raise InputError(
+                f"{root}: {name!r} has {len(sketches[name])} sketches, too few to hold back {held_back}; "
+                "unpack the data again, or see --held_back"
+            )
+        chosen = np.random.default_rng((seed, label)).permutation(len(sketches[name]))[:held_back]
+        for index, path in enumerate(sketches[name]):
+            rows["sketch", "test" if index in chosen else "train"].append((path, label))
+        rows["photo", "train"] += [(path, label) for path in photos[name]]
+    for label, name in enumerate(protocol.unseen_names):
+        rows["sketch", "zero"] += [(path, label) for path in sketches[name]]
+        rows["photo", "zero"] += [(path, label) for path in photos[name]]
+    if held_back:
+        notes.append(
+            f"note: {held_back} sketches of each seen class are held back for validation, chosen by --seed {seed}; "
+            "they are not the ones that the release held back"
+        )
+    lists = {protocol.list_names(*key)[0]: part for key, part in rows.items() if part}
+    for name, names in zip(CLASS_NAMES, (protocol.seen_names, protocol.unseen_names), strict=True):
+        lists[name] = list(zip(names, range(len(names)), strict=True))
+    return lists, notes
+
+
+def class_images(root, sources, classes, notes):
+    """{class: sorted paths, relative to root} of the images in all folders that `sources` names.
+
+    sources: `sketch_folders` or `photo_folders` of a Protocol. The name of a class folder may be another spelling of
+    the class; then a line is added to `notes`. So is a line about folders that are no class.
+    Raises InputError if a folder or a class is missing, or if a folder cannot be used.
+    """
+    images = {name: [] for name in classes}
+    for alternatives in sources:
+        source = next((each for each in alternatives if os.path.isdir(Path(root) / each)), None)
+        if source is None:
+            for each in alternatives:
+                check_stat(Path(root) / each)
+            raise InputError(f"{root}: no folder {' or '.join(alternatives)}; unpack the data there")
+        for name, folder in _class_folders(Path(root) / source, classes, notes).items():
+            found = _images(Path(root) / source / folder, notes)
+            images[name] += [f"{source}/{folder}/{image}" for image in found]
+    return images
+
+
+def _class_folders(source, classes, notes):
+    """{class: name of its folder in `source`}."""
+    wanted, folders, others = {spelling(name): name for name in classes}, {}, []
+    for entry in (entries := _entries(source)):
+        if not os.path.isdir(entry.path):  # unlike entry.is_dir(), no error for a link that leads back to itself
+            continue
+        name = wanted.get(spelling(entry.name))
+        if name is None:
+            others.append(entry.name)
+            continue
+        if name in folders:
+            raise InputError(f"{source}: {folders[name]!r} and {entry.name!r} are both the class {name!r}; merge them")
+        _check_name(entry.name, source)
+        folders[name] = entry.name
+        if entry.name != name:
+            notes.append(f"note: {source / entry.name}: taken for the class {name!r}")
+        _note_links([entry], source, notes)
+    if missing := [name for name in classes if name not in folders]:
+        for entry in entries:
+            if wanted.get(spelling(entry.name)) in missing:
+                check_stat(entry.path)
+        alike = difflib.get_close_matches(missing[0], others, n=1)
+        way_out = f"rename {alike[0]!r} if that is it" if alike else "unpack the data again, or rename its folder"
+        raise InputError(
+            f"{source}: {len(missing)} of {len(classes)} classes are missing, first {missing[0]!r}; {way_out}"
+        )
+    if others:
+        notes.append(
+            f"note: {source}: {len(others)} folders are no class of this protocol, first {others[0]!r}: left out"
+        )
+    return folders
+
+
+def _images(folder, notes):
+    """Sorted names of the images in `folder`."""
+    names, others, entries = [], [], _entries(folder)
+    for entry in entries:
+        if not entry.name.lower().endswith(SUFFIXES) or not is_file(entry):
+            others.append(entry.name)
+            continue
+        _check_name(entry.name, folder)
+        names.append(entry.name)
+    if not names:
+        raise InputError(f"{folder}: holds no image; unpack the data again")
+    _note_links(entries, folder, notes)
+    if others:
+        notes.append(f"note: {folder}: {len(others)} files are no images, first {others[0]!r}: left out")
+    return names
+
+
+def _check_name(name, folder):
+    if set("\r\n") & set(name) or name != name.encode(errors="replace").decode():
+        raise InputError(f"{folder}: no list can hold the name {name!r}; rename it")
+
+
+def _entries(folder):
+    """The entries of `folder`, sorted by name, without hidden files such as the `._photo.jpg` that macOS makes."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _note_links(entries, folder, notes):
+    links = [entry for entry in entries if entry.is_symlink()]
+    if links:
+        more = f", and {len(links) - 1} more links there" if len(links) > 1 else ""
+        target = os.path.realpath(links[0].path)
+        notes.append(f"note: {folder / links[0].name}: a link to {target}{more}; the images must stay there")
+
+
+def lists_from_lists(protocol, root, source):
+    """Make the lists of `protocol` from the lists in the folder `source` of `root`, whatever release named them.
+
+    Some releases hold back sketches but have no list of them. The validation list is then made of the sketches of seen
+    classes that are in the image folders and not in the training list.
+    Returns the same as `lists_from_images`. Raises InputError if a list is missing, has a line that cannot be used, or
+    belongs to another protocol.
+    """
+    folder, notes, lists = Path(root) / source, [], {}
+    check_stat(folder)
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder of lists; name the one to convert, such as zeroshot0")
+    classes = {}
+    for name, split, own in zip(
+        CLASS_NAMES, ("train", "zero"), (protocol.seen_names, protocol.unseen_names), strict=True
+    ):
+        classes[split] = read_class_names(folder / name)
+        if set(map(spelling, classes[split])) != set(map(spelling, own)):
+            raise InputError(f"{folder / name}: not the classes of {protocol.title}; choose another --protocol")
+        lists[name] = list(zip(classes[split], range(len(own)), strict=True))
+    for kind, split in (("sketch", "train"), ("sketch", "zero"), ("photo", "train"), ("photo", "zero")):
+        files = read_list(_find_list(folder, protocol, kind, split), root, len(classes[split]))
+        lists[protocol.list_names(kind, split)[0]] = list(zip(files.paths, files.labels.tolist(), strict=True))
+    if protocol.has_validation:
+        name = protocol.list_names("sketch", "test")[0]
+        found = _find_list(folder, protocol, "sketch", "test")
+        if os.path.isfile(found):
+            files = read_list(found, root, len(classes["train"]))
+            lists[name] = list(zip(files.paths, files.labels.tolist(), strict=True))
+        elif rows := _left_out(protocol, root, classes, lists, notes):
+            lists[name] = rows
+    return lists, notes
+
+
+def _find_list(folder, protocol, kind, split):
+    names = [name for each in (protocol, *PROTOCOLS.values()) for name in each.list_names(kind, split)]
+    return next((folder / name for name in names if os.path.isfile(folder / name)), folder / names[0])
+
+
+def _left_out(protocol, root, classes, lists, notes):
+    """Rows of a validation list that is missing, see `lists_from_lists`; [] and a note if they cannot be found."""
+    name = protocol.list_names("sketch", "train")[0]
+    without = "there is no validation list; make lists from the images, or train with --no_validation"
+    try:
+        sketches = class_images(root, protocol.sketch_folders, classes["train"] + classes["zero"], [])
+    except InputError as error:
+        notes.append(f"note: {error}; {without}")
+        return []
+    listed = {path for path, _ in lists[name]}
+    if missing := listed.difference(*sketches.values()):
+        notes.append(f"note: {len(missing):,} images of {name} are not there, first {min(missing)}; {without}")
+        return []
+    rows = [
+        (path, label) for label, each in enumerate(classes["train"]) for path in sketches[each] if path not in listed
+    ]
+    counts = np.bincount([label for _, label in rows], minlength=len(classes["train"]))
+    if not counts.all():
+        notes.append(f"note: {without}")
+        return []
+    notes.append(
+        f"note: the validation list is the {len(rows):,} sketches of seen classes that {name} leaves out, "
+        f"{counts.min()}{f' to {counts.max()}' if counts.max() > counts.min() else ''} of each class"
+    )
+    return rows

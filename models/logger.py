@@ -1,0 +1,156 @@
+"""What one sees of a training run: a bar or a line an epoch, log.jsonl, TensorBoard curves, and curves.png."""
+
+import json
+import time
+
+from tqdm import tqdm
+
+from models.train_step import MEASURES
+from utils.distributed import bar_disabled, log_rank0
+from utils.files import atomic_write
+
+LOSSES = ("total", "cls", "ka_student", "ka_teacher", "ma")
+
+
+class Log:
+    """Writes what was measured to log.jsonl and TensorBoard, going on where a resumed run stands.
+
+    A line of log.jsonl is {"epoch", "step" (of the epoch, from 1), losses, "lr", "images_per_second"}, every
+    --print_freq steps, or {"epoch", "phase", means of the losses, "accuracy", "lr", ...} without a step, every epoch.
+    """
+
+    def __init__(self, savedir, epochs_done, step_done, steps):
+        self.path, self.steps = savedir / "log.jsonl", steps
+        kept = [line for line in _lines(self.path) if _is_before(line, epochs_done, step_done)]
+        with atomic_write(self.path) as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in kept)
+        self.board = _open_board(savedir, epochs_done * steps + step_done)
+
+    def write(self, line):
+        """Add a line, a dict as above."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        place = line["epoch"] * self.steps + line.get("step", self.steps)
+        kind = "step" if "step" in line else "epoch"
+        for name, value in line.items() if self.board else ():
+            if isinstance(value, float):
+                self.board.add_scalar(f"{kind}/{name}", value, place)
+        if self.board and kind == "epoch":
+            self.board.flush()
+
+
+class EpochBar:
+    """The bar of an epoch; every `every` steps it shows their losses and writes a line of the Log, if there is one.
+
+    sizes: images in each step of the epoch, of which `done` are done.
+    """
+
+    def __init__(self, title, sizes, done, log=None, every=10):
+        self.sizes, self.log, self.every = sizes, log, every
+        self.bar = tqdm(total=sum(sizes), initial=sum(sizes[:done]), desc=title, unit="image", leave=False,
+                        disable=bar_disabled())  # fmt: skip
+        self.begun, self.shown = time.perf_counter(), done
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def show(self, run, steps):
+        """Show some steps of the present epoch of `run`: (number from 0, values (MEASURES,) on the CPU) of each."""
+        for number, values in steps:
+            done = number + 1
+            if self.log and (done % self.every == 0 or done == len(self.sizes)):
+                line = dict(zip(MEASURES, values.tolist(), strict=True))
+                shown = {name: f"{line[name]:.3f}" for name in LOSSES} | {"acc": f"{line['train_accuracy']:.0f}"}
+                self.bar.set_postfix(shown)
+                rate = sum(self.sizes[self.shown : done]) / (time.perf_counter() - self.begun)
+                place = {"epoch": len(run.history), "step": done}
+                self.log.write({**place, **line, "lr": run.rate, "images_per_second": rate})
+                self.begun, self.shown = time.perf_counter(), done
+            self.bar.update(self.sizes[number])
+
+
+def tell(entry, epochs):
+    """Print the line of an epoch."""
+    print(f"epoch {entry['epoch'] + 1}/{epochs} {entry['phase']:13}", end=" ")
+    hidden = ("student", "lr", "train_accuracy")
+    numbers = {name: value for name, value in entry.items() if isinstance(value, float) and name not in hidden}
+    print("  ".join(f"{name} {value:.4f}" for name, value in numbers.items()), flush=True)
+
+
+def show_epoch(history, epochs, log):
+    """Print and log the last entry of `history`, and draw the curves anew."""
+    log.write({name: value for name, value in history[-1].items() if name != "kept"})
+    try:
+        draw_curves(log.path.with_name("curves.png"), history)
+    except ImportError:
+        if len(history) == 1:
+            log_rank0("note: no curves.png, matplotlib is not installed")
+    tell(history[-1], epochs)
+
+
+def draw_curves(path, history):
+    """Draw losses, accuracies (percent), and learning rate of the epochs in `history` as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    losses, accuracies, rate = figure.subplots(1, 3)
+    for name in LOSSES:
+        _line(losses, history, name)
+    losses.set_title("losses, mean of an epoch")
+    retrieval = sorted({name for entry in history for name in entry if "@" in name})
+    for name in ("train_accuracy", "accuracy", *retrieval):
+        _line(accuracies, history, name, 100 if "@" in name else 1)
+    accuracies.set_title("seen-class accuracy; zero-shot, one-to-one (%)" if retrieval else "seen-class accuracy (%)")
+    _line(rate, history, "lr")
+    if all(entry["lr"] for entry in history):
+        rate.set_yscale("log")
+    rate.set_title("learning rate of the student")
+    first = next((entry["epoch"] for entry in history if entry["phase"] == "bidirectional"), None)
+    for axes in (losses, accuracies, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if first is not None and first > 0:
+            axes.axvline(first + 0.5, color="grey", linestyle=":", label="teacher learns, too")
+        axes.legend(fontsize="small")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def _line(axes, history, name, scale=1):
+    found = [(entry["epoch"] + 1, scale * entry[name]) for entry in history if name in entry]
+    if found:
+        axes.plot(*zip(*found, strict=True), marker=".", label=name)
+
+
+def _lines(path):
+    """Lines of an earlier log.jsonl that can be read; the last of a killed run cannot."""
+    try:
+        texts = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("epoch"), int):
+            yield line
+
+
+def _is_before(line, epochs_done, step_done):
+    return line["epoch"] < epochs_done or (
+        line["epoch"] == epochs_done and line.get("step", step_done + 1) <= step_done
+    )
+
+
+def _open_board(savedir, first_step):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log_rank0("note: tensorboard is not installed, no training curves are written")
+        return None
+    return SummaryWriter(savedir / "curves", purge_step=first_step)  # hides what an earlier run wrote after it

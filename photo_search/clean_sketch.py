@@ -1,0 +1,129 @@
+"""A drawing of one's own, made like the drawings that networks learn from, which are Sketchy's.
+
+Those are 256 × 256: black lines on white paper, 2.5 to 3 pixels wide, the drawing's longer side 80 to 235 pixels in
+nine of ten, anywhere on the paper. One's own may be a photo of a sheet in bad light, thick, small, or white on black.
+What helps, and what does not, is measured in benchmarks/sketches.py. Stands on Pillow and SciPy.
+"""
+
+import functools
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from utils.cli import InputError
+
+SIDE = 256  # pixels of the paper
+DRAWN = 200  # pixels that the longer side of a drawing takes
+WIDTH = 2.8  # pixels of a line
+FINE = 2  # lines are made this many times as large as they end
+FILLED = 1 / 8  # of a drawing's longer side, from which a line is no line but a filled shape
+PEELS = 40  # of a line at most
+WORK = 1024  # pixels of the longer side that is looked at
+DIMMEST = 0.25  # how bright paper in a shadow is at least, beside the brightest
+SPECK = 1 / 16  # pixels in a line at least, of those of the longer side
+FAINT = 0.08  # contrast to the paper up to which nothing is a line
+
+
+def clean_up(image, name="the sketch"):
+    """Bring a drawing to white paper, to the size and to lines that networks know: a PIL.Image, RGB, SIDE × SIDE.
+
+    image: PIL.Image, RGB, of any size. The time does not grow with it beyond WORK pixels. Raises InputError, which
+    calls the drawing `name`, where no line can be told from the paper.
+    """
+    ink = ink_of(image)
+    if not _drawn(ink).any():
+        raise InputError(f"{name}: no line can be told from the paper; draw dark lines on light paper")
+    return picture_of(thinned(framed(ink)))
+
+
+def ink_of(image):
+    """How far each pixel of a drawing (PIL.Image, RGB) is from the paper to the lines: (H, W) float32, 0 to 1.
+
+    The paper may be of any colour, unevenly lit, or dark with light lines. The longer side has at most WORK pixels.
+    """
+    image = image.copy()
+    image.thumbnail((WORK, WORK), Image.Resampling.BOX)
+    grey = np.asarray(image, np.float32).mean(axis=2)
+    # Closing fills in what is narrower than its window, lines, and leaves slopes and edges of shadows where they are.
+    window = max(grey.shape) // 8 | 1
+    grey = 255 - grey if _is_dark(grey, 2 * window + 1) else grey
+    blurred = np.pad(ndimage.gaussian_filter(grey, 2), window, mode="edge")
+    paper = ndimage.grey_closing(blurred, (window, window))[window:-window, window:-window]
+    paper = np.maximum(paper, DIMMEST * np.percentile(grey, 95))  # a filled shape may be wider than the window
+    darker = paper - ndimage.gaussian_filter(grey, 0.5)
+    noise = 1.5 * np.median(np.abs(darker))  # its deviation, where less than half of the sheet is drawn on
+    contrast = (darker - 3 * noise).clip(min=0) / np.maximum(paper, 1)
+    lines = contrast[contrast > FAINT]
+    if not lines.size:
+        return contrast * 0
+    # Noise and ruling are far from half as dark as lines are.
+    return np.clip(2 * contrast / np.percentile(lines, 90) - 0.5, 0, 1)
+
+
+def _is_dark(grey, window):
+    """Whether lines are lighter than the paper: what differs most from what is around it is light, so it is skewed."""
+    apart = grey - ndimage.uniform_filter(grey, window, mode="nearest")
+    return (apart**3).mean() > 0.5 * (apart**2).mean() ** 1.5
+
+
+def framed(ink):
+    """The drawing in ink (H, W), its longer side DRAWN of SIDE pixels, in the middle: (FINE · SIDE)² float32."""
+    rows, columns = ndimage.find_objects(_drawn(ink).astype(np.int8))[0]
+    half = max(rows.stop - rows.start, columns.stop - columns.start) * SIDE / DRAWN / 2
+    middle = (columns.start + columns.stop) / 2, (rows.start + rows.stop) / 2
+    pad = int(half) + 1
+    box = [pad + each + sign * half for sign in (-1, 1) for each in middle]
+    image = Image.fromarray(np.pad(ink, pad)).resize((FINE * SIDE, FINE * SIDE), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image).clip(0, 1)
+
+
+def _drawn(ink):
+    """What belongs to the drawing in ink (H, W): bool. What is far smaller than its largest part is dirt."""
+    parts, count = ndimage.label(ink > 0.25, np.ones((3, 3)))
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    largest = sizes.max()
+    return (sizes >= largest / 50)[parts] & (largest >= SPECK * max(ink.shape)) & (parts > 0)
+
+
+def thinned(ink):
+    """`framed` ink with lines of WIDTH, where they are thicker. Thin ones stay: networks know them as well."""
+    drawn = ink > 0.5
+    depth = ndimage.distance_transform_edt(np.pad(drawn, 1))[1:-1, 1:-1]
+    width = 2 * np.median(depth[drawn & (depth == ndimage.maximum_filter(depth, 3))]) - 1
+    if not FINE * (WIDTH + 1) < width < FINE * DRAWN * FILLED:
+        return ink
+    # Lines shrink to one pixel, and what is thicker by as much as they do.
+    left = peeled(drawn, min(PEELS, round(1.5 * width))) | (depth > width / 2 + 1)
+    return (ndimage.distance_transform_edt(~left) <= (FINE * WIDTH - 1) / 2).astype(np.float32)
+
+
+def peeled(drawn, times):
+    """Lines (H, W) bool less their outermost pixels, `times` over. None breaks, and one of one pixel stays as it is.
+
+    Source: Zhang and Suen, A fast parallel algorithm for thinning digital patterns, 1984.
+    """
+    left = drawn.astype(np.uint8)
+    for _ in range(times):
+        for goes in _peels():
+            left &= ~goes[ndimage.correlate(left, [[128, 1, 2], [64, 0, 4], [32, 16, 8]], mode="constant")]
+    return left > 0
+
+
+@functools.cache
+def _peels():
+    """Whether a pixel goes, by its neighbours: bit 0 is the one above, clockwise. Two tables (256,) bool, in turns."""
+    tables = np.zeros((2, 256), bool)
+    for code in range(256):
+        around = [code >> bit & 1 for bit in range(8)]
+        above, right, below, left = around[::2]
+        begins = sum(around[bit - 1] < around[bit] for bit in range(8))
+        if 2 <= sum(around) <= 6 and begins == 1:
+            tables[:, code] = not (right and below and (above or left)), not (above and left and (right or below))
+    return tables
+
+
+def picture_of(ink):
+    """Ink (FINE · SIDE)², 0 to 1, as black on white: PIL.Image, RGB, SIDE × SIDE."""
+    return Image.fromarray((255 - 255 * ink).round().astype(np.uint8)).reduce(FINE).convert("RGB")

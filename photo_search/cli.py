@@ -1,0 +1,297 @@
+"""The command line of search_photos.py: `index`, `find` and `page`."""
+
+import functools
+import os
+from pathlib import Path
+
+from photo_search import update
+from photo_search.clean_sketch import clean_up
+from photo_search.encoder import BACKENDS, backend_of, check_checkpoint, fit_codebook, load_network, network_of
+from photo_search.figure import PHOTOS, draw_found
+from photo_search.index import is_index, open_index
+from photo_search.search import MATCHINGS, ONE_TO_ONE, is_lost, open_finder, read_sketch
+from utils.cli import InputError, OneLineParser, image_side, number_type, one_line_errors, positive_int
+from utils.distributed import get_rank, get_world_size, log_rank0
+from utils.files import write_json
+from utils.memory import freed_memory_kept
+from utils.process_pool import available_cores
+
+LOCAL, MILVUS = ENGINES = ("local", "milvus")
+TOLD = 10  # unreadable files that are named
+
+
+@one_line_errors(should_print=lambda: get_rank() == 0)
+def main(argv=None):
+    """Command line of search_photos.py; returns what the command did."""
+    options = create_parser().parse_args(argv)
+    return options.run(options)
+
+
+def create_parser():
+    """The commands and their options."""
+    parser = OneLineParser(prog="search_photos.py", description="Find photos of your own with a sketch.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name, run, text):
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        added.add_argument(
+            "--index", type=_path, default=Path("photo_index"), metavar="DIR", help="folder of the index"
+        )
+        added.add_argument("--engine", choices=ENGINES, default=LOCAL,
+            help="what searches: this program, or Milvus, which also has a copy of the index")  # fmt: skip
+        added.add_argument("--uri", metavar="ADDRESS", help="of Milvus: http://HOST:PORT, or a path that ends in .db")
+        added.add_argument("--collection", metavar="NAME", help="of the copy in Milvus (default: photo_index)")
+        added.add_argument("--checkpoint", type=_path, metavar="FILE",
+            help="what a train script wrote, ours or the authors', or models.export as .onnx (default: that of the "
+            "index)")  # fmt: skip
+        added.add_argument("--backend", choices=BACKENDS, help="what computes: torch with checkpoints, onnx with "
+            "exported ones, without loading PyTorch (default: what the checkpoint needs)")  # fmt: skip
+        added.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+        return added
+
+    index = command("index", make_index, "index folders of photos, or bring their index up to date")
+    add = index.add_argument
+    add("folders", nargs="*", metavar="folder", help="what the index is to hold (default: what it holds)")
+    add("--exclude", action="append", metavar="GLOB", help="leave out files and folders of this name, or path inside "
+        "a folder; may be given several times")  # fmt: skip
+    add("--model", help="of a checkpoint that does not tell (default: convnextv2_tiny)")
+    add("--input_size", type=image_side,
+        help="side of an input image, in pixels (default: what the checkpoint was trained with, else 224)")  # fmt: skip
+    add(
+        "--imagenet_classes",
+        type=positive_int,
+        help="outputs of the ImageNet head (default: what the checkpoint tells)",
+    )
+    add("--clusters", type=positive_int, metavar="K", help="clusters (default: a 25th of the photos, at "
+        f"most {update.MOST}; none for fewer than {update.FEWEST} photos)")  # fmt: skip
+    add("--subspaces", type=positive_int, metavar="M", help="parts of a feature (default: 2)")
+    add("--refit", action="store_true", help="fit the clusters to the photos there are now")
+    add("--batch_size", type=positive_int, default=64, help="photos at a time")
+    add("--workers", type=number_type(int, 0, 1000, "a whole number from 0 to 1000"), default=min(4, available_cores()),
+        help="processes that decode photos")  # fmt: skip
+
+    find = command("find", find_photos, "find the photos of an index that look like sketches")
+    add = find.add_argument
+    add("sketches", nargs="+", metavar="sketch", help="picture of a sketch")
+    add("-k", type=positive_int, default=20, help="how many photos to show")
+    add("--as_drawn", action="store_true", help="compare sketches as they are (default: bring paper, size and lines to "
+        "what networks learn from)")  # fmt: skip
+    add("--matching", choices=MATCHINGS, help="(default: one-to-many where the index has clusters)")
+    add("--json", type=_path, metavar="FILE", help="write what was found to FILE")
+    add("--picture", type=_path, metavar="FILE", help="where the picture goes (default: found.png in the index; of "
+        "Milvus, here)")  # fmt: skip
+
+    page = command("page", serve_page, "serve a page for the browser: draw, and see the photos of an index")
+    add = page.add_argument
+    add(
+        "--port", type=number_type(int, 0, 65535, "a port from 0 to 65535"), default=8000, help="0 for any that is free"
+    )
+    add("--host", default="127.0.0.1", help="address to serve at; others than this machine's own need --token")
+    add("--token", metavar="TEXT", help="what visitors must show, as the end of the address: /?token=TEXT")
+    return parser
+
+
+def make_index(options):
+    """Make or update an index; returns update.Totals. Of several processes the first does; the others help it."""
+    _check_backend(options)
+    if get_rank():
+        from photo_search import distributed_indexing
+
+        return distributed_indexing.follow(options.checkpoint, options.device, options.workers)
+    folder, old = options.index, open_index(options.index).facts if is_index(options.index) else None
+    if old:
+        _check_same(old, options)
+    elif not options.folders or not options.checkpoint:
+        missing = "--checkpoint" if options.folders else "a folder of photos"
+        raise InputError(f"{folder}: there is no index yet, and a new one needs {missing} (see --help)")
+
+    publish = _publisher(options)
+
+    @functools.cache
+    def network():
+        if old:
+            return network_of(old, options.checkpoint, options.device)
+        own = (options.model, options.input_size, options.imagenet_classes)
+        return load_network(options.checkpoint, *own, options.device)
+
+    folders = [os.path.realpath(each) for each in options.folders] or old["folders"]
+    exclude = old["exclude"] if old and options.exclude is None else options.exclude or []
+    checkpoint = str(options.checkpoint.absolute()) if options.checkpoint else None
+    plan = update.Plan(folders, exclude, options.clusters, options.subspaces, options.refit, options.batch_size,
+                       options.workers, checkpoint)  # fmt: skip
+    fit = functools.partial(fit_codebook, checkpoint or old["checkpoint"])
+    with freed_memory_kept():
+        if get_world_size() > 1:
+            from photo_search import distributed_indexing
+
+            with distributed_indexing.leading():
+                totals = update.update_index(folder, network, fit, plan, distributed_indexing.add_photos)
+        else:
+            totals = update.update_index(folder, network, fit, plan)
+    _tell(folder, totals)
+    if publish:
+        publish()
+    return totals
+
+
+def _publisher(options):
+    """A function that brings what Milvus holds in line with the index; None for the local engine. Raises InputError."""
+    if not (milvus := _milvus(options)):
+        return None
+    from photo_search.publish import check_own, publish
+
+    server = milvus.Server(options.uri, options.collection)
+    check_own(server, options.index)
+
+    def run():
+        said = "now holds these photos" if publish(server, open_index(options.index)) else "held these photos already"
+        print(f"{server.place}: {said}")
+
+    return run
+
+
+def _place(options):
+    """Where the index is that options name, see find.open_place. Raises InputError."""
+    milvus = _milvus(options)
+    return milvus.existing(options.uri, options.collection) if milvus else options.index
+
+
+def _milvus(options):
+    """The module photo_search.milvus where options ask for Milvus; None for the local engine. Raises InputError."""
+    if options.engine == LOCAL:
+        for name in ("uri", "collection"):
+            if (asked := getattr(options, name)) is not None:
+                raise InputError(f"--{name} {asked}: it is for --engine {MILVUS}")
+        return None
+    if not options.uri:
+        raise InputError(f"--engine {MILVUS}: needs --uri, the address of Milvus (see --help)")
+    try:
+        from photo_search import milvus
+    except ImportError as error:
+        raise InputError(f"--engine {MILVUS}: needs {error.name}; pip install -r requirements-milvus.txt") from None
+    return milvus
+
+
+def _check_same(old, options):
+    """Raise InputError if options ask for other features than those of the index."""
+    if options.checkpoint:
+        check_checkpoint(old, options.checkpoint)
+    for name in ("model", "input_size", "imagenet_classes"):
+        if getattr(options, name) not in (None, old[name]):
+            raise InputError(
+                f"--{name} {getattr(options, name)}: {options.index} was made with {old[name]}, and features of two do "
+                "not mix; name another --index"
+            )
+
+
+def _tell(folder, totals):
+    for line in totals.unreadable[:TOLD]:
+        log_rank0(f"note: not indexed: {line}")
+    if len(totals.unreadable) > TOLD:
+        log_rank0(f"note: not indexed: {len(totals.unreadable) - TOLD:,} more that cannot be read")
+    index = open_index(folder)
+    kinds = ("new", "changed", "moved", "removed")
+    parts = [f"{getattr(totals, kind):,} {kind}" for kind in kinds] + [f"{len(totals.unreadable):,} unreadable"]
+    rate = f", {totals.extracted / totals.seconds:.1f} photos a second" if totals.extracted else ""
+    clusters = "M {}, K {}".format(*index.clusters) if index.clusters else "one-to-one matching alone"
+    print(f"{folder}: {totals.photos:,} photos ({', '.join(parts)}), {clusters}; {totals.seconds:.1f} s{rate}")
+    if not index.clusters:
+        log_rank0(f"note: clusters are fitted from {update.FEWEST} photos on, or with --clusters")
+    if index.share_new > update.DUE:
+        log_rank0(f"note: {index.share_new:.0%} of the photos are newer than the clusters; --refit fits them anew")
+
+
+def find_photos(options):
+    """Find photos; returns what --json writes."""
+    _check_backend(options)
+    sketches = [read_sketch(path) for path in options.sketches]
+    if not options.as_drawn:
+        sketches = [clean_up(sketch, path) for sketch, path in zip(sketches, options.sketches, strict=True)]
+    finder = open_finder(_place(options), options.checkpoint, options.device)
+    matching = finder.matching(options.matching)
+    if matching != options.matching and matching == ONE_TO_ONE:
+        log_rank0(f"note: {finder.index.name} has no clusters, so matching is one-to-one")
+    if options.k > len(finder.index):
+        log_rank0(f"note: the index has only {len(finder.index):,} photos; all are shown")
+    found = []
+    for path, features in zip(options.sketches, _features(finder.network, sketches), strict=True):
+        matches = finder.find_features(features, options.k, matching)
+        _print_table(path, matching, matches)
+        found.append(matches)
+    if gone := len({match.path for matches in found for match in matches if is_lost(match)}):
+        log_rank0(f"note: no longer there: {gone:,} of the photos found; index again")
+    result = [
+        {"sketch": path, "matching": matching, "found": [_as_json(match) for match in matches]}
+        for path, matches in zip(options.sketches, found, strict=True)
+    ]
+    if options.json:
+        write_json(options.json, result)
+    _draw(options, finder, sketches, found)
+    return result
+
+
+def _features(network, sketches, batch_size=64):
+    for start in range(0, len(sketches), batch_size):
+        yield from network.features(sketches[start : start + batch_size])
+
+
+def _as_json(match):
+    return {
+        "photo": match.path, "score": match.score, "distance": match.distance,
+        "cluster_distance": match.cluster_distance,
+    }  # fmt: skip
+
+
+def _print_table(path, matching, matches):
+    print(f"{path} ({matching})")
+    print("       score  distance  cluster distance  photo")
+    for place, match in enumerate(matches, 1):
+        cluster = "-" if match.cluster_distance is None else f"{match.cluster_distance:.4f}"
+        print(f"{place:5d} {match.score:6.4f}  {match.distance:8.4f}  {cluster:>16}  {match.path}")
+
+
+def _draw(options, finder, sketches, found):
+    path = options.picture or (options.index if options.engine == LOCAL else Path()) / "found.png"
+    rows = []
+    for name, sketch, matches in zip(options.sketches, sketches, found, strict=True):
+        thumbnails = finder.index.thumbnails_of([match.row for match in matches[:PHOTOS]])
+        scores = [match.score for match in matches]
+        rows.append((os.path.basename(name), sketch, list(zip(thumbnails, scores, strict=False))))
+    try:
+        draw_found(path, rows)
+    except ImportError:
+        log_rank0("note: no picture, matplotlib is not installed")
+    else:
+        print(f"picture: {path}")
+
+
+def serve_page(options):
+    """Serve the page until Ctrl-C."""
+    try:
+        from photo_search.serving import serve
+    except ImportError as error:
+        raise InputError(f"the page needs {error.name}; pip install -r requirements-page.txt") from None
+    _check_backend(options)
+    serve(_place(options), options.checkpoint, options.device, options.host, options.port, options.token)
+
+
+def _check_backend(options):
+    """Raise InputError if --backend does not compute with the checkpoint."""
+    if options.backend is None:
+        return
+    checkpoint = options.checkpoint
+    if not checkpoint and options.engine == LOCAL and is_index(options.index):
+        checkpoint = open_index(options.index).facts["checkpoint"]
+    if checkpoint and backend_of(checkpoint) != options.backend:
+        wanted = {"onnx": "what models.export wrote from it, as .onnx", "torch": "what it was exported from"}
+        raise InputError(
+            f"--backend {options.backend}: does not compute with {checkpoint}; name with --checkpoint "
+            f"{wanted[options.backend]}"
+        )
+
+
+def _path(text):
+    if not text.strip():
+        raise InputError("an empty text is no file or folder (see --help)")
+    return Path(text)

@@ -1,0 +1,289 @@
+"""The index of photos on disk: opened with every check, and replaced as a whole.
+
+    index.json           which generation is current, what it holds, and the sizes of its files
+    features-3.npy ...   the arrays of generation 3, see ARRAYS
+    thumbnails-1.bin     small JPEGs, one after the other; later generations add to it
+
+A writer puts a new generation beside the old one, then index.json in the place of the old one; readers that have the
+old one open keep it. Nothing is unpickled. Stands on NumPy.
+"""
+
+import contextlib
+import json
+import mmap
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from photo_search import cells as search_cells
+from photo_search.cells import BLOCK, CLUSTER_WEIGHT, Cells
+from photo_search.folders import folders_of
+from utils.cli import InputError
+from utils.files import write_json
+
+INDEX, FORMAT = "index.json", 1
+RECORD = np.dtype([
+    ("size", "<i8"), ("mtime", "<i8"), ("digest", "u1", 32),  # of the file: bytes, nanoseconds, SHA-256
+    ("path_end", "<i8"),  # in `paths`, where the path of a photo begins where that of the one before ends
+    ("thumbnail", "<i8"), ("thumbnail_size", "<i4"),  # bytes in the file of thumbnails
+    ("fitted", "u1"),  # whether the clusters were fitted to a gallery with this photo
+])  # fmt: skip
+# Of N photos in C cells; opened at once, or mapped.
+ARRAYS = {
+    "features": ("<f4", 2, True), "outlines": ("<f4", 2, True), "centres": ("<f4", 2, False),
+    "records": (RECORD, 1, True), "paths": ("u1", 1, True),
+    "places": ("<i4", 1, False), "codebook": ("<f4", 3, False), "codes": ("<i4", 2, False),
+    "ends": ("<i8", 1, False), "radii": ("<f4", 1, False), "basis": ("<f4", 2, False),
+}  # fmt: skip
+# What an index knows of itself beside its files.
+KNOWN = {
+    "generation": int, "checkpoint": str, "sha256": str, "model": str, "imagenet_classes": int, "input_size": int,
+    "width": int, "folders": list, "exclude": list,
+}  # fmt: skip
+_OURS = re.compile(rf"({'|'.join(ARRAYS)})-\d+\.npy|thumbnails-\d+\.bin|\.{re.escape(INDEX)}\..*")
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index as it was when it was opened. Photos are numbered by row; it may be used by several threads."""
+
+    folder: Path
+    facts: dict  # index.json
+    cells: Cells
+    records: np.ndarray  # (N,) of RECORD
+    paths: np.ndarray  # bytes
+    thumbnails: mmap.mmap
+
+    def __len__(self):
+        return len(self.records)
+
+    def path(self, row):
+        """The absolute path of a photo."""
+        start = self.records["path_end"][row - 1] if row else 0
+        return os.fsdecode(self.paths[start : self.records["path_end"][row]].tobytes())
+
+    def thumbnail(self, row):
+        """A photo as a small JPEG (bytes)."""
+        start = int(self.records["thumbnail"][row])
+        return self.thumbnails[start : start + int(self.records["thumbnail_size"][row])]
+
+    @property
+    def name(self):
+        """How messages call it."""
+        return str(self.folder)
+
+    def nearest(self, features, k, weight=CLUSTER_WEIGHT, allowed=None):
+        """As photo_search.cells.search, which see. Raises InputError if features are not finite."""
+        try:
+            return search_cells.search(self.cells, features, k, weight, allowed)
+        except ValueError as error:
+            raise _damaged(self.folder, error) from None
+
+    def paths_of(self, rows):
+        """The absolute paths of photos: [str, ...]."""
+        return [self.path(row) for row in rows]
+
+    def thumbnails_of(self, rows):
+        """Photos as small JPEGs: [bytes, ...]."""
+        return [self.thumbnail(row) for row in rows]
+
+    def features_of(self, rows):
+        """Features (n, D) of photos."""
+        return self.cells.features[rows]
+
+    def between(self, first, last):
+        """The photos from first to last − 1 in the order of their paths, as `nearest` has them allowed."""
+        return (self.cells.places >= first) & (self.cells.places < last)
+
+    def folders(self):
+        """The Folders that a search can be kept to."""
+        return folders_of(self)
+
+    @property
+    def clusters(self):
+        """(M, K) of its codebook, or None without one."""
+        return self.cells.codebook.shape[:2] if len(self.cells.codebook) else None
+
+    @property
+    def share_new(self):
+        """The share of photos that came after the clusters were fitted; 0 without clusters."""
+        return 1 - float(self.records["fitted"].mean()) if self.clusters else 0.0
+
+
+def open_index(folder):
+    """The Index in `folder`. Raises InputError if there is none, or it is not as a writer left it."""
+    folder = Path(folder)
+    while True:
+        facts = _read_facts(folder)
+        try:
+            return _open(folder, facts)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, EOFError, SyntaxError) as error:
+            if _read_facts(folder)["generation"] != facts["generation"]:
+                continue  # a writer has just replaced it
+            raise _damaged(folder, error) from error
+
+
+def is_index(folder):
+    """Whether there is an index in `folder`."""
+    return (Path(folder) / INDEX).is_file()
+
+
+def _damaged(folder, why):
+    text = str(why).splitlines()[0][:200] if str(why) else type(why).__name__
+    return InputError(f"{folder}: damaged index ({text}); delete the folder, and index the photos again")
+
+
+def _read_facts(folder):
+    """index.json, checked. Raises InputError."""
+    try:
+        facts = json.loads((folder / INDEX).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{folder}: no index of photos is there; make one with search_photos.py index, or set --index"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{folder / INDEX}: {error.strerror}; correct its permissions, or set --index") from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(folder, f"{INDEX}: {error}") from None
+    if not holds(facts, {**KNOWN, "format": int, "files": dict, "thumbnails": str}):
+        raise _damaged(folder, f"{INDEX} holds something else")
+    if facts["format"] != FORMAT:
+        raise InputError(f"{folder}: an index of another version of this program; delete it, and index again")
+    names = {f"{name}-{facts['generation']}.npy" for name in ARRAYS} | {facts["thumbnails"]}
+    if facts["files"].keys() != names or any(not _OURS.fullmatch(name) for name in names):
+        raise _damaged(folder, f"{INDEX} names other files")
+    return facts
+
+
+def holds(facts, wanted):
+    """Whether what was read is a dict with what is wanted of it, {name: type}; its lists hold texts."""
+    return isinstance(facts, dict) and all(
+        type(facts.get(name)) is kind and (kind is not list or all(type(each) is str for each in facts[name]))
+        for name, kind in wanted.items()
+    )
+
+
+def _open(folder, facts):
+    for name, size in facts["files"].items():
+        there = (folder / name).stat().st_size
+        if there != size and not (name == facts["thumbnails"] and there > size):  # a writer adds to these
+            raise ValueError(f"{name} has {there} bytes, not {size}")
+    arrays = {}
+    for name, (kind, dimensions, mapped) in ARRAYS.items():
+        path = folder / f"{name}-{facts['generation']}.npy"
+        array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        if array.dtype != kind or array.ndim != dimensions or not array.flags.c_contiguous:
+            raise ValueError(f"{path.name} holds other values")
+        arrays[name] = array.view(np.ndarray)
+    records, paths = arrays.pop("records"), arrays.pop("paths")
+    cells = Cells(**arrays)
+    _check_cells(cells, facts["width"])
+    _check_records(records, len(cells.features), len(paths), facts["files"][facts["thumbnails"]])
+    with open(folder / facts["thumbnails"], "rb") as file:
+        thumbnails = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return Index(folder, facts, cells, records, paths, thumbnails)
+
+
+def _check_cells(cells, width):
+    """Raise ValueError unless everything in Cells points at something that is there."""
+    check_table(cells, width)
+    count = len(cells.features)
+    fit = (
+        cells.ends[-1] == count and cells.features.shape == (count, width)
+        and np.array_equal(np.sort(cells.places), np.arange(count))
+        and cells.outlines.shape == (count, len(cells.basis) + 1)
+    )  # fmt: skip
+    if not fit:
+        raise ValueError("its parts do not fit together")
+
+
+def check_table(cells, width):
+    """Raise ValueError unless what belongs to cells, in Cells, fits together."""
+    for name in ("codebook", "codes", "ends", "centres", "radii", "basis"):
+        kind, dimensions, _ = ARRAYS[name]
+        if (array := getattr(cells, name)).dtype != kind or array.ndim != dimensions:
+            raise ValueError(f"{name} holds other values")
+    number, (parts, words, own) = len(cells.ends), cells.codebook.shape
+    fit = (
+        number > 0 and (np.diff(cells.ends, prepend=0) > 0).all()
+        and (parts == 0 or parts * own == width) and cells.codes.shape == (number, parts)
+        and (parts == 0 or (cells.codes.min() >= 0 and cells.codes.max() < words))
+        and cells.radii.shape == (number,)
+        and cells.centres.shape == (number, len(cells.basis) + 1)
+        and cells.basis.shape[1] == width
+        and all(np.isfinite(each).all() for each in (cells.codebook, cells.centres, cells.radii, cells.basis))
+    )  # fmt: skip
+    if not fit:
+        raise ValueError("its parts do not fit together")
+
+
+def _check_records(records, count, paths, thumbnails):
+    starts, sizes = records["thumbnail"], records["thumbnail_size"]
+    ends = np.diff(records["path_end"], prepend=0)
+    fit = (
+        len(records) == count and (ends > 0).all() and records["path_end"][-1] == paths
+        and (starts >= 0).all() and (sizes > 0).all() and (starts + sizes <= thumbnails).all()
+    )  # fmt: skip
+    if not fit:
+        raise ValueError("its photos do not fit together")
+
+
+def write_index(folder, facts, photos, rows, codebook):
+    """Make a new generation the index in `folder`; its writer is this process alone.
+
+    facts: what index.json is to hold, but for "format", "generation" and "files"; "thumbnails" names a file that is
+    complete. photos: (paths, records), bytes and RECORDs in the order of the paths. rows: a function that gives the
+    features (n, D) of those photos numbered (n,). codebook: (M, K, D/M), M 0 for none.
+    """
+    paths, records = photos
+    generation = _read_facts(folder)["generation"] + 1 if is_index(folder) else 1
+    names = {name: folder / f"{name}-{generation}.npy" for name in ARRAYS}
+    blocks = range(0, len(paths), BLOCK)
+    every = np.arange(len(paths))
+    codes = np.concatenate([search_cells.codes_of(rows(every[start : start + BLOCK]), codebook) for start in blocks])
+    order, codes, ends = search_cells.sorted_by_cell(codes)
+    basis = search_cells.basis_of(rows(spread(len(paths), 4 * BLOCK)))
+    with open(names["features"], "wb") as features, open(names["outlines"], "wb") as outlines:
+        _write_header(features, (len(paths), facts["width"]))
+        _write_header(outlines, (len(paths), len(basis) + 1))
+        for start in blocks:
+            block = rows(order[start : start + BLOCK])
+            features.write(block.tobytes())
+            outlines.write(search_cells.outlines_of(block, basis).tobytes())
+    centres, radii = search_cells.balls_of(np.load(names["outlines"], mmap_mode="r"), ends)
+    records, paths = records[order], [paths[row] for row in order]
+    records["path_end"] = np.cumsum([len(path) for path in paths])
+    arrays = {
+        "records": records, "paths": np.frombuffer(b"".join(paths), np.uint8), "places": order.astype(np.int32),
+        "codebook": codebook, "codes": codes, "ends": ends, "centres": centres, "radii": radii, "basis": basis,
+    }  # fmt: skip
+    for name, array in arrays.items():
+        with open(names[name], "wb") as file:
+            np.lib.format.write_array(file, array, allow_pickle=False)
+    files = [*names.values(), folder / facts["thumbnails"]]
+    for path in files:
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    sizes = {path.name: path.stat().st_size for path in files}
+    write_json(folder / INDEX, {"format": FORMAT, "generation": generation, **facts, "files": sizes})
+
+
+def _write_header(file, shape):
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+
+
+def spread(count, most):
+    """At most `most` of the numbers below `count`, evenly spread and ascending."""
+    return np.arange(count) if count <= most else np.linspace(0, count - 1, most).round().astype(np.int64)
+
+
+def tidy(folder, keep=()):
+    """Delete what earlier generations and killed writers left in `folder`, but for the files named in `keep`."""
+    current = _read_facts(folder)["files"] if is_index(folder) else ()
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name) and path.name not in current and path.name not in keep:
+            with contextlib.suppress(OSError):  # Windows keeps what a reader has mapped; the next writer tries again
+                path.unlink()

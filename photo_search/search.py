@@ -1,0 +1,96 @@
+"""A sketch of one's own against an index of photos: what `find` and others who search use."""
+
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from datasets.images import read_rgb
+from photo_search.clean_sketch import clean_up
+from photo_search.encoder import Network, network_of
+from photo_search.index import Index, open_index
+from utils.cli import InputError
+
+ONE_TO_ONE, ONE_TO_MANY = MATCHINGS = ("one-to-one", "one-to-many")
+FLAT = 24  # grey levels, up to which a drawing shows nothing: paper and its noise
+
+
+class Match(NamedTuple):
+    """A photo that was found."""
+
+    row: int  # in the index
+    path: str
+    score: float
+    distance: float  # d
+    cluster_distance: float | None  # D; None in an index without clusters
+
+
+@dataclass(frozen=True)
+class Finder:
+    """An index, and the network that it was made with. It may be used by several threads."""
+
+    index: Index  # or what gives the same, such as photo_search.milvus.MilvusIndex
+    network: Network
+
+    def matching(self, asked=None):
+        """The matching to use: what is asked for, or one-to-many where the index has clusters.
+
+        Raises InputError where one-to-many is asked for and there are none.
+        """
+        if asked == ONE_TO_MANY and not self.index.clusters:
+            raise InputError(
+                f"--matching {ONE_TO_MANY}: {self.index.name} has no clusters; index again with --clusters"
+            )
+        return asked or (ONE_TO_MANY if self.index.clusters else ONE_TO_ONE)
+
+    def find(self, image, k=20, matching=None, allowed=None, as_drawn=False):
+        """The k nearest photos of a drawing (PIL.Image, RGB): [Match, ...], nearest first, ties by path.
+
+        The drawing is cleaned up unless `as_drawn`. Raises InputError where no line can be told from the paper.
+        allowed: the rows that may be found, one at least, see Index.between; None for all.
+        """
+        image = image if as_drawn else clean_up(image)
+        return self.find_features(self.network.features([image])[0], k, matching, allowed)
+
+    def find_features(self, features, k=20, matching=None, allowed=None):
+        """As `find`, for features (D,) of length 1: those of another drawing, or of a photo of the index."""
+        more = {"weight": 0} if self.matching(matching) == ONE_TO_ONE else {}
+        nearest = self.index.nearest(features, k, allowed=allowed, **more)
+        columns = [values.tolist() for values in nearest[:4]]
+        return [
+            Match(row, path, score, distance, cluster if self.index.clusters else None)
+            for row, score, distance, cluster, path in zip(*columns, self.index.paths_of(columns[0]), strict=True)
+        ]
+
+
+def open_finder(place, checkpoint=None, device=None):
+    """The Finder of an index; place: see open_place; checkpoint, device: see network.network_of. Raises InputError."""
+    index = open_place(place)
+    return Finder(index, network_of(index.facts, checkpoint, device))
+
+
+def open_place(place):
+    """The index at a place, a folder or a photo_search.milvus.Server. Raises InputError."""
+    return open_index(place) if isinstance(place, str | os.PathLike) else place.open()
+
+
+def read_sketch(path):
+    """A drawing as an RGB PIL.Image. Raises InputError if it cannot be read, or shows nothing."""
+    try:
+        image = read_rgb(path)
+    except InputError as error:
+        raise InputError(str(error).split("; ")[0] + "; name a picture of your sketch") from None
+    check_drawn(image, path)
+    return image
+
+
+def check_drawn(image, name):
+    """Raise InputError for a drawing, called `name`, that is blank or all black."""
+    low, high = image.convert("L").getextrema()
+    if high - low <= FLAT:
+        kind = "all black" if high < 128 else "blank"
+        raise InputError(f"{name}: the sketch is {kind}; draw dark lines on light paper")
+
+
+def is_lost(match):
+    """Whether a photo that was found is no longer there."""
+    return not os.path.isfile(match.path)

@@ -1,0 +1,209 @@
+"""The drawing page: what it answers, from an index that may be replaced while it is open."""
+
+import asyncio
+import os
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from photo_search.access import Door, policy_of, read_body, refusal
+from photo_search.encoder import share_cores
+from photo_search.folders import Folder, readable
+from photo_search.index import INDEX
+from photo_search.pictures import BYTES, open_photo, read_drawing
+from photo_search.search import MATCHINGS, Finder, check_drawn, open_finder, open_place
+from utils.cli import InputError
+
+HTML = Path(__file__).with_name("page.html")
+MOST = 200  # photos that are shown
+SEARCHES = 2  # at a time
+WAITING = 32  # requests that wait for one, each with a picture in memory
+PATIENCE = 15  # seconds that a picture may take to come
+CHUNK = 1 << 16
+
+
+class Album(NamedTuple):
+    """An index that is open."""
+
+    stamp: str  # tells it from those before and after
+    finder: Finder
+    folders: list[Folder]
+
+
+class Shelf:
+    """The index at a place, a folder or a photo_search.milvus.Server, as it is now.
+
+    It is opened again once a writer has replaced it, and may be used by several threads. Raises InputError as
+    `open_finder` does.
+    """
+
+    def __init__(self, place, checkpoint=None, device=None):
+        self.place, self.checkpoint, self.device = place, checkpoint, device
+        self.lock = threading.Lock()
+        stamp, finder = _stamp(place), open_finder(place, checkpoint, device)
+        self.album = Album(stamp, finder, finder.index.folders())
+
+    def now(self):
+        """The Album. Raises InputError if what is there now cannot be opened."""
+        with self.lock:
+            stamp = _stamp(self.place)
+            if stamp != self.album.stamp:
+                finder = self._opened()
+                self.album = Album(stamp, finder, finder.index.folders())
+            return self.album
+
+    def _opened(self):
+        index, old = open_place(self.place), self.album.finder
+        if any(index.facts[name] != old.index.facts[name] for name in ("sha256", "model", "input_size", "width")):
+            return open_finder(self.place, self.checkpoint, self.device)
+        return Finder(index, old.network)
+
+
+def _stamp(place):
+    if not isinstance(place, str | os.PathLike):
+        return place.stamp()
+    try:
+        return f"{os.stat(Path(place) / INDEX).st_mtime_ns:x}"
+    except OSError:
+        return "none"  # opening it tells why
+
+
+class Page:
+    """The routes of the page, over a Shelf. Searches run in threads, SEARCHES at a time."""
+
+    def __init__(self, shelf, patience=PATIENCE):
+        self.shelf, self.patience = shelf, patience
+        self.html = HTML.read_text(encoding="utf-8")
+        self.turns, self.waiting = asyncio.Semaphore(SEARCHES), 0
+        checkpoint = shelf.album.finder.network.facts["checkpoint"]
+        self.threads = ThreadPoolExecutor(SEARCHES, "search", share_cores, (checkpoint, SEARCHES))
+
+    async def home(self, request):
+        return HTMLResponse(self.html)
+
+    def about(self, request):
+        """What there is to search in."""
+        album = self._album()
+        index = album.finder.index
+        return JSONResponse({
+            "index": album.stamp, "photos": len(index), "matchings": MATCHINGS if index.clusters else MATCHINGS[:1],
+            "folders": [{"name": folder.name, "depth": folder.depth} for folder in album.folders],
+        })  # fmt: skip
+
+    async def find(self, request):
+        """Photos for the picture in the body, or for the photo that the query names."""
+        if self.waiting >= WAITING:
+            raise HTTPException(503, "too many searches at once; try again")
+        self.waiting += 1
+        try:
+            body = await read_body(request, BYTES, self.patience)
+            async with self.turns:
+                if await request.is_disconnected():  # whoever draws on wants no answer for an earlier stroke
+                    return Response(status_code=400)
+                return JSONResponse(await self._in_a_thread(self._found, request.query_params, body))
+        finally:
+            self.waiting -= 1
+
+    async def photo(self, request):
+        """A photo as it is, or converted to JPEG."""
+        kind, file = await self._in_a_thread(self._opened_photo, request.path_params)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        return StreamingResponse(_chunks(file), media_type=kind, headers={"Content-Length": str(size)})
+
+    def thumbnail(self, request):
+        """A photo as a small JPEG."""
+        index, row = self._named(request.path_params)
+        keep = {"Cache-Control": "private, max-age=86400, immutable"}
+        return Response(index.thumbnail(row), media_type="image/jpeg", headers=keep)
+
+    async def _in_a_thread(self, function, *arguments):
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
+
+    def _found(self, query, body):
+        album = self._album(query.get("index"))
+        finder, count = album.finder, len(album.finder.index)
+        k = _whole(query.get("k", "20"), "k", 1, MOST)
+        matching = query.get("matching") or None
+        if matching not in (None, *MATCHINGS):
+            raise HTTPException(400, f"matching: it is one of {', '.join(MATCHINGS)}")
+        allowed = None
+        if query.get("folder"):
+            place = _whole(query["folder"], "folder", 0, len(album.folders) - 1)
+            allowed = album.folders[place].rows(finder.index)
+        if "photo" in query:
+            features = finder.index.features_of([_whole(query["photo"], "photo", 0, count - 1)])[0]
+            matches = finder.find_features(features, k, matching, allowed)
+        else:
+            drawing = read_drawing(body)
+            check_drawn(drawing, "drawing")
+            as_drawn = _whole(query.get("as_drawn") or "0", "as_drawn", 0, 1) == 1
+            matches = finder.find(drawing, k, matching, allowed, as_drawn)
+        return {
+            "index": album.stamp, "matching": finder.matching(matching), "found": [_as_json(match) for match in matches]
+        }  # fmt: skip
+
+    def _opened_photo(self, names):
+        index, row = self._named(names)
+        try:
+            return open_photo(index, row)
+        except FileNotFoundError:
+            raise HTTPException(404, "this photo is no longer there; index again to leave it out") from None
+        except InputError as error:
+            raise HTTPException(404, f"this photo cannot be shown: {error}") from None
+
+    def _named(self, names):
+        """(Index, row) of a photo that a path names."""
+        index = self._album(names["index"]).finder.index
+        return index, _whole(names["row"], "photo", 0, len(index) - 1, status=404)
+
+    def _album(self, stamp=None):
+        """The Album; if `stamp` is given, that one: photos and folders have other numbers in others."""
+        try:
+            album = self.shelf.now()
+        except InputError as error:
+            raise HTTPException(503, str(error)) from None
+        if stamp not in (None, album.stamp):
+            raise HTTPException(410, "the photos were indexed again; search again")
+        return album
+
+
+def create_app(shelf, port, token=None, patience=PATIENCE):
+    """The page as an ASGI application; see Shelf, and Door for the others. patience: seconds a picture may take."""
+    page = Page(shelf, patience)
+    routes = [
+        Route("/", page.home), Route("/about", page.about), Route("/find", page.find, methods=["POST"]),
+        Route("/thumbnail/{index}/{row}", page.thumbnail), Route("/photo/{index}/{row}", page.photo),
+    ]  # fmt: skip
+    handlers = {
+        HTTPException: lambda request, error: refusal(error.status_code, error.detail, error.headers),
+        InputError: lambda request, error: refusal(400, str(error)),
+    }
+    return Door(Starlette(routes=routes, exception_handlers=handlers), port, token, policy_of(page.html))
+
+
+def _whole(text, name, low, high, status=400):
+    """A whole number in a request. Raises HTTPException if it is none from low to high."""
+    if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise HTTPException(status, f"{name}: it is a whole number from {low} to {high}")
+    return int(text)
+
+
+def _as_json(match):
+    return {
+        "photo": match.row, "name": readable(os.path.basename(match.path)), "path": readable(match.path),
+        "score": match.score, "distance": match.distance, "cluster_distance": match.cluster_distance,
+    }  # fmt: skip
+
+
+def _chunks(file):
+    with file:
+        while chunk := file.read(CHUNK):
+            yield chunk

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.images import Augmentation, draw_augmentation, read_rgb, resize, stack, warp
+from models.networks import normalise
+from utils.cli import InputError
+
+
+def test_augmentation_equals_golden(golden):
+    z = golden("images")
+    for index, params, expected in zip(z["image_index"], z["params"].tolist(), z["warped"], strict=True):
+        warped = np.asarray(warp(Image.fromarray(z["images"][index].numpy()), Augmentation(*params)), dtype=int)
+        assert (np.abs(warped - expected.numpy().astype(int)) <= 1).mean() >= 0.995
+
+
+def test_resize_and_normalisation_equal_golden(golden):
+    z = golden("images")
+    images = torch.from_numpy(stack([resize(Image.fromarray(image.numpy()), 56) for image in z["images"]]))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(normalise(images), z["tensor56"], rtol=0, atol=1e-5)
+
+
+def test_augmentation_is_drawn_as_published():
+    rng = np.random.default_rng(0)
+    draws = [draw_augmentation(rng) for _ in range(20000)]
+    changed = np.array([draw for draw in draws if draw is not None])
+    assert len(changed) / len(draws) == pytest.approx(0.7, abs=0.02)
+    flip, sx, sy, rotation, tx, ty = changed.T
+    assert flip.mean() == pytest.approx(0.5, abs=0.02)
+    for values, still, low, high in (
+        (sx, 1, 0.7, 1.3),
+        (sy, 1, 0.7, 1.3),
+        (rotation, 0, -np.pi / 6, np.pi / 6),
+        (tx, 0, -10, 10),
+        (ty, 0, -10, 10),
+    ):
+        moved = values[values != still]
+        assert len(moved) / len(values) == pytest.approx(0.5, abs=0.02)
+        assert low <= moved.min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < moved.max() <= high
+    assert ((sx == 1) == (sy == 1)).all() and ((tx == 0) == (ty == 0)).all()
+    assert abs(np.corrcoef(sx[sx != 1], sy[sx != 1])[0, 1]) < 0.05
+
+
+def test_the_map_turns_about_the_top_left_pixel():
+    image = Image.new("RGB", (30, 20))
+    image.putpixel((10, 0), (255, 255, 255))
+    turned = np.asarray(warp(image, Augmentation(False, 1, 1, np.pi / 2, 0, 0)))  # (10, 0) goes to (0, 10)
+    assert turned[10, 0, 0] >= 254 and turned.sum() <= 3 * 256
+
+
+def grey16(path):
+    Image.fromarray(np.full((5, 4), 40000, dtype=np.uint16)).save(path)
+
+
+def transparent(path):
+    Image.new("RGBA", (4, 5), (0, 0, 0, 0)).save(path)
+
+
+def palette(path):
+    image = Image.new("P", (4, 5), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.save(path)
+
+
+def transparent_palette(path):
+    image = Image.new("P", (4, 5), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.save(path, transparency=1)
+
+
+@pytest.mark.parametrize(
+    ("save", "suffix", "expected"),
+    [
+        (lambda path: Image.new("L", (4, 5), 77).save(path), "png", (77, 77, 77)),
+        (lambda path: Image.new("1", (4, 5), 1).save(path), "png", (255, 255, 255)),
+        (grey16, "png", (156, 156, 156)),
+        (lambda path: Image.new("CMYK", (4, 5), (0, 255, 255, 0)).save(path, quality=100), "jpg", (255, 0, 0)),
+        (palette, "png", (10, 200, 30)),
+        (transparent, "png", (255, 255, 255)),
+        (transparent_palette, "png", (255, 255, 255)),
+    ],
+)
+def test_images_of_every_mode_are_read_as_rgb(tmp_path, save, suffix, expected):
+    path = tmp_path / f"image.{suffix}"
+    save(path)
+    image = read_rgb(path)
+    assert image.mode == "RGB" and image.size == (4, 5)
+    np.testing.assert_allclose(np.asarray(image).reshape(-1, 3), np.tile(expected, (20, 1)), atol=3)
+
+
+def test_a_broken_image_is_named(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8)
+    for name in ("torn.jpg", "torn.png"):
+        Image.fromarray(noise).save(tmp_path / name)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:1500])
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    for name in ("torn.jpg", "torn.png", "text.png", "empty.jpg"):
+        with pytest.raises(InputError, match=f"{name}: not a readable image"):
+            read_rgb(tmp_path / name)
+    with pytest.raises(InputError, match=r"gone\.png: no such image"):
+        read_rgb(tmp_path / "gone.png")

@@ -1,0 +1,182 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from models.eval.features import Features, extract, is_ours, read_features, why_stale, write_features
+from models.eval.unfinished import Unfinished
+from models.networks import normalise
+from utils.cli import InputError
+
+
+def unit(count, width=8, seed=0):
+    values = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def features():
+    return Features(unit(6), np.array([0, 0, 1, 1, 2, 2]), unit(3, seed=1), np.array([0, 1, 2]))
+
+
+def save(path, *content):
+    path.write_bytes(pickle.dumps(list(content), protocol=2))
+    return path
+
+
+def test_features_in_the_authors_form_are_read_as_they_are(features, tmp_path):
+    f = features
+    path = save(tmp_path / "f.pickle", f.gallery, f.gallery_labels, f.query, f.query_labels.tolist(), np.zeros((3, 6)))
+    back, rescaled = read_features(path)
+    assert not rescaled
+    for name in ("gallery", "gallery_labels", "query", "query_labels"):
+        one, two = getattr(f, name), getattr(back, name)
+        assert one.dtype == two.dtype and np.array_equal(one, two)
+
+
+def test_features_of_any_length_are_scaled_to_one_and_said(features, tmp_path):
+    f = features
+    path = save(tmp_path / "f.pickle", 3 * f.gallery, f.gallery_labels, f.query, f.query_labels, None)
+    back, rescaled = read_features(path)
+    assert rescaled
+    np.testing.assert_allclose(back.gallery, f.gallery, atol=1e-6)
+    assert np.array_equal(back.query, f.query)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({0: np.full((6, 8), np.nan)}, "gallery feature 0 is zero, or holds NaN or infinity"),
+        ({2: np.array([[1.0] * 8, [np.inf] * 8, [1.0] * 8])}, "query feature 1 is zero, or holds NaN"),
+        ({2: np.array([[1.0] * 8, [1.0] * 8, [0.0] * 8])}, "query feature 2 is zero"),
+        ({2: unit(3, 7)}, "gallery features have 8 values, query features 7"),
+        ({1: np.zeros(5)}, "gallery labels must be one whole number for each of 6 features"),
+        ({3: np.array([0, 1, 0.5])}, "query labels must be whole numbers"),
+        ({3: np.array([0, 1, -1])}, "query labels must be whole numbers"),
+        ({3: np.array([0, 1, np.nan])}, "query labels must be whole numbers"),
+        ({3: [0, 1, 10**30]}, "query labels must be one whole number"),
+        ({0: "photos"}, "gallery features must be an array of numbers"),
+        ({0: unit(6).astype(complex)}, "gallery features must be an array of numbers"),
+        ({0: [[1.0], [1.0, 2.0]]}, "gallery features must be an array of numbers"),
+        ({0: np.zeros((0, 8)), 1: np.zeros(0)}, "gallery features must be an array of numbers"),
+        ({0: np.zeros((6, 0))}, "gallery features must be an array of numbers"),
+        ({1: np.array([None] * 6)}, "only numbers and strings are read"),
+    ],
+)
+def test_unusable_features_are_named(features, tmp_path, change, words):
+    f = features
+    content = {0: f.gallery, 1: f.gallery_labels, 2: f.query, 3: f.query_labels, 4: None} | change
+    with pytest.raises(InputError, match=rf"f\.pickle: .*{words}"):
+        read_features(save(tmp_path / "f.pickle", *content.values()))
+    with pytest.raises(InputError, match=r"f\.pickle: expected \[gallery features"):
+        read_features(save(tmp_path / "f.pickle", f.gallery))
+
+
+def test_features_are_stale_when_what_they_came_from_changed(features, tmp_path):
+    path, checkpoint = tmp_path / "features_zero.pickle", tmp_path / "model_best.pth.tar"
+    checkpoint.write_bytes(b"weights")
+    write_features(path, features, {"checkpoint": "a", "input_size": 224})
+    assert why_stale(path, {"checkpoint": "a", "input_size": 224}, checkpoint) is None
+    assert why_stale(path, {"checkpoint": "b", "input_size": 224}, checkpoint) == "computed with another checkpoint"
+    assert why_stale(path, {"checkpoint": "a", "input_size": 64}, checkpoint) == "computed with another input_size"
+    (tmp_path / "features_zero.json").write_text("[]")
+    assert not is_ours(path)
+    # Somebody else's pickle has no record, or one that is not its own: the older file loses.
+    save(path, features.query)
+    os.utime(checkpoint, (1000, 1000))
+    assert why_stale(path, {"checkpoint": "b"}, checkpoint) is None
+    os.utime(path, (999, 999))
+    assert why_stale(path, {"checkpoint": "b"}, checkpoint) == "older than model_best.pth.tar beside it"
+
+
+class Means(torch.nn.Module):
+    """Features whose right answer is known: the mean colour."""
+
+    statistics = (0.5, 0.5, 0.5), (0.25, 0.5, 1.0)
+
+    def features(self, images):
+        return images.mean(dim=(2, 3))
+
+
+SOURCE = {"checkpoint": "a"}
+
+
+@pytest.fixture
+def images():
+    return torch.randint(1, 255, (11, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def loader(images):
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(len(images))), batch_size=4)
+
+
+def expected_of(images):
+    return F.normalize(normalise(images, *Means.statistics).mean(dim=(2, 3)), dim=1)
+
+
+def fill(part, student, loader):
+    for rows in extract(student, loader, "cpu", done=part.done):
+        part.add(rows)
+
+
+def test_extraction_keeps_the_order_and_normalises(images, tmp_path):
+    part = Unfinished(tmp_path / "part", SOURCE, 3, 4)
+    fill(part, Means(), loader(images))
+    assert part.read().dtype == np.float32
+    np.testing.assert_allclose(part.read(), expected_of(images), atol=1e-6)
+    part.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_bf16_is_near_and_not_the_same(images):
+    class Linear(Means):
+        def features(self, images):
+            return images.flatten(1) @ torch.ones(48, 3).cumsum(0)
+
+    rows = []
+    for precision in ("fp32", "tf32", "bf16"):
+        rows.append(np.concatenate(list(extract(Linear(), loader(images), "cpu", precision=precision))))
+    assert np.array_equal(rows[0], rows[1])  # TF32 is for CUDA
+    assert not np.array_equal(rows[0], rows[2])
+    np.testing.assert_allclose(rows[0], rows[2], atol=0.02)
+
+
+@pytest.mark.parametrize("torn", [0, 5, 17])
+def test_a_killed_extraction_goes_on_at_its_last_whole_batch(images, tmp_path, torn):
+    part = Unfinished(tmp_path / "part", SOURCE, 3, 4)
+    assert part.done == 0
+    fill(part, Means(), loader(images[:8]))
+    with open(part.path, "ab") as file:
+        file.write(b"\1" * torn)  # the kill came in the middle of a write
+    again = Unfinished(tmp_path / "part", SOURCE, 3, 4)
+    assert again.done == 8
+    fill(again, Means(), loader(images[8:]))
+    np.testing.assert_allclose(again.read(), expected_of(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["another source", "another width", "no header", "zeros"])
+def test_what_cannot_be_trusted_is_extracted_anew(images, tmp_path, damage):
+    path = tmp_path / "part"
+    fill(Unfinished(path, SOURCE, 3, 4), Means(), loader(images[:8]))
+    content = bytearray(path.read_bytes())
+    if damage == "no header":
+        path.write_bytes(b"")
+    if damage == "zeros":
+        content[-5 * 12 :] = bytes(5 * 12)
+        path.write_bytes(content)
+    source = {"checkpoint": "b"} if damage == "another source" else SOURCE
+    part = Unfinished(path, source, 4 if damage == "another width" else 3, 2)
+    assert part.done == (2 if damage == "zeros" else 0)  # three sound rows, batches of two
+    assert len(part.read()) == part.done
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk is Linux's /dev/full")
+def test_a_full_disk_is_named(tmp_path):
+    part = Unfinished(tmp_path / "part", SOURCE, 3, 4)
+    part.path.unlink()
+    part.path.symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"features cannot be kept \(No space left on device\); make room"):
+        part.add(np.zeros((1, 3), np.float32))

@@ -1,0 +1,327 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_quickdraw_ext
+import train_sketchy_ext
+from datasets.lists import write_list, write_mask
+from models import training
+from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST, Keeper, read_checkpoint
+from models.losses import Batch
+from models.networks import Student, Teacher
+from models.train_step import Recipe, Run, create_optimizers, set_learning_rates
+from models.training import train_step
+from models.weights import create_pair, load_published, published_state
+
+LOSSES = {"cls": "loss_cls", "ka_student": "loss_kd_1", "ma": "loss_kld", "student": "loss_total"}
+SMALL = (
+    "--model convnextv2_atto --imagenet_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0".split()
+)
+SHORT = [*SMALL, "--device", "cpu", "--epochs", "3", "--warmup_epochs", "0"]
+
+
+def run(root, savedir, *more, script=train_sketchy_ext):
+    return script.main([*SHORT, "--data_root", str(root), "--savedir", str(savedir), *map(str, more)])
+
+
+@pytest.mark.parametrize("way", ["plain", "in 2 parts", "in 5 parts", "checkpointing", "channels last", "compiled"])
+def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, monkeypatch, way):
+    z = golden("train_step")
+    networks = {"student": Student(small_backbone(z), int(z["linear_num"])), "teacher": Teacher(small_backbone(z))}
+
+    def stored(name):
+        return {key.removeprefix(f"{name}/"): value for key, value in z.items() if key.startswith(f"{name}/")}
+
+    def check(name, key):
+        for parameter, value in published_state(networks[name]).items():
+            torch.testing.assert_close(value, stored(key)[parameter], rtol=0, atol=1e-9)
+
+    for name, network in networks.items():
+        load_published(network.double(), stored(f"{name}_initial"), name)
+        if way == "channels last":
+            network.to(memory_format=torch.channels_last)
+        if way == "compiled":
+            monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # starting more takes longer
+            network.compile()
+    if way == "checkpointing":
+        networks["student"].backbone.set_grad_checkpointing()
+    parts = {"in 2 parts": 2, "in 5 parts": 5}.get(way, 1)
+    lr = float(z["lr"])
+    run = Run(*networks.values(), create_optimizers(*networks.values(), lr, lr, float(z["weight_decay"])))
+    for step, (batch, bidirectional) in enumerate(zip(z["step_batch"], z["step_bidirectional"], strict=True)):
+        learnt = Batch(
+            z["images"][batch].double(),
+            z["target"][batch],
+            z["tag"][batch, :, 0],
+            z["cid_mask"][batch],
+            z["noise"][step],
+        )
+        losses, sound = train_step(run, learnt, bool(bidirectional), parts)
+        assert sound.all()
+        for ours, theirs in (*LOSSES.items(), *([("ka_teacher", "loss_kd_2")] if bidirectional else [])):
+            torch.testing.assert_close(losses[ours], z[theirs][step], rtol=0, atol=1e-9)
+        if step == 1:
+            check("student", "student_after_warmup")
+            check("teacher", "teacher_initial")
+    check("student", "student_final")
+    check("teacher", "teacher_final")
+
+
+def test_the_learning_rate_falls_a_thousandfold():
+    optimizers = [torch.optim.Adam([torch.zeros(1, requires_grad=True)]) for _ in range(2)]
+    for epoch, share in ((0, 1), (10, 0.001**0.5), (20, 0.001)):
+        set_learning_rates(optimizers, Recipe(20, 9, 1e-4, 5e-5).rates(epoch))
+        assert [o.param_groups[0]["lr"] for o in optimizers] == pytest.approx([1e-4 * share, 5e-5 * share])
+
+
+def selection(accuracies, warmup):
+    history = []
+    for epoch, accuracy in enumerate(accuracies):
+        entry = {"phase": "bidirectional" if epoch > warmup else "warm-up", "accuracy": accuracy}
+        history.append(entry | {"kept": training.kept_names(history, entry)})
+    return [entry["kept"] for entry in history]
+
+
+def test_the_kept_checkpoint_beats_every_epoch_before_it_after_warmup():
+    assert selection([90, 50, 91, 91, 92, 80], warmup=1) == [[], [], [BEST], [], [BEST], []]
+    # Warm-up epochs are tracked, too: here none ever beats the first, and a stand-in is kept.
+    assert selection([90, 50, 60, 55, 70], warmup=1) == [[], [], [BEST_AFTER_WARMUP], [], [BEST_AFTER_WARMUP]]
+    # Once there is a best, no stand-in is written beside it.
+    assert selection([70, 60, 80, 75], warmup=0) == [[], [BEST_AFTER_WARMUP], [BEST], []]
+
+
+@pytest.mark.parametrize("phase", ["warm-up", "bidirectional"])
+def test_interrupted_and_resumed_ends_with_the_same_weights(tiny, tmp_path, monkeypatch, phase):
+    whole = tmp_path / "whole"
+    run(tiny, whole, "--drop_path", 0.2)
+    stop_after = {"warm-up": 1, "bidirectional": 2}[phase]
+    save = Keeper.save
+
+    def save_then_stop(keeper, run, *args):
+        save(keeper, run, *args)
+        if len(run.history) == stop_after:
+            raise KeyboardInterrupt
+
+    halves = tmp_path / "halves"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(Keeper, "save", save_then_stop)
+        run(tiny, halves, "--drop_path", 0.2)
+    assert end.value.code == 130
+    run(tiny, halves, "--drop_path", 0.2, "--resume", "--workers", 2)
+    one, two = (read_checkpoint(folder / LAST) for folder in (whole, halves))
+    assert one["history"] == two["history"] and len(one["history"]) == 3
+    for part in ("state_dict", "teacher"):
+        assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())
+    record = json.loads((halves / "train.json").read_text())
+    assert [entry["phase"] for entry in record["epochs"]] == ["warm-up", "bidirectional", "bidirectional"]
+    assert record["options"]["seed"] == 0 and record["versions"]["torch"]
+
+
+@pytest.mark.parametrize("losses", [["cls"], ["cls", "ka_teacher"]])
+def test_a_run_of_some_terms_goes_on_and_wears_no_head_away(tiny, tmp_path, monkeypatch, losses):
+    """A head that nothing is learnt in must not move by weight decay alone: in all epochs, or in warm-up."""
+    more = ["--losses", *losses]
+    run(tiny, tmp_path / "whole", *more)
+    torch.manual_seed(0)
+    start, _ = create_pair("convnextv2_atto", 2, "none")
+    save = Keeper.save
+
+    def save_then_stop(keeper, run, *args):
+        save(keeper, run, *args)
+        assert torch.equal(run.student.head.weight, start.head.weight)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Keeper, "save", save_then_stop)
+        run(tiny, tmp_path / "halves", *more)
+    run(tiny, tmp_path / "halves", *more, "--resume")
+    one, two = (read_checkpoint(tmp_path / name / LAST) for name in ("whole", "halves"))
+    for part in ("state_dict", "teacher"):
+        assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())
+    stays = torch.equal(one["teacher"]["head.weight"], start.head.weight)
+    assert stays == ("ka_teacher" not in losses)
+    assert one["options"]["losses"] == losses
+
+
+def test_a_run_is_not_resumed_with_other_losses(tiny, tmp_path, fails):
+    run(tiny, tmp_path, "--epochs", 1, "--losses", "cls", "ma")
+    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--resume", "--epochs", 1]
+    message = fails(train_sketchy_ext.main, *arguments, "--losses", "cls")
+    assert "was trained with --losses cls ma, not cls; use the same" in message
+    message = fails(train_sketchy_ext.main, *arguments, "--losses", "ma", "cls", "--mask_weight", 0.5)
+    assert "was trained with --mask_weight 0.3, not 0.5" in message
+
+
+def test_only_the_head_of_the_teacher_changes_and_only_after_warmup(tiny, tmp_path):
+    folders = {}
+    for warmup in (0, 2):
+        folders[warmup] = tmp_path / str(warmup)
+        run(tiny, folders[warmup], "--warmup_epochs", warmup)
+    both, alone = (read_checkpoint(folders[warmup] / LAST)["teacher"] for warmup in (0, 2))
+    assert {name for name in both if not torch.equal(both[name], alone[name])} == {"head.weight", "head.bias"}
+
+
+def test_without_validation_the_last_epoch_is_kept(tiny, tmp_path):
+    lists = tiny / "zeroshot1"
+    for kind, name in (("sketch_tx_000000000000_ready", "sketch"), ("all_photo", "all_photo")):
+        for split in ("train", "zero"):
+            (lists / f"{kind}_filelist_{split}.txt").rename(lists / f"{name}_filelist_{split}.txt")
+    arguments = ("--zero_version", "zeroshot1", "--batch_size", 10)
+    assert run(tiny, tmp_path, *arguments, script=train_quickdraw_ext) == tmp_path / LAST
+    assert not (tmp_path / BEST).exists()
+
+
+def test_a_run_that_keeps_no_best_says_so(tiny, tmp_path, capsys):
+    kept = run(tiny, tmp_path, "--lr", 0)  # nothing is learnt, so no epoch beats the first
+    assert kept == tmp_path / BEST_AFTER_WARMUP and kept.exists() and not (tmp_path / BEST).exists()
+    assert "no model_best.pth.tar; best_after_warmup.pth.tar stands in" in capsys.readouterr().err
+
+
+def test_bad_options_end_in_one_line(tiny, tmp_path, fails):
+    def error(*more):
+        return fails(train_sketchy_ext.main, *SHORT, "--data_root", tiny, "--savedir", tmp_path / "new", *more)
+
+    assert "--batch_size 2: too small for 1 sketch and 2 photos; use 3 or more" in error("--batch_size", 2)
+    assert "no pretrained weights" in error("--finetune", tmp_path / "none.pt")
+    assert "no ImageNet head" in error("--model", "vit_small_patch14_dinov2")
+    assert "--epochs" in error("--epochs", 0)
+    for device in ("abacus", "meta", "cuda:99"):
+        assert f"--device {device}: there is no such device here" in error("--device", device)
+    assert "--zero_version" in error("--zero_version", "a/b")
+    assert "--seed" in error("--seed", 10**20)
+    assert "unrecognized arguments: --epoch" in error("--epoch", 3)
+    assert "cid_mask.pickle: every class needs a vector of 20" in error("--imagenet_classes", 20)
+    assert not list((tmp_path / "new").glob("*.tar"))
+
+
+def test_bad_data_ends_in_one_line(tiny, tmp_path, fails):
+    def error(*more):
+        return fails(train_sketchy_ext.main, *SHORT, "--data_root", tiny, "--savedir", tmp_path / "new", *more)
+
+    lists = tiny / "zeroshot1"
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path / 'file'}" in error("--savedir", tmp_path / "file")
+    broken = tiny / "photo of train/2.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    for workers in (0, 2):
+        assert f"{broken}: not a readable image" in error("--workers", workers)
+    Image.new("L", (9, 9)).save(broken)
+    (lists / "cid_mask.pickle").unlink()
+    assert "--no_mask" in error()
+    held_back = lists / "sketch_tx_000000000000_ready_filelist_test.txt"
+    held_back.unlink()
+    assert f"{held_back}: no such list" in (message := error("--no_mask")) and "--no_validation" in message
+    write_list(lists / "all_photo_filelist_train.txt", [("photo of train/9.png", 0)])
+    assert "all_photo_filelist_train.txt:1: no image" in error("--no_mask", "--no_validation")
+
+
+def test_quickdraw_takes_a_mask_where_it_is_told_to(tiny, tmp_path, fails):
+    (tiny / "zeroshot1").rename(lists := tiny / "zeroshot")
+    for path in list(lists.glob("sketch_*_train.txt")):
+        path.rename(lists / "sketch_train.txt")
+    mask = lists / "cid_mask.pickle"
+    command = [
+        *SHORT,
+        "--data_root",
+        str(tiny),
+        "--savedir",
+        str(tmp_path / "run"),
+        "--batch_size",
+        "10",
+        "--epochs",
+        "1",
+    ]
+    command += ["--overwrite"]
+    losses = []
+    for option in ([], ["--mask"]):
+        write_mask(mask, np.ones((2, 1000)) * np.arange(1000))
+        train_quickdraw_ext.main([*command, *option])
+        losses.append(read_checkpoint(tmp_path / "run" / LAST)["history"][0]["ka_student"])
+    assert losses[0] != losses[1]
+    mask.unlink()
+    assert f"{mask}: no semantic mask; make one with" in fails(train_quickdraw_ext.main, *command, "--mask")
+
+
+def test_earlier_checkpoints_are_not_lost_by_accident(tiny, tmp_path, fails):
+    run(tiny, tmp_path, "--epochs", 1)
+    before = (tmp_path / LAST).read_bytes()
+    arguments = [train_sketchy_ext.main, *SHORT, "--data_root", tiny, "--savedir", tmp_path]
+    assert "already holds checkpoint.pth.tar; --resume goes on" in fails(*arguments)
+    assert "trained with --epochs 1, not 3" in fails(*arguments, "--resume")
+    assert (tmp_path / LAST).read_bytes() == before
+    assert "no pretrained weights" in fails(*arguments, "--overwrite", "--finetune", "gone.pt")
+    assert (tmp_path / LAST).read_bytes() == before
+    assert "not allowed with argument" in fails(*arguments, "--overwrite", "--resume")
+    run(tiny, tmp_path, "--epochs", 1, "--seed", 1, "--overwrite")
+    assert (tmp_path / LAST).read_bytes() != before
+
+
+def test_what_an_earlier_run_left_goes_when_the_new_one_starts(tiny, tmp_path):
+    for name in (LAST, BEST, BEST_AFTER_WARMUP, "results.json"):
+        (tmp_path / name).write_bytes(b"old")
+    assert run(tiny, tmp_path, "--epochs", 1, "--overwrite") == tmp_path / LAST
+    assert not any((tmp_path / name).exists() for name in (BEST, BEST_AFTER_WARMUP, "results.json"))
+
+
+def test_a_run_is_not_resumed_on_other_lists(tiny, tmp_path, monkeypatch, fails):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("models.logger.tell", _interrupt)
+        run(tiny, tmp_path)
+    path = tiny / "zeroshot1/all_photo_filelist_train.txt"
+    path.write_text(path.read_text().replace(" 1\n", " 0\n"))
+    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--resume"]
+    assert "all_photo_filelist_train.txt is not the one" in fails(train_sketchy_ext.main, *arguments)
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_damaged_checkpoint_cannot_be_resumed(tiny, tmp_path, fails):
+    arguments = [train_sketchy_ext.main, *SHORT, "--data_root", tiny, "--savedir", tmp_path, "--resume"]
+    assert "holds no checkpoint.pth.tar to resume" in fails(*arguments)
+    run(tiny, tmp_path, "--epochs", 1)
+    whole = read_checkpoint(tmp_path / LAST)
+    whole["options"]["epochs"] = 3
+    for change in (
+        {"optimizer": 7},
+        {"optimizer_1": {}},
+        {"optimizer_1": whole["optimizer"]},
+        {"history": 3},
+        {"history": [{}]},
+        {"options": []},
+    ):
+        torch.save(whole | change, tmp_path / LAST)
+        assert "damaged, it cannot be resumed" in fails(*arguments)
+    torch.save(whole | {"teacher": 7}, tmp_path / LAST)
+    assert "expected a state dict" in fails(*arguments)
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tiny, tmp_path, fails, monkeypatch):
+    save, kept = torch.save, []
+
+    def fail_in_the_second_epoch(content, file):
+        if content["epoch"] == 2:
+            kept.append((tmp_path / LAST).read_bytes())
+            raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 64 vs 0")
+        save(content, file)
+
+    monkeypatch.setattr("models.checkpoints.torch.save", fail_in_the_second_epoch)
+    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--no_validation"]
+    assert "is the disk full?" in fails(train_sketchy_ext.main, *arguments)
+    assert (tmp_path / LAST).read_bytes() == kept[0]
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_checkpoint_of_the_authors_cannot_be_resumed(tiny, tmp_path, fails):
+    torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "checkpoint.pth.tar")
+    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--resume"]
+    assert "holds no teacher" in fails(train_sketchy_ext.main, *arguments)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, fails):
+    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--lr", "1e30"]
+    assert "lower --lr" in fails(train_sketchy_ext.main, *arguments)

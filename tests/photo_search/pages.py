@@ -1,0 +1,81 @@
+"""A page to test: over photos and a network that cost nothing, and on a real port."""
+
+import io
+import socket
+import threading
+from contextlib import contextmanager
+
+import uvicorn
+from albums import FakeNetwork
+from PIL import Image, ImageDraw
+from starlette.testclient import TestClient
+
+from datasets.images import resize, stack
+from photo_search import server as page_server
+from photo_search import serving
+from photo_search.index import open_index
+from photo_search.search import Finder
+from photo_search.server import Shelf, create_app
+
+PORT = 8000
+
+
+class PageNetwork(FakeNetwork):
+    """A FakeNetwork for drawings, too."""
+
+    def features(self, images):
+        return self.embed(stack([resize(image, self.facts["input_size"]) for image in images]))
+
+
+def shelf_of(folder, monkeypatch):
+    """A Shelf whose network is a PageNetwork."""
+    monkeypatch.setattr(page_server, "open_finder", lambda folder, *_: Finder(open_index(folder), PageNetwork()))
+    return Shelf(folder)
+
+
+def visitor(shelf, host=f"127.0.0.1:{PORT}", **more):
+    """A client of the page of a Shelf."""
+    return TestClient(create_app(shelf, PORT, **more), base_url=f"http://{host}", follow_redirects=False)
+
+
+@contextmanager
+def served(shelf, **more):
+    """Serve a page as the command does; yields its port, which takes connections from the start."""
+    with serving._bound("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(serving._config(create_app(shelf, port, **more)))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield port
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def say(port, parts):
+    """Send bytes to a port, a part after the other, and return all that comes back until the other side closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        for part in parts:
+            try:
+                connection.sendall(part)
+            except (BrokenPipeError, ConnectionResetError):
+                break
+        answer = b""
+        try:
+            while part := connection.recv(1 << 16):
+                answer += part
+        except ConnectionResetError:
+            pass
+    return answer
+
+
+def drawing(form="PNG", side=80, mode="RGB"):
+    """A picture of a line, as bytes."""
+    image = Image.new("RGB", (side, side), "white")
+    scale = side / 80
+    line = [(scale * x, scale * y) for x, y in ((10, 10), (70, 40), (20, 70))]
+    ImageDraw.Draw(image).line(line, fill="black", width=round(3 * scale))
+    file = io.BytesIO()
+    image.convert(mode).save(file, form)
+    return file.getvalue()

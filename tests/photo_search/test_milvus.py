@@ -1,0 +1,509 @@
+"""An index in Milvus finds what the index on disk finds, whatever happens to its server, its writers and its contents.
+
+Skipped where pymilvus or milvus-lite is not installed.
+"""
+
+import base64
+import io
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from albums import FakeNetwork, update, write_album, write_photo
+from test_cells import clustered
+
+from photo_search.index import RECORD, open_index, write_index
+from photo_search.search import Finder, open_place
+from utils.cli import InputError
+
+pytest.importorskip("pymilvus", reason="pymilvus is not installed (requirements-milvus.txt)")
+pytest.importorskip("milvus_lite", reason="milvus-lite is not installed (requirements-milvus.txt)")
+
+from pymilvus import DataType
+
+from photo_search import milvus, publish
+from photo_search.milvus import Server, open_milvus
+
+NPY = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<i8', 'fortran_order': False, 'shape': (%s,), }".ljust(120) + b"\n"
+ROOT = Path(__file__).resolve().parent.parent.parent
+FACTS = FakeNetwork().facts | {"folders": ["/photos"], "exclude": [], "thumbnails": "thumbnails-1.bin"}
+
+
+class LiteServer:
+    """milvus-lite server on a port of this machine, in a process of its own."""
+
+    def __init__(self, folder):
+        self.folder, self.port, self.process = folder, 0, None
+        self.start()
+
+    def start(self):
+        run = "import sys; from milvus_lite.cmdline import main; sys.exit(main(sys.argv[1:]))"
+        for _ in range(5):
+            self.port = self.port or free_port()
+            arguments = ["server", "--data-dir", self.folder, "--host", "127.0.0.1", "--port", self.port]
+            command = [sys.executable, "-u", "-c", run, *map(str, arguments)]
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            if "listening" in self.process.stdout.readline():
+                return
+            self.port = 0
+        raise RuntimeError("milvus-lite server does not start")
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    @property
+    def uri(self):
+        return f"http://127.0.0.1:{self.port}"
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def lite(tmp_path_factory):
+    server = LiteServer(tmp_path_factory.mktemp("lite") / "data")
+    yield server
+    server.kill()
+
+
+def names(uri):
+    """The collections there, but for those that are kept."""
+    return [name for name in Server(uri).client.list_collections() if not name.startswith("kept_")]
+
+
+@pytest.fixture
+def uri(lite):
+    """A server whose collections are all dropped afterwards."""
+    yield lite.uri
+    for name in names(lite.uri):
+        Server(lite.uri).client.drop_collection(name)
+
+
+@pytest.fixture(scope="module")
+def kept(lite, tmp_path_factory):
+    """(Index, Server) of 60 photos, to be left as they are."""
+    own, server = write(tmp_path_factory.mktemp("kept"), *gallery(60)), Server(lite.uri, "kept")
+    publish.publish(server, own)
+    return own, server
+
+
+def write(folder, features, codebook):
+    """An index of drawn features on disk; photo 10 is /photos/a10.jpg, and odd ones are in /photos/b."""
+    folder.mkdir(exist_ok=True)
+    names = [f"/photos/{'ab'[n % 2]}/{n}.jpg".encode() for n in range(len(features))]
+    names[3] = b"/photos/a/\\xff\\xe9\\xdb\\xaa.jpg"
+    order = sorted(range(len(names)), key=names.__getitem__)
+    records = np.zeros(len(names), RECORD)
+    records["thumbnail"], records["thumbnail_size"] = np.arange(len(names)), 1
+    (folder / "thumbnails-1.bin").write_bytes(bytes(n % 251 for n in range(len(names))))
+    facts = FACTS | {"width": features.shape[1]}
+    write_index(
+        folder, facts, ([names[n] for n in order], records), lambda rows: features[np.array(order)[rows]], codebook
+    )
+    return open_index(folder)
+
+
+def gallery(count=1500, width=32):
+    features = clustered(np.random.default_rng(0), count, width, classes=20, noise=0.4)
+    features[500:700] = features[500:600].repeat(2, axis=0)  # ties
+    return features, np.ascontiguousarray(features[:30].reshape(30, 2, -1).swapaxes(0, 1))
+
+
+def same(one, other):
+    """Whether two searches found the same photos, in the same order, with the same scores but for the last digits."""
+    assert [match.path for match in one] == [match.path for match in other]
+    for name in ("score", "distance", "cluster_distance"):
+        values = [[getattr(match, name) for match in matches] for matches in (one, other)]
+        assert values[0] == (pytest.approx(values[1], abs=1e-13) if values[1][0] is not None else values[1])
+
+
+def near(features, number, rng):
+    query = features[number] + 0.05 * rng.normal(size=features.shape[1]).astype(np.float32)
+    return query / np.linalg.norm(query)
+
+
+@pytest.mark.parametrize("where", ["server", "file"])
+def test_milvus_finds_what_the_index_on_disk_finds(where, uri, tmp_path):
+    features, codebook = gallery()
+    own = write(tmp_path / "index", features, codebook)
+    uri = uri if where == "server" else str(tmp_path / "photos.db")
+    assert publish.publish(Server(uri), own)
+    there = open_milvus(uri)
+    assert len(there) == 1500 and there.clusters == (2, 30) and there.facts["folders"] == ["/photos"]
+    rng = np.random.default_rng(1)
+    for number in [3, 500, 501, *rng.integers(1500, size=7)]:
+        query = near(features, number, rng)
+        for matching in ("one-to-many", "one-to-one"):
+            for k in (1, 20):
+                same(*(Finder(index, None).find_features(query, k, matching) for index in (own, there)))
+    one, other = (Finder(index, None).find_features(features[0], 2000) for index in (own, there))
+    same(one, other)
+    assert (
+        len(other) == 1500 and [match.row for match in other] == own.cells.places[[match.row for match in one]].tolist()
+    )
+    rows = [[match.row for match in matches] for matches in (one, other)]
+    assert own.thumbnails_of(rows[0]) == there.thumbnails_of(rows[1])
+    np.testing.assert_array_equal(there.features_of(rows[1]), own.cells.features[rows[0]])
+
+
+def test_a_search_may_be_kept_to_a_range_of_rows(uri, tmp_path):
+    features, codebook = gallery(400)
+    own = write(tmp_path / "index", features, codebook)
+    publish.publish(Server(uri), own)
+    there = open_milvus(uri)
+    allowed = range(100, 180)
+    within = (own.cells.places >= 100) & (own.cells.places < 180)
+    for matching in ("one-to-many", "one-to-one"):
+        one = Finder(own, None).find_features(features[9], 30, matching, within)
+        same(one, Finder(there, None).find_features(features[9], 30, matching, allowed))
+
+
+def test_a_killed_server_is_one_line_and_a_restarted_one_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(milvus, "PATIENCE", 2)
+    features, codebook = gallery(300)
+    own = write(tmp_path / "index", features, codebook)
+    server = LiteServer(tmp_path / "data")
+    try:
+        publish.publish(Server(server.uri), own)
+        there = Finder(open_milvus(server.uri), None)
+        before = there.find_features(features[7])
+        server.kill()
+        refused(
+            lambda: there.find_features(features[7]), f"photo_index at {server.uri}: ", "see whether Milvus runs there"
+        )
+        refused(lambda: open_milvus(server.uri), "see whether Milvus runs there")
+        server.start()
+        same(there.find_features(features[7]), before)
+        same(Finder(open_milvus(server.uri), None).find_features(features[7]), before)
+    finally:
+        server.kill()
+
+
+def refused(action, *told):
+    with pytest.raises(InputError) as error:
+        action()
+    message = str(error.value)
+    assert all(part in message for part in told) and "\n" not in message and len(message) < 500, message
+
+
+def photos_of(uri):
+    index = open_milvus(uri)
+    rows = range(len(index))
+    features = [row.tobytes() for row in index.features_of(rows)]
+    return dict(zip(index.paths_of(rows), zip(features, index.thumbnails_of(rows), strict=True), strict=True))
+
+
+def on_disk(folder):
+    index = open_index(folder)
+    rows = range(len(index))
+    return {index.path(row): (index.cells.features[row].tobytes(), index.thumbnail(row)) for row in rows}
+
+
+def test_milvus_follows_the_index_on_disk(uri, tmp_path):
+    album, folder, network = write_album(tmp_path / "album"), tmp_path / "index", FakeNetwork()
+    update(folder, network, album, clusters=3)
+    assert publish.publish(Server(uri), open_index(folder))
+    assert photos_of(uri) == on_disk(folder) and len(on_disk(folder)) == 12
+    before = names(uri)
+    update(folder, network, album)
+    assert not publish.publish(Server(uri), open_index(folder))  # nothing has changed
+    assert names(uri) == before and len(before) == 2
+    (album / "3.png").unlink()
+    write_photo(album / "new.png", 99)
+    write_photo(album / os.fsdecode(b"\xff\n.png"), 98)
+    update(folder, network, album, clusters=2, refit=True)
+    old = open_milvus(uri)
+    assert publish.publish(Server(uri), open_index(folder))
+    assert photos_of(uri) == on_disk(folder) and open_milvus(uri).clusters == (2, 2)
+    assert len(names(uri)) == 2 and network.seen == 14
+    refused(lambda: old.path(0), f"photo_index at {uri}: the photos were indexed again, or removed; search again")
+
+
+class Died(BaseException):
+    pass
+
+
+def test_a_writer_that_dies_leaves_the_old_photos(uri, tmp_path, monkeypatch):
+    album, folder, network = write_album(tmp_path / "album", 4), tmp_path / "index", FakeNetwork()
+    update(folder, network, album, clusters=2)
+    publish.publish(Server(uri), open_index(folder))
+    before = photos_of(uri)
+    write_photo(album / "new.png", 99)
+    update(folder, network, album)
+    dies, calls = True, 0
+    while dies:
+        calls, dies = calls + 3, False
+        server, left = Server(uri), calls
+
+        def dying(function, *arguments, told=server._told, **more):
+            nonlocal left, dies
+            left -= 1
+            if not left:
+                dies = True
+                raise Died
+            return told(function, *arguments, **more)
+
+        monkeypatch.setattr(server, "_told", dying)
+        try:
+            publish.publish(server, open_index(folder))
+        except Died:
+            assert photos_of(uri) in (before, on_disk(folder))
+        if len(photos_of(uri)) == 5:  # all that is left is to drop the old one
+            break
+    assert calls > 8
+    publish.publish(Server(uri), open_index(folder))
+    assert photos_of(uri) == on_disk(folder) and len(names(uri)) == 2
+
+
+def test_photos_of_others_are_left_alone(uri, tmp_path, monkeypatch):
+    features, codebook = gallery(60)
+    own, other = (write(tmp_path / name, features, codebook) for name in ("own", "other"))
+    server = Server(uri)
+    publish.publish(server, own)
+    for action in (publish.check_own, publish.publish):
+        refused(lambda action=action: action(server, other.folder if action is publish.check_own else other),
+                "holds the photos of another index than", "name another --collection")  # fmt: skip
+    assert len(open_milvus(uri)) == 60 and len(names(uri)) == 2
+    monkeypatch.setattr(publish, "check_own", lambda *_: None)  # as if it had come while they were written
+    monkeypatch.setattr(Server, "current", lambda self: None)
+    refused(lambda: publish.publish(server, other), "alias")
+    assert len(names(uri)) == 2
+    monkeypatch.undo()
+    assert open_milvus(uri).generation.startswith(f"photo_index_{publish._mark(own.folder)}")
+    publish.publish(Server(uri, "others"), other)
+    assert len(open_milvus(uri)) == len(open_milvus(uri, "others")) == 60
+
+
+def test_one_process_publishes_an_index(uri, tmp_path):
+    features, codebook = gallery(60)
+    own = write(tmp_path / "index", features, codebook)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(own.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "holding\n"
+    refused(lambda: publish.publish(Server(uri), own), "is publishing there; wait until it ends")
+    holder.communicate()
+    assert publish.publish(Server(uri), own)
+
+
+HOLDS = """
+import sys
+from utils.files import folder_lock
+with folder_lock(sys.argv[1], "publishing"):
+    print("holding", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_collection_of_something_else_is_refused(uri, tmp_path):
+    refused(lambda: open_milvus(uri), f"photo_index at {uri}: no index of photos is there; make one")
+    client = Server(uri).client
+    client.create_collection("photo_index", dimension=8)
+    refused(lambda: open_milvus(uri), "holds something else than photos of this program; name another --collection")
+    features, codebook = gallery(60)
+    own = write(tmp_path / "index", features, codebook)
+    refused(lambda: publish.publish(Server(uri), own), "holds something else than photos")
+    client.rename_collection("photo_index", "cats")
+    client.create_alias("cats", "photo_index")
+    refused(lambda: open_milvus(uri), "holds something else than photos of this program; name another --collection")
+    refused(lambda: publish.publish(Server(uri), own), "holds something else than photos")
+    assert names(uri) == ["cats"]
+
+
+def said(change):
+    """A damage: what an index tells of itself is what `change` makes of it."""
+    return lambda server, text: change(text)
+
+
+def facts(**changes):
+    return said(lambda text: json.dumps(json.loads(text) | {"facts": json.loads(text)["facts"] | changes}))
+
+
+def table(part, content):
+    """A damage: a part of the table of cells is this array, or file."""
+    file = io.BytesIO(content if isinstance(content, bytes) else b"")
+    if isinstance(content, np.ndarray):
+        np.save(file, content)
+    encoded = base64.b64encode(file.getvalue()).decode()
+    return said(lambda text: json.dumps(json.loads(text) | {"table": json.loads(text)["table"] | {part: encoded}}))
+
+
+def photos(kind="FLAT", metric="L2", width=32, without=None, value=32**-0.5, count=60):
+    """A damage: the photos are others."""
+
+    def damage(server, text):
+        server.client.drop_collection("damaged")
+        schema = server.client.create_schema(auto_id=False)
+        for field, type_ in (("row", "INT64"), ("cell", "INT64"), ("path", "VARCHAR"), ("thumbnail", "VARCHAR")):
+            if field != without:
+                schema.add_field(field, DataType[type_], is_primary=field == "row", max_length=99)
+        schema.add_field("feature", DataType.FLOAT_VECTOR, dim=width)
+        params = server.client.prepare_index_params()
+        params.add_index("feature", index_type=kind, metric_type=metric)
+        server.client.create_collection("damaged", schema=schema, index_params=params)
+        row = {"path": '"/a"', "thumbnail": "", "cell": 0, "feature": np.full(width, value, np.float32)}
+        row.pop(without, None)
+        server.client.insert("damaged", [{**row, "row": number} for number in range(count)])
+        return text
+
+    return damage
+
+
+DAMAGES = {
+    "no JSON": (said(lambda _: "\x80\x04."), "("), "deep JSON": (said(lambda _: "[" * 10**5), "("),
+    "nothing": (said(lambda _: ""), "("), "a list": (said(lambda _: "[]"), "("),
+    "torn": (said(lambda text: text[:-99]), "("),
+    "another version": (facts(format=2), "made by another version"),
+    "folders that are numbers": (facts(folders=[1]), "made by another version"),
+    "a pickle": (table("codes", pickle.dumps({"a": 1})), "("), "no array": (table("ends", b""), "("),
+    "an endless array": (table("ends", NPY % b"1000000000000"), "("),
+    "other numbers": (table("ends", np.float32([60])), "ends holds other values"),
+    "cells without end": (table("ends", np.array([10**12])), "do not fit together"),
+    "balls of no size": (table("radii", np.float32([np.nan])), "do not fit together"),
+    "folders that are none": (said(lambda text: json.dumps(json.loads(text) | {"folders": [["a", 0, 0, 61]]})), "none"),
+    "folders of nothing": (said(lambda text: json.dumps(json.loads(text) | {"folders": [["a", 0, 5, 5]]})), "empty"),
+    "another codebook": (table("codebook", gallery(60)[1][:, ::-1].copy()), "in the cells of another codebook"),
+    "another width in words": (facts(width=33), "do not fit together"),
+    "a photo is gone": (photos(count=59), "59 photos, not 60"),
+    "vectors of another width": (photos(width=16), "features of 16 values, where 32 are told of"),
+    "other fields": (photos(without="thumbnail"), "other fields"),
+    "a search that is not exact": (photos("HNSW"), "its search is not exact"),
+    "another metric": (photos(metric="IP"), "its search is not exact"),
+    "features of no length": (photos(value=0), "not of length 1"),
+    "photos of another index": (photos(), "in the cells of another codebook"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_collection_is_refused_in_one_line(damage, kept, uri, monkeypatch):
+    server, (change, told) = kept[1], DAMAGES[damage]
+    generation, text = server.current(), milvus._read_about(server, f"{server.current()}_about")
+    assert len(open_milvus(uri, "kept")) == 60
+    text = change(server, text)
+    if server.client.has_collection("damaged"):
+        generation = "damaged"
+    monkeypatch.setattr(Server, "current", lambda self: generation)
+    monkeypatch.setattr(milvus, "_read_about", lambda *_: text)
+    refused(
+        lambda: open_milvus(uri, "kept"), f"kept at {uri}: damaged index (", told, "index into another --collection"
+    )
+
+
+def test_the_page_shows_what_is_in_milvus(uri, tmp_path, monkeypatch):
+    pytest.importorskip("starlette", reason="starlette is not installed (requirements-page.txt)")
+    from pages import PageNetwork, drawing, visitor
+
+    from photo_search import server
+
+    monkeypatch.setattr(server, "open_finder", lambda place, *_: Finder(open_place(place), PageNetwork()))
+    album, folder, network = write_album(tmp_path / "album", 12), tmp_path / "index", PageNetwork()
+    update(folder, network, album, clusters=2)
+    publish.publish(Server(uri), open_index(folder))
+    one, other = (visitor(server.Shelf(place)) for place in (folder, Server(uri)))
+    about = [each.get("/about").json() for each in (one, other)]
+    stamp = about[1].pop("index")
+    about[0].pop("index")
+    assert about[0] == about[1] and len(about[0]["folders"]) == 3
+    for query in ("k=5", "k=12&folder=1", "k=4&folder=2&matching=one-to-one"):
+        found = [each.post(f"/find?{query}", content=drawing()).json()["found"] for each in (one, other)]
+        shown = [[(photo["path"], pytest.approx(photo["score"], abs=1e-12)) for photo in photos] for photos in found]
+        assert shown[0] == shown[1] and found[1]
+    photo = found[1][0]["photo"]
+    like = other.post(f"/find?photo={photo}").json()["found"]
+    assert like[0]["photo"] == photo and like[0]["distance"] == 0
+    assert other.get(f"/thumbnail/{stamp}/{photo}").content == open_milvus(uri).thumbnail(photo)
+    assert other.get(f"/photo/{stamp}/{photo}").content == Path(found[1][0]["path"]).read_bytes()
+    write_photo(album / "new.png", 99)
+    update(folder, network, album)
+    publish.publish(Server(uri), open_index(folder))
+    assert other.get("/about").json()["photos"] == 13 and other.get(f"/thumbnail/{stamp}/{photo}").status_code == 410
+    Server(uri).client.drop_alias("photo_index")
+    assert other.get("/about").status_code == 503
+
+
+ANSWERS = {
+    "a row that is none": ("search", lambda hits: hits[0].update(row=60)),
+    "a row below all": ("search", lambda hits: hits[0].update(row=-1)),
+    "a text for a row": ("search", lambda hits: hits[0].update(row="1")),
+    "a row twice": ("search", lambda hits: hits[0].update(row=hits[1]["row"])),
+    "a cell that is none": ("search", lambda hits: hits[0]["entity"].update(cell=10**6)),
+    "a distance that is none": ("search", lambda hits: hits[0].update(distance=float("nan"))),
+    "distances in disorder": ("search", lambda hits: hits[0].update(distance=9.0)),
+    "too many": ("search", lambda hits: hits.extend([{**hits[-1], "row": 59}] * 2000)),
+    "too few": ("search", lambda hits: hits.clear()),
+    "features that are not finite": ("query", lambda rows: rows[0].update(feature=[float("nan")] * 32)),
+    "features of another width": ("query", lambda rows: rows[0].update(feature=[1.0])),
+    "photos missing": ("query", lambda rows: rows.pop()),
+    "a path that is none": ("query", lambda rows: rows[0].update(path="a.jpg")),
+    "no row": ("search", lambda hits: hits[0].pop("row")),
+    "no cell": ("search", lambda hits: hits[0]["entity"].clear()),
+    "a path in disguise": ("query", lambda rows: rows[0].update(path='"a.jpg"')),
+}
+
+
+def test_thumbnails_that_are_none(kept, monkeypatch):
+    there = open_milvus(kept[1].uri, "kept")
+    for text in ("a", None, 5, "雪"):
+        monkeypatch.setattr(there.server, "ask", lambda *_, text=text, **__: [{"row": 3, "thumbnail": text}])
+        refused(lambda: there.thumbnail(3), "damaged index (")
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_answers_are_checked(answer, kept, monkeypatch):
+    there, features = open_milvus(kept[1].uri, "kept"), kept[0].cells.features
+    asked, spoil = ANSWERS[answer]
+
+    def ask(method, *arguments, told=there.server.ask, **more):
+        result = told(method, *arguments, **more)
+        if method != asked:
+            return result
+        rows = [dict(each) for each in (result[0] if method == "search" else result)]
+        spoil(rows)
+        return [rows] if method == "search" else rows
+
+    monkeypatch.setattr(there.server, "ask", ask)
+    refused(
+        lambda: Finder(there, None).find_features(features[7]), "damaged index (", "index into another --collection"
+    )
+
+
+@pytest.mark.parametrize(("uri", "told"), [
+    ("", "is no address"), ("milvus", "is no address"), ("ftp://127.0.0.1", "is no address"),
+    ("http://", "is no address"), ("http://127.0.0.1:99999", "is no address"), ("http://a b", "is no address"),
+    ("none/photos.db", "no such file"), ("photos.db", "no such file; make it with search_photos.py index"),
+    ("file.db", "another process may have it open, or correct"), ("http://root:secret@127.0.0.1", "MILVUS_TOKEN"),
+])  # fmt: skip
+def test_addresses_that_are_none(uri, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.db").write_text("not a folder of milvus-lite")
+    refused(lambda: open_milvus(uri), told, "--uri")
+    with pytest.raises(InputError) as error:
+        open_milvus(uri)
+    assert "secret" not in str(error.value)
+    refused(lambda: Server("none/photos.db"), "its folder is not there; make it, or correct --uri")
+
+
+def test_names_that_are_none():
+    for name in ("", "a-b", "1a", "a b", "a" * 300, "photo.index"):
+        refused(lambda name=name: open_milvus("http://127.0.0.1:1", name), f"--collection {name}: ")
+
+
+def test_servers_that_are_none(monkeypatch):
+    monkeypatch.setattr(milvus, "PATIENCE", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        for port in (free_port(), silent.getsockname()[1]):
+            refused(
+                lambda port=port: open_milvus(f"http://127.0.0.1:{port}"),
+                "see whether Milvus runs there, or correct --uri",
+            )

@@ -1,0 +1,294 @@
+"""The page answers with what a Finder finds, and follows an index that changes."""
+
+import base64
+import hashlib
+import io
+import os
+import re
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from albums import FakeNetwork, update, write_album, write_photo
+from pages import drawing, shelf_of, visitor
+from PIL import Image
+
+import search_photos
+from photo_search import server as pages
+from photo_search.folders import folders_of
+from photo_search.index import open_index
+from photo_search.pictures import BYTES, open_photo, read_drawing
+
+
+@pytest.fixture
+def album(tmp_path):
+    return write_album(tmp_path / "album", 24)
+
+
+@pytest.fixture
+def index(album, tmp_path):
+    update(tmp_path / "index", FakeNetwork(), album, clusters=3)
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def shelf(index, monkeypatch):
+    return shelf_of(index, monkeypatch)
+
+
+@pytest.fixture
+def client(shelf):
+    return visitor(shelf)
+
+
+def find(client, body=b"", **options):
+    answer = client.post("/find", params=options, content=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def as_found(matches):
+    return [(each.row, each.score, each.distance, each.cluster_distance) for each in matches]
+
+
+def told(answer):
+    return [(each["photo"], each["score"], each["distance"], each["cluster_distance"]) for each in answer["found"]]
+
+
+def test_the_page_is_one_file_that_may_run_its_own_script_alone(client):
+    answer = client.get("/")
+    policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
+    for name in ("script", "style"):
+        (content,) = re.findall(rf"<{name}>(.*?)</{name}>", answer.text, flags=re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert policy[f"{name}-src"] == f"'sha256-{digest}'"
+    for name in ("default-src", "frame-ancestors", "base-uri", "form-action"):
+        assert policy[name] == "'none'"
+    assert (policy["img-src"], policy["connect-src"]) == ("'self' blob: data:", "'self'")
+    assert not re.search(r"(src|href|url\()\s*=?\s*[\"']?(https?:)?//", answer.text)
+    assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(", answer.text)
+    for path in ("/", "/about", "/thumbnail/x/1", "/nowhere"):
+        headers = client.get(path).headers
+        assert headers["content-security-policy"] == answer.headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+
+
+@pytest.mark.parametrize("matching", [None, "one-to-one", "one-to-many"])
+def test_a_drawing_finds_what_the_finder_finds(client, shelf, matching):
+    finder, options = shelf.now().finder, {"matching": matching} if matching else {}
+    answer = find(client, drawing(), k=7, **options)
+    assert told(answer) == as_found(finder.find(read_drawing(drawing()), 7, matching))
+    assert answer["matching"] == (matching or "one-to-many")
+    as_drawn = find(client, drawing(), k=7, as_drawn=1, **options)
+    assert told(as_drawn) == as_found(finder.find(read_drawing(drawing()), 7, matching, as_drawn=True)) != told(answer)
+    for each in answer["found"]:
+        path = finder.index.path(each["photo"])
+        assert (each["path"], each["name"]) == (path, os.path.basename(path))
+
+
+@pytest.mark.parametrize(
+    ("form", "mode"), [("JPEG", "L"), ("WEBP", "RGB"), ("GIF", "P"), ("PNG", "RGBA"), ("PNG", "1")]
+)
+def test_pictures_of_other_forms_are_drawings_too(client, form, mode):
+    assert len(find(client, drawing(form, mode=mode), k=3)["found"]) == 3
+
+
+def test_a_photo_finds_photos_like_it(client, shelf):
+    finder = shelf.now().finder
+    for row in (0, 11, 23):
+        answer = find(client, photo=row, k=5)
+        assert told(answer) == as_found(finder.find_features(finder.index.cells.features[row], 5))
+        assert answer["found"][0]["photo"] == row or answer["found"][0]["distance"] < 1e-6
+
+
+def test_a_search_can_be_kept_to_a_folder(client, shelf, album):
+    finder, about = shelf.now().finder, client.get("/about").json()
+    assert about["photos"] == 24 and about["matchings"] == ["one-to-one", "one-to-many"]
+    assert [(each["name"], each["depth"]) for each in about["folders"]] == [("album", 0), ("a", 1), ("b", 1)]
+    every = finder.find(read_drawing(drawing()), 24)
+    for place, folder in enumerate((album, album / "a", album / "b")):
+        inside = [match for match in every if match.path.startswith(f"{folder}{os.sep}")]
+        assert inside and told(find(client, drawing(), k=24, folder=place)) == as_found(inside)
+        among = {each["path"] for each in find(client, photo=every[0].row, k=24, folder=place)["found"]}
+        assert among == {match.path for match in inside}
+
+
+def test_folders_hold_the_photos_whose_paths_begin_with_them(tmp_path):
+    names = ["x/1.png", "x-y/2.png", "x/z/3.png", "x.d/4.png", "é/5.png", "6.png", "xx/7.png", "x/8.png", "0.png"]
+    for seed, name in enumerate(names):
+        write_photo(tmp_path / "some" / name, seed)
+    write_photo(tmp_path / "something" / "else" / "9.png", 50)
+    update(tmp_path / "index", FakeNetwork(), tmp_path / "some", tmp_path / "something")
+    index = open_index(tmp_path / "index")
+    found = folders_of(index)
+    expected = ["some", "x-y", "x.d", "x", "xx", "é", "something", "else"]
+    assert [folder.name for folder in found] == expected
+    assert [folder.depth for folder in found] == [0, 1, 1, 1, 1, 1, 0, 1]
+    for folder in found:
+        root = {"something": tmp_path / "something", "else": tmp_path / "something/else", "some": tmp_path / "some"}
+        prefix = f"{root.get(folder.name, tmp_path / 'some' / folder.name)}{os.sep}"
+        inside = [index.path(row).startswith(prefix) for row in range(len(index))]
+        assert folder.rows(index).tolist() == inside and any(inside)
+
+
+def test_photos_and_thumbnails_come_by_number(client, shelf):
+    index, stamp = shelf.now().finder.index, shelf.now().stamp
+    for row in range(24):
+        small = client.get(f"/thumbnail/{stamp}/{row}")
+        assert small.content == index.thumbnail(row) and small.headers["content-type"] == "image/jpeg"
+        large = client.get(f"/photo/{stamp}/{row}")
+        with open(index.path(row), "rb") as file:
+            assert large.content == file.read()
+        assert large.headers["content-type"] == "image/png"
+        assert large.headers["content-length"] == str(len(large.content))
+
+
+def test_what_browsers_do_not_show_is_converted(tmp_path, monkeypatch):
+    pixels = np.linspace(0, 255, 3000 * 60 * 3).reshape(60, 3000, 3).astype(np.uint8)
+    (tmp_path / "album").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "album/photo.tif")
+    Image.fromarray(pixels).save(tmp_path / "album/named so.png", "BMP")
+    update(tmp_path / "index", FakeNetwork(), tmp_path / "album")
+    shelf = shelf_of(tmp_path / "index", monkeypatch)
+    for row in range(2):
+        answer = visitor(shelf).get(f"/photo/{shelf.now().stamp}/{row}")
+        assert answer.headers["content-type"] == "image/jpeg"
+        with Image.open(io.BytesIO(answer.content), formats=["JPEG"]) as image:
+            assert image.size == (2048, 41)
+            wanted = Image.fromarray(pixels).resize(image.size)
+            assert np.abs(np.asarray(image, int) - np.asarray(wanted, int)).mean() < 3
+
+
+def test_a_photo_that_is_gone_is_told(client, shelf):
+    index, stamp = shelf.now().finder.index, shelf.now().stamp
+    os.remove(index.path(5))
+    answer = client.get(f"/photo/{stamp}/5")
+    assert answer.status_code == 404
+    assert answer.json() == {"error": "this photo is no longer there; index again to leave it out"}
+    assert client.get(f"/thumbnail/{stamp}/5").status_code == 200
+    with open(index.path(6), "wb") as file:
+        file.write(b"no image")
+    assert "this photo cannot be shown: " in client.get(f"/photo/{stamp}/6").json()["error"]
+
+
+def test_a_new_index_is_taken_while_the_page_is_open(client, shelf, album, index):
+    before = client.get("/about").json()
+    assert find(client, drawing(), index=before["index"])["index"] == before["index"]
+    write_photo(album / "new" / "one.png", 99)
+    update(index, FakeNetwork(), album, clusters=3)
+    for path in (f"/thumbnail/{before['index']}/0", f"/photo/{before['index']}/0"):
+        assert client.get(path).status_code == 410
+    assert client.post("/find", params={"index": before["index"]}, content=drawing()).status_code == 410
+    after = client.get("/about").json()
+    assert after["photos"] == 25 and {"name": "new", "depth": 1} in after["folders"]
+    assert len(find(client, drawing(), k=99, index=after["index"])["found"]) == 25
+    os.remove(index / "index.json")
+    answer = client.get("/about")
+    assert answer.status_code == 503 and "no index of photos is there" in answer.json()["error"]
+
+
+def test_an_index_of_another_checkpoint_brings_its_network(index, shelf, album, monkeypatch):
+    first = shelf.now().finder.network
+    write_photo(album / "new.png", 99)
+    update(index, FakeNetwork(), album, clusters=3)
+    assert shelf.now().finder.network is first and len(shelf.now().finder.index) == 25
+    for path in index.iterdir():
+        path.unlink()
+    update(index, FakeNetwork(sha256="cd" * 32), album)
+    assert shelf.now().finder.network is not first
+
+
+def test_several_threads_find_what_one_finds(shelf):
+    finder = shelf.now().finder
+    images = [
+        Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), np.uint8)) for seed in range(40)
+    ]
+    jobs = [(image, matching) for image in images for matching in ("one-to-one", "one-to-many")]
+
+    def found(job):
+        return finder.find(job[0], 9, job[1], as_drawn=True)
+
+    alone = list(map(found, jobs))
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(found, jobs)) == alone
+
+
+def test_too_many_searches_at_once_are_put_off(shelf, monkeypatch):
+    monkeypatch.setattr(pages, "WAITING", 0)
+    answer = visitor(shelf).post("/find", content=drawing())
+    assert answer.status_code == 503 and "too many searches" in answer.json()["error"]
+
+
+def test_every_search_makes_room_for_the_next(shelf, monkeypatch):
+    monkeypatch.setattr(pages, "WAITING", 2)
+    client = visitor(shelf)
+    for body in [drawing(), b"no picture", bytes(BYTES + 1)] * 3:
+        client.post("/find", content=body)
+    assert client.post("/find", content=drawing()).status_code == 200
+
+
+def test_a_picture_of_a_phone_is_looked_at_upright():
+    image = Image.new("L", (60, 20), "white")
+    image.paste(0, (0, 0, 20, 20))
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # to be turned clockwise
+    image.save(file, "JPEG", exif=exif)
+    upright = np.asarray(read_drawing(file.getvalue()).convert("L"))
+    assert upright.shape == (60, 20) and upright[:18].mean() < 20 and upright[22:].mean() > 235
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"k": "0"}, "k: it is a whole number from 1 to 200"), ({"k": "201"}, "k: it is"), ({"k": "x"}, "k: it is"),
+    ({"matching": "both"}, "matching: it is one of one-to-one, one-to-many"),
+    ({"as_drawn": "yes"}, "as_drawn: it is a whole number from 0 to 1"),
+    ({"folder": "3"}, "folder: it is a whole number from 0 to 2"), ({"folder": "-1"}, "folder: it is"),
+    ({"photo": "24"}, "photo: it is a whole number from 0 to 23"), ({"photo": ""}, "photo: it is"),
+])  # fmt: skip
+def test_wrong_options_are_told(client, options, said):
+    answer = client.post("/find", params=options, content=drawing())
+    assert answer.status_code == 400 and answer.json()["error"].startswith(said)
+
+
+def test_an_index_without_clusters_has_one_matching(tmp_path, album, monkeypatch):
+    update(tmp_path / "plain", FakeNetwork(), album)
+    client = visitor(shelf_of(tmp_path / "plain", monkeypatch))
+    assert client.get("/about").json()["matchings"] == ["one-to-one"]
+    assert find(client, drawing())["found"][0]["cluster_distance"] is None
+    answer = client.post("/find", params={"matching": "one-to-many"}, content=drawing())
+    assert answer.status_code == 400 and "has no clusters" in answer.json()["error"]
+
+
+def test_the_command_is_refused_in_one_line(index, fails, monkeypatch):
+    own = ["page", "--index", index, "--device", "cpu"]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert f"--port {port}: address already in use; choose another --port" in fails(
+            search_photos.main, *own, "--port", port
+        )
+    assert "guard them with --token" in fails(search_photos.main, *own, "--host", "0.0.0.0")
+    for token in ("short", "", "with spaces in it"):
+        assert "--token: shorter ones" in fails(search_photos.main, *own, "--token", token)
+    other = ["--host", "192.0.2.1", "--token", "longenough"]
+    assert "--host 192.0.2.1: not an address of this machine" in fails(search_photos.main, *own, *other)
+    assert "argument --port: '65536' is not a port" in fails(search_photos.main, *own, "--port", "65536")
+    assert "no index of photos is there" in fails(search_photos.main, "page", "--index", index / "x", "--port", "0")
+    assert "the checkpoint of the index is not there" in fails(search_photos.main, *own, "--port", "0")
+    monkeypatch.setitem(sys.modules, "photo_search.serving", None)
+    assert "pip install -r requirements-page.txt" in fails(search_photos.main, *own)
+
+
+def test_photos_outside_the_folders_of_the_index_are_not_sent(shelf, album, tmp_path):
+    index = shelf.now().finder.index
+    outside = write_photo(tmp_path / "album-2" / "secret.png", 1)
+    os.remove(index.path(3))
+    os.symlink(outside, index.path(3))
+    with pytest.raises(FileNotFoundError):
+        open_photo(index, 3)
+    os.remove(index.path(3))
+    os.symlink(index.path(4), index.path(3))
+    kind, file = open_photo(index, 3)
+    with file:
+        assert kind == "image/png"

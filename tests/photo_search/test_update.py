@@ -1,0 +1,419 @@
+"""An index does only what changed, whatever happens to its photos, its process and its files."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+
+import numpy as np
+import pytest
+from albums import FakeNetwork, update, write_album, write_photo
+
+from photo_search import update as updates
+from photo_search.cells import codes_of, search
+from photo_search.index import open_index
+from photo_search.photos import read_photo, thumbnail
+from utils.cli import InputError
+from utils.files import folder_lock
+
+
+@pytest.fixture
+def network():
+    return FakeNetwork()
+
+
+@pytest.fixture
+def album(tmp_path):
+    return write_album(tmp_path / "album")
+
+
+@pytest.fixture
+def index(tmp_path):
+    return tmp_path / "index"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def photos_of(folder):
+    """{path: (features, thumbnail)} of an index."""
+    opened = open_index(folder)
+    return {
+        opened.path(row): (opened.cells.features[row].tobytes(), opened.thumbnail(row)) for row in range(len(opened))
+    }
+
+
+def count(totals):
+    return totals.new, totals.changed, totals.moved, totals.removed, len(totals.unreadable)
+
+
+def test_an_index_holds_every_photo(album, index, network):
+    totals = update(index, network, album)
+    assert (totals.photos, count(totals), totals.extracted) == (12, (12, 0, 0, 0, 0), 12)
+    held = photos_of(index)
+    files = [album / f"{('', 'a/', 'b/c/')[n % 3]}{n}.png" for n in range(12)]
+    assert sorted(held) == sorted(map(str, files))
+    opened = open_index(index)
+    paths = [opened.path(row) for row in range(12)]
+    assert [paths[row] for row in np.argsort(opened.cells.places)] == sorted(held)
+    for path in files:
+        assert held[str(path)][1] == thumbnail(read_photo(path, 32))
+        features = np.frombuffer(held[str(path)][0], np.float32)
+        assert opened.path(search(opened.cells, features, 1, 0).rows[0]) == str(path)
+    assert not list(index.glob(".*")) and not list(index.glob("unfinished*"))
+
+
+def test_only_what_changed_is_done_again(album, index, network):
+    update(index, network, album)
+    before, network.seen = contents(index), 0
+    assert count(update(index, network, album)) == (0, 0, 0, 0, 0)
+    assert contents(index) == before and network.seen == 0
+    os.utime(album / "0.png")  # touched: read, and found to be the same
+    assert count(update(index, network, album)) == (0, 0, 0, 0, 0) and network.seen == 0
+    (album / "a/1.png").rename(album / "moved.png")
+    (album / "b/c").rename(album / "d")
+    assert count(update(index, network, album)) == (0, 0, 5, 0, 0) and network.seen == 0
+    write_photo(album / "0.png", 50)  # changed
+    write_photo(album / "new.png", 51)
+    shutil.copy(album / "3.png", album / "copy.png")
+    (album / "6.png").unlink()
+    (album / "9.png").write_text("torn")
+    totals = update(index, network, album)
+    assert count(totals) == (2, 1, 0, 2, 1) and network.seen == totals.extracted == 2  # the copy is known
+    assert totals.unreadable == [f"{album}/9.png: not a readable image"]
+    # It is tried each time, and costs no loading of the network.
+    assert count(update(index, lambda: pytest.fail("the network was loaded"), album)) == (0, 0, 0, 0, 1)
+    fresh = index.with_name("fresh")
+    update(fresh, FakeNetwork(), album)
+    assert photos_of(index) == photos_of(fresh)
+    assert search(open_index(index).cells, network_feature(fresh, "0.png"), 12, 0).scores.tolist() == (
+        search(open_index(fresh).cells, network_feature(fresh, "0.png"), 12, 0).scores.tolist()
+    )
+
+
+def network_feature(index, name):
+    opened = open_index(index)
+    return next(opened.cells.features[row] for row in range(len(opened)) if opened.path(row).endswith(name))
+
+
+def test_names_of_any_bytes_come_back(tmp_path, index, network):
+    names = [b"\xff\xfe.png", "雪.png".encode(), b"new\nline.png"]
+    for number, name in enumerate(names):
+        write_photo(tmp_path / "odd" / os.fsdecode(name), number)
+    update(index, network, tmp_path / "odd", batch_size=1)
+    opened = open_index(index)
+    assert sorted(os.fsencode(os.path.basename(opened.path(row))) for row in range(3)) == sorted(names)
+    assert count(update(index, network, tmp_path / "odd")) == (0, 0, 0, 0, 0) and network.seen == 3
+
+
+def test_folders_that_are_no_longer_named_leave_the_index(album, index, network):
+    update(index, network, album)
+    totals = update(index, network, album / "a", album / "b", exclude=["11.png"])
+    assert totals.photos == 7 and totals.removed == 5 and network.seen == 12
+
+
+def test_the_default_number_of_clusters_grows_with_the_photos_up_to_a_limit():
+    assert [updates.default_clusters(photos) for photos in (1, 200, 625, 2_500, 10**6)] == [2, 8, 25, 100, 100]
+
+
+def test_clusters_stay_until_they_are_fitted_anew(album, index, network, monkeypatch):
+    monkeypatch.setattr(updates, "FEWEST", 60)
+    write_album(album, 59)
+    update(index, network, album)
+    assert not open_index(index).clusters
+    write_album(album, 60)
+    update(index, network, album)
+    opened = open_index(index)
+    assert opened.clusters == (2, updates.default_clusters(60)) == (2, 2) and opened.share_new == 0
+    write_album(album, 100)
+    update(index, network, album)
+    again = open_index(index)
+    np.testing.assert_array_equal(again.cells.codebook, opened.cells.codebook)
+    assert again.share_new == pytest.approx(0.4)
+    sizes = np.diff(again.cells.ends, prepend=0)
+    codes = codes_of(again.cells.features, again.cells.codebook)
+    np.testing.assert_array_equal(np.repeat(again.cells.codes, sizes, axis=0), codes)
+    update(index, network, album, refit=True)
+    third = open_index(index)
+    assert third.clusters == (2, 4) and third.share_new == 0
+    update(index, network, album, clusters=5, subspaces=4)
+    assert open_index(index).clusters == (4, 5) and network.seen == 100
+
+
+def test_thumbnails_that_are_no_longer_used_go_in_time(album, index, network, monkeypatch):
+    monkeypatch.setattr(updates, "COMPACT", 100)
+    update(index, network, album)
+    for number in range(8):
+        write_photo(album / f"{('', 'a/', 'b/c/')[number % 3]}{number}.png", 100 + number)
+    update(index, network, album)
+    assert (index / "thumbnails-1.bin").exists()  # less than half is out of use
+    kept = photos_of(index)
+    for path in [*album.glob("a/*"), *album.glob("b/c/*")]:
+        path.unlink()
+    update(index, network, album)
+    assert [path.name for path in index.glob("thumbnails*")] == ["thumbnails-3.bin"]
+    left = photos_of(index)
+    assert len(left) == 4 and all(kept[path] == photo for path, photo in left.items())
+
+
+def test_a_reader_goes_on_while_a_second_writer_is_refused(album, index, network):
+    update(index, network, album)
+    opened = open_index(index)
+
+    def read():
+        return [(opened.path(row), opened.thumbnail(row), opened.cells.features[row].tolist()) for row in range(12)]
+
+    before = read()
+    write_photo(album / "new.png", 70)
+    update(index, network, album)
+    assert len(open_index(index)) == 13
+    assert before == [
+        (opened.path(row), opened.thumbnail(row), opened.cells.features[row].tolist()) for row in range(12)
+    ]
+    child = os.fork()
+    if not child:
+        with folder_lock(index, "indexing"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    os.waitpid(child, os.WUNTRACED)
+    try:
+        with pytest.raises(InputError, match=f"process {child} on .* is indexing there"):
+            update(index, network, album)
+        assert len(open_index(index)) == 13
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def killed_at(moment, index, album):
+    """Update an index in a process that is killed at a moment, counted in files of the index it opens, moves, deletes.
+
+    Returns whether it was.
+    """
+    child = os.fork()
+    if not child:
+        left = [moment]
+
+        def watch(event, arguments):
+            if event in ("open", "os.rename", "os.remove", "os.truncate", "mmap.__new__") and (
+                event == "mmap.__new__" or str(index) in str(arguments)
+            ):
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        status = 1
+        try:
+            update(index, FakeNetwork(), album, batch_size=3)
+            status = 0
+        finally:
+            os._exit(status)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+@pytest.fixture
+def moments():
+    return random.Random(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+def test_a_killed_indexing_goes_on_to_the_same_index(album, tmp_path, moments):
+    (album / "torn.png").write_text("no image")
+    update(tmp_path / "whole", FakeNetwork(), album, batch_size=3)
+    whole = contents(tmp_path / "whole")
+    kills = 0
+    for round_ in range(3):  # each until it comes to its end
+        index, most = tmp_path / f"index {round_}", 30
+        while killed_at(moments.randint(1, most), index, album):
+            kills, most = kills + 1, most + 12
+        assert contents(index) == whole
+    assert kills >= 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+def test_a_killed_update_leaves_the_old_index_or_the_new_one(album, tmp_path, moments):
+    update(tmp_path / "old", FakeNetwork(), album, batch_size=3)
+    for number in range(12, 20):
+        write_photo(album / f"{number}.png", number)
+    (album / "0.png").unlink()
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    update(tmp_path / "new", FakeNetwork(), album, batch_size=3)
+    states, whole, kills = [photos_of(tmp_path / name) for name in ("old", "new")], contents(tmp_path / "new"), 0
+    for round_ in range(3):
+        index = tmp_path / f"index {round_}"
+        shutil.copytree(tmp_path / "old", index)
+        while killed_at(moments.randint(10, 90), index, album):
+            kills += 1
+            assert photos_of(index) in states
+        assert contents(index) == whole
+    assert kills >= 5
+
+
+@pytest.mark.parametrize("damage", ["a torn line", "a torn feature", "zeros", "no thumbnails", "not ours"])
+def test_a_batch_that_was_torn_is_done_again(album, index, network, damage, monkeypatch):
+    update(index.with_name("whole"), FakeNetwork(), album)
+    monkeypatch.setattr(updates, "write_index", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        update(index, network, album)
+    monkeypatch.undo()
+    lines, features = index / "unfinished.photos", index / "unfinished.features"
+    if damage == "a torn line":
+        os.truncate(lines, lines.stat().st_size - 9)
+    elif damage == "a torn feature":
+        os.truncate(features, features.stat().st_size - 9)
+    elif damage == "zeros":
+        with open(features, "r+b") as file:
+            file.seek(-4 * network.facts["width"], os.SEEK_END)
+            file.write(bytes(4 * network.facts["width"]))
+    elif damage == "no thumbnails":
+        os.truncate(index / "thumbnails-1.bin", (index / "thumbnails-1.bin").stat().st_size - 9)
+    else:
+        lines.write_bytes(b"".join(lines.read_bytes().splitlines(True)[:-1]) + b'[[["a", 1, 2, "zz", 0, 9]], []]\n')
+    network.seen = 0
+    update(index, network, album)
+    assert network.seen == 2  # the last batch of 5, 5 and 2
+    assert contents(index) == contents(index.with_name("whole"))
+
+
+def test_unfinished_photos_of_another_network_are_not_taken(album, index, network, monkeypatch):
+    monkeypatch.setattr(updates, "write_index", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        update(index, network, album)
+    monkeypatch.undo()
+    before = contents(index)
+    with pytest.raises(InputError, match="unfinished index of another checkpoint"):
+        update(index, FakeNetwork(sha256="cd" * 32), album)
+    assert contents(index) == before
+
+
+def test_a_full_disk_leaves_the_old_index(album, index, network, monkeypatch):
+    update(index, network, album)
+    before = photos_of(index)
+    write_photo(album / "new.png", 90)
+    real = np.lib.format.write_array
+
+    def full(file, array, **options):
+        if array.dtype == np.int64:
+            raise OSError(28, "No space left on device")
+        real(file, array, **options)
+
+    monkeypatch.setattr(np.lib.format, "write_array", full)
+    with pytest.raises(InputError, match=r"cannot be kept \(No space left on device\); make room, and start again"):
+        update(index, network, album)
+    assert photos_of(index) == before
+    monkeypatch.undo()
+    network.seen = 0
+    update(index, network, album)
+    assert network.seen == 0 and len(open_index(index)) == 13
+
+
+def test_folders_without_photos_are_refused(tmp_path, index, network):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="none: no photos are there"):
+        update(index, network, tmp_path / "none")
+    (tmp_path / "none/torn.png").write_text("no image")
+    with pytest.raises(InputError, match="none of 1 photos can be read"):
+        update(index, network, tmp_path / "none")
+    with pytest.raises(InputError, match="--subspaces 3: features of 16 values"):
+        update(index, network, tmp_path / "none", subspaces=3)
+
+
+def test_more_clusters_than_photos_are_refused_before_the_work(album, index, network):
+    with pytest.raises(InputError, match="--clusters 13: there are only 12 photos"):
+        update(index, network, album, clusters=13)
+    assert network.seen == 0
+
+
+def spoil_json(**changes):
+    def spoil(index):
+        facts = json.loads((index / "index.json").read_text())
+        facts.update({name: value(facts) for name, value in changes.items()})
+        (index / "index.json").write_text(json.dumps(facts))
+
+    return spoil
+
+
+def spoil_array(name, change):
+    def spoil(index):
+        path = index / f"{name}-1.npy"
+        array = np.load(path).copy()
+        np.save(path, change(array))
+        facts = json.loads((index / "index.json").read_text())
+        facts["files"][path.name] = path.stat().st_size
+        (index / "index.json").write_text(json.dumps(facts))
+
+    return spoil
+
+
+def put(place, value):
+    def change(array):
+        array[place] = value
+        return array
+
+    return change
+
+
+DAMAGES = {
+    "no JSON": lambda index: (index / "index.json").write_bytes(b"\x80\x04."),
+    "deep JSON": lambda index: (index / "index.json").write_text("[" * 10**5),
+    "a list": lambda index: (index / "index.json").write_text("[]"),
+    "a file elsewhere": spoil_json(files=lambda facts: facts["files"] | {"../../etc/passwd": 9}),
+    "thumbnails elsewhere": spoil_json(thumbnails=lambda _: "/etc/passwd"),
+    "another width": spoil_json(width=lambda _: 17),
+    "another generation": spoil_json(generation=lambda _: 2),
+    "another version": spoil_json(format=lambda _: 2),
+    "sizes that are texts": spoil_json(files=lambda facts: dict.fromkeys(facts["files"], "9")),
+    "a file gone": lambda index: (index / "codes-1.npy").unlink(),
+    "a file torn": lambda index: os.truncate(index / "features-1.npy", 500),
+    "thumbnails torn": lambda index: os.truncate(index / "thumbnails-1.bin", 99),
+    "a pickle": spoil_array("codebook", lambda array: np.array([{"a": 1}], dtype=object)),
+    "other numbers": spoil_array("features", lambda array: array.astype(np.float64)),
+    "fewer photos": spoil_array("records", lambda array: array[:-1]),
+    "places twice": spoil_array("places", put(0, 1)),
+    "cells that end nowhere": spoil_array("ends", put(-1, 10**12)),
+    "cells backwards": spoil_array("ends", lambda array: -array),
+    "codes of no word": spoil_array("codes", put(0, 9)),
+    "balls of no size": spoil_array("radii", put(0, np.nan)),
+    "paths backwards": spoil_array("records", lambda array: put("path_end", array["path_end"][::-1].copy())(array)),
+    "thumbnails nowhere": spoil_array("records", put("thumbnail", 2**62)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_index_is_refused_in_one_line(album, index, network, damage):
+    update(index, network, album, clusters=3)
+    DAMAGES[damage](index)
+    with pytest.raises(InputError) as told:
+        open_index(index)
+    assert str(told.value).startswith(f"{index}: ") and "\n" not in str(told.value) and len(str(told.value)) < 400
+
+
+def test_a_damaged_header_runs_nothing(album, index, network, trap):
+    import pickle
+
+    update(index, network, album)
+    size = (index / "codes-1.npy").stat().st_size
+    (index / "codes-1.npy").write_bytes(pickle.dumps(trap).ljust(size, b"."))
+    with pytest.raises(InputError, match="damaged index"):
+        open_index(index)
+    assert not trap.sprung()
+
+
+def test_there_may_be_no_index(tmp_path):
+    with pytest.raises(InputError, match=r"no index of photos is there; make one with search_photos\.py index"):
+        open_index(tmp_path)
+
+
+def test_a_refit_leaves_few_photos_as_many_clusters_as_were_asked_for(tmp_path):
+    album, network = write_album(tmp_path / "album"), FakeNetwork()
+    update(tmp_path / "index", network, album, clusters=3)
+    write_photo(album / "new.png", 99)
+    update(tmp_path / "index", network, album, refit=True)
+    index = open_index(tmp_path / "index")
+    assert index.clusters == (2, 3) and index.share_new == 0

@@ -1,0 +1,179 @@
+"""benchmarks/ablation.py: which runs it makes, at which rates, and what it makes of their numbers."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import ablation as studies  # noqa: E402
+from ablation_report import draw_sweeps, markdown  # noqa: E402
+
+SHIPPED = [ROOT / f"benchmarks/study/{name}.json" for name in ("sketchy", "sketchy25")]
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A study of two variants, two splits and four rates; its file and its content."""
+    content = {
+        "train": "--model convnextv2_atto --input_size 32 --batch_size 30 --epochs 1 --warmup_epochs 0 --max_steps 1",
+        "test": "--model convnextv2_atto --input_size 32 --workers 0 --device cpu --subspaces 2",
+        "splits": {
+            "zeroshot1": {"script": "test_sketchy_ext_zeroshot", "clusters": 3, "train": ""},
+            "zeroshot2": {"script": "test_sketchy_ext_split_zeroshot", "clusters": 3, "train": "--no_mask"},
+        },
+        "variants": {
+            "untrained": {"name": "no training", "train": "--lr 0 --no_validation"},
+            "cls": {"name": "cross entropy alone", "train": "--losses cls --workers 0 --device cpu"},
+            "method": {"name": "the method", "train": "", "splits": ["zeroshot1"]},
+        },
+        "base": "cls",
+        "sweeps": {"split": "zeroshot1", "variant": "cls", "tests": ["--clusters 2 3 --mixture_seeds 1 2"]},
+        "rates": ["1", "2", "3", "4"],
+        "seeds": [0, 1],
+    }
+    path = tmp_path / "toys.json"
+    path.write_text(json.dumps(content))
+    return path, content
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_studies_are_some(path):
+    assert studies.read_study(path)["base"] == "cls"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda study: "[", "toys.json: not a study"),
+        (lambda study: [], "toys.json: the study is not names and values"),
+        (lambda study: study.pop("seeds"), "the study lacks 'seeds'"),
+        (lambda study: study.update(rate=[1]), "the study has an unknown 'rate'"),
+        (lambda study: study["variants"]["cls"].update(train="--loses cls"), "variant cls: unrecognized arguments"),
+        (lambda study: study["variants"]["cls"].update(train="--losses ma"), "variant cls: --losses: without cls"),
+        (lambda study: study["variants"]["cls"].update(splits=["zeroshot3"]), "there is no split zeroshot3"),
+        (lambda study: study["splits"]["zeroshot1"].update(script="test_shoes"), "there is no script test_shoes.py"),
+        (lambda study: study.update(base="nothing"), "base: there is no variant nothing"),
+        (lambda study: study["sweeps"].update(tests=["--cluster 3 x"]), "variant cls:"),
+    ],
+)  # fmt: skip
+def test_a_faulty_study_ends_in_one_line(change, message, study, fails):
+    path, content = study
+    changed = change(content)
+    path.write_text(changed if changed == "[" else json.dumps(changed if changed == [] else content))
+    assert message in fails(studies.main, path, "--report")
+
+
+def test_a_study_needs_data_and_weights(study, fails):
+    assert "--data_root and --weights" in fails(studies.main, study[0])
+
+
+def done(study, path, accuracy):
+    """Do all jobs of a study, but for the work: the accuracies are given by (variant, rate). Returns their keys."""
+    records, keys = studies.Records(path), []
+    while (job := studies.next_job(study, records, path.parent / "runs")) is not None:
+        assert job.key not in keys
+        keys.append(job.key)
+        records.runs[job.key] = {"tested": accuracy.get((job.variant, job.rate), 0)}
+    return keys
+
+
+@pytest.mark.parametrize(
+    "found, tried, best",
+    [({"2": 5, "3": 6, "4": 4}, "234", "3"), ({"1": 7, "2": 6, "3": 1}, "123", "1"), ({"3": 6, "4": 7}, "234", "4")],
+)
+def test_rates_are_sought_upwards_of_the_middle_and_all_else_runs_at_the_best(found, tried, best, study):
+    path, content = study
+    accuracy = {("cls", rate): value for rate, value in found.items()} | {("method", "2"): 1}
+    keys = done(content, path, accuracy)
+    assert {key for key in keys if "zeroshot1/cls" in key} == {
+        *(f"zeroshot1/cls/{rate}/0" for rate in tried), f"zeroshot1/cls/{best}/1"
+    }  # fmt: skip
+    assert {key for key in keys if "zeroshot2/" in key} == {
+        "zeroshot2/untrained/0/0", f"zeroshot2/cls/{best}/0", f"zeroshot2/cls/{best}/1"
+    }  # fmt: skip
+    assert {key for key in keys if "method" in key} == {
+        *(f"zeroshot1/method/{rate}/0" for rate in "123"), "zeroshot1/method/2/1"
+    }  # fmt: skip
+
+
+def test_differences_are_paired_and_commands_stand_beside_them(study):
+    path, content = study
+    records, random = studies.Records(path), np.random.default_rng(0)
+    rows = [
+        {"matching": "one-to-one", "M": None, "K": None, "mAP@all": 0.25},
+        {"matching": "one-to-many", "M": 2, "K": 3, "mAP@all": 0.5},
+    ]
+    for job in [studies.Job("zeroshot1", name, "2", seed) for name in ("cls", "method") for seed in (0, 1)]:
+        records.runs[job.key] = {"metrics": ["mAP@all"], "tested": 5.0, "accuracy": [5.0], "rows": rows}
+        records.queries[job.key] = random.random((2, 6)).astype(np.float32)
+    for rate in ("1", "3"):
+        for name in ("cls", "method"):
+            found = {"metrics": ["mAP@all"], "tested": 1.0, "accuracy": [1.0], "rows": rows}
+            records.runs[f"zeroshot1/{name}/{rate}/0"] = found
+    records.queries["zeroshot1/classes"] = np.array([0, 0, 0, 0, 1, 1])
+    results = studies.collect(content, records)
+    method = [row for row in results["rows"] if row["variant"] == "the method"]
+
+    def mean(name, seed, row):
+        values = records.queries[f"zeroshot1/{name}/2/{seed}"][row].astype(float)
+        return (values[:4].mean() + values[4:].mean()) / 2
+
+    for number, row in enumerate(method):
+        own, base = ([mean(name, seed, number) for seed in (0, 1)] for name in ("method", "cls"))
+        assert row["mean"] == pytest.approx(np.mean(own)) and row["deviation"] == pytest.approx(np.std(own, ddof=1))
+        assert row["difference"] == pytest.approx(np.mean(own) - np.mean(base))
+        assert row["interval"][0] < row["difference"] < row["interval"][1]
+        assert "--lr 2 " in row["train"] and row["test"].startswith("test_sketchy_ext_zeroshot --data_root DIR")
+    assert method[1]["gain"] == pytest.approx(method[1]["mean"] - method[0]["mean"]) and "gain" not in method[0]
+    assert method[1]["gain_interval"][0] < method[1]["gain"] < method[1]["gain_interval"][1]
+    assert [entry["rate"] for entry in results["rates"] if entry["chosen"]] == ["2", "2"]
+    table = markdown(results)
+    assert "| the method | 1 | 1.0 (1.0) | 0.250 / 0.500 |\n| the method | 2 * | 5.0 (5.0) | 0.250 / 0.500 |" in table
+    assert (
+        f"| the method | 2 | {method[0]['mean']:.3f} ± {method[0]['deviation']:.3f} ({method[0]['difference']:+.3f}"
+        in table
+    )
+
+
+def test_a_run_is_trained_tested_swept_and_not_done_again(study, miniature, tmp_path, capsys, monkeypatch):
+    def run_here(command, threads):  # as starting Python three times takes longer than all else
+        importlib.import_module(command[0]).main(command[1:])
+
+    monkeypatch.setattr(studies, "_run", run_here)
+    path, content = study
+    content["variants"] = {"cls": content["variants"]["cls"]}
+    del content["splits"]["zeroshot2"]
+    content |= {"rates": ["1e-3"], "seeds": [0]}
+    path.write_text(json.dumps(content))
+    run = ["--data_root", str(miniature), "--weights", "none", "--runs", str(tmp_path / "runs")]
+    studies.main([str(path), *run])
+    table = capsys.readouterr().out
+    results = json.loads((tmp_path / "toys_results.json").read_text())
+    one, many = results["rows"]
+    tested = json.loads((tmp_path / "runs/zeroshot1/cls/1e-3/0/results.json").read_text())
+    assert [one["mean"], many["mean"]] == pytest.approx([row["mAP@all"] for row in tested["rows"]], abs=1e-6)
+    assert f"{many['mean']:.3f}" in table
+    sweep = results["sweeps"][0][0]
+    assert [(row["M"], row["K"], len(row["values"])) for row in sweep] == [(None, None, 1), (2, 2, 2), (2, 3, 2)]
+    left = (tmp_path / "toys_runs.json").read_bytes()
+    (tmp_path / "runs").rename(tmp_path / "away")
+    studies.main([str(path), *run])
+    assert (tmp_path / "toys_runs.json").read_bytes() == left and not (tmp_path / "runs").exists()
+
+
+def test_sweeps_are_drawn_over_clusters_and_over_the_weight(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("ablation_report._band", lambda axis, points, label: drawn.update({label: sorted(points)}))
+    one, found = {"M": None, "values": [0.3]}, {"values": [0.4, 0.5]}
+    over_clusters = [one, *(found | {"M": m, "K": k, "cluster_weight": 0.8} for m in (1, 2) for k in (5, 9))]
+    over_weight = [one, *(found | {"M": 2, "K": 9, "cluster_weight": weight} for weight in (0, 1))]
+    draw_sweeps(tmp_path / "a.png", {"rows": [{"metric": "mAP@all"}], "sweeps": [[over_clusters, over_weight]] * 2})
+    points = [(x, [0.4, 0.5]) for x in (5, 5, 9, 9)]
+    assert drawn == {"M 1": points, "M 2": points, "M 2, K 9": [(x, [0.4, 0.5]) for x in (0, 0, 1, 1)]}
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

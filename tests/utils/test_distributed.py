@@ -1,0 +1,157 @@
+"""Several real processes (gloo) do what one does."""
+
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import test_sketchy_ext_zeroshot
+import train_sketchy_ext
+from models.checkpoints import LAST, read_checkpoint
+from utils import distributed
+from utils.cli import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "--model convnextv2_atto --input_size 32 --device cpu --workers 1".split()
+TRAIN = [*MODEL, *"--finetune none --batch_size 12 --epochs 2 --warmup_epochs 0 --eval_every 1".split()]
+TRAIN += "--max_steps 6 --print_freq 3".split()
+
+
+def together(processes, *command):
+    """Run a script in several processes; what they print, stdout and stderr."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    result = subprocess.run(
+        [str(part) for part in (*launcher, *command)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_two_processes_take_the_golden_steps_whole_and_in_parts(golden, tmp_path):
+    z, script = golden("train_step"), ROOT / "tests/helpers/golden_steps.py"
+    status, _, complaints = together(2, script, ROOT / "tests/golden/train_step.npz", tmp_path, 1, 2)
+    assert status == 0, complaints
+    for parts in (1, 2):
+        for name, state in torch.load(tmp_path / f"{parts}.pt", weights_only=True).items():
+            for parameter, value in state.items():
+                torch.testing.assert_close(value, z[f"{name}_final/{parameter}"], rtol=0, atol=1e-9)
+
+
+def test_two_processes_train_and_test_as_one(miniature, tmp_path):
+    arguments = ["--data_root", miniature, *TRAIN]
+    status, printed, complaints = together(2, "train_sketchy_ext.py", *arguments, "--savedir", tmp_path / "two")
+    assert status == 0, complaints
+    assert len(printed.splitlines()) == 3 and complaints.count("no epoch after warm-up") <= 1
+    train_sketchy_ext.main([str(part) for part in (*arguments, "--savedir", tmp_path / "one")])
+    one, two = (read_checkpoint(tmp_path / name / LAST) for name in ("one", "two"))
+    for ours, theirs in zip(two["history"], one["history"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ("cls", "ka_student", "ma", "ka_teacher", "total", "mAP@all"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+        # A sketch between two classes, at most.
+        assert ours["accuracy"] == pytest.approx(theirs["accuracy"], abs=100 / 29 + 1e-9)
+    first = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0]) for name in ("one", "two")]
+    for name in ("cls", "ka_student", "ma", "ka_teacher"):
+        assert first[0][name] == pytest.approx(first[1][name], rel=1e-5)
+
+    test = [*MODEL, "--data_root", miniature, *"--subspaces 2 --clusters 3 4 5 --batch_size 7 --resume_dir".split()]
+    test.append(tmp_path / "one")
+    path = tmp_path / "one/features_zero.pickle"
+    test_sketchy_ext_zeroshot.main([str(part) for part in test])
+    alone, rows = pickle.loads(path.read_bytes()), []
+    for again in ([], ["--recompute"]):
+        rows.append(json.loads((tmp_path / "one/results.json").read_text())["rows"])
+        status, printed, complaints = together(2, "test_sketchy_ext_zeroshot.py", *test, *again)
+        assert status == 0, complaints
+        assert printed.count("one-to-one") == 1 and printed.count("one-to-many") == 3
+    assert rows[0] == rows[1]  # by one process and by two, from the same features
+    assert not list((tmp_path / "one").glob(".*"))
+    for one, two in zip(alone[:4], pickle.loads(path.read_bytes())[:4], strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+LEAVES = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from utils import distributed
+distributed.init_process_group("cpu")
+import timm
+import torch
+network = distributed.wrap_ddp(torch.nn.Linear(2, 2))
+network(torch.ones(1, 2)).sum().backward()
+network.__dict__["itself"] = network  # only garbage collection frees it
+del network
+distributed.destroy_process_group()
+print(*(path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are named in Linux's /proc")
+def test_no_thread_outlives_the_connection(tmp_path):
+    """Threads that do can abort the process as it ends."""
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    status, printed, complaints = together(2, tmp_path / "leaves.py", ROOT)
+    assert status == 0 and printed.count("python") >= 2, complaints
+    assert "gloo" not in printed
+
+
+def test_bad_input_is_told_once(tmp_path):
+    status, _, complaints = together(2, "train_sketchy_ext.py", *TRAIN, "--data_root", tmp_path / "nowhere")
+    assert status != 0 and complaints.count("error: ") == 1 and "no such data folder" in complaints
+
+
+@pytest.fixture
+def of_several(monkeypatch):
+    """of_several(rank, processes) makes this process one of several, as far as it can tell."""
+
+    def pretend(rank, processes):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+
+    return pretend
+
+
+def test_shares_are_even_and_complete(of_several):
+    for processes in (1, 2, 3, 7):
+        for count in (0, 1, 6, 20):
+            shares = []
+            for rank in range(processes):
+                of_several(rank, processes)
+                shares.append(list(range(count))[distributed.rank_slice(count)])
+            assert list(itertools.chain(*shares)) == list(range(count))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_more_processes_than_photos_are_refused(tiny, tmp_path, fails, of_several):
+    arguments = [train_sketchy_ext.main, *TRAIN, "--data_root", tiny, "--savedir", tmp_path]
+    of_several(0, 3)
+    assert "its 2 photos cannot be shared by 3 processes" in fails(*arguments, "--batch_size", 3)
+    photos = tiny / "zeroshot1/all_photo_filelist_train.txt"
+    photos.write_text(photos.read_text() + 3 * "photo of train/0.png 0\n")  # 7, of which 6 are in the first batch
+    assert "last batch of an epoch holds 2 images, fewer than the 3" in fails(*arguments, "--batch_size", 9)
+
+
+def test_processes_that_cannot_meet_say_so(tiny, tmp_path, fails, of_several):
+    of_several(0, 2)
+    arguments = [train_sketchy_ext.main, *TRAIN, "--data_root", tiny, "--savedir", tmp_path, "--batch_size", 6]
+    assert "start them with torchrun" in fails(*arguments)
+
+
+def test_only_the_first_process_is_heard_and_others_give_it_time(tiny, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr("utils.cli.time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    for options in (["--epochs", "0"], ["--data_root", str(tiny / "nowhere")]):
+        with pytest.raises(SystemExit) as end:
+            train_sketchy_ext.main(options)
+        assert end.value.code == 2 and capsys.readouterr().err == ""
+    with pytest.raises(SystemExit), distributed.same_error_on_all_ranks():
+        raise InputError("what all find")
+    assert waited == [30, 30, 30]

@@ -1,0 +1,117 @@
+"""Worker processes never outlive the process that started them, and signals end in one word."""
+
+import builtins
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from datasets.prepare import __main__ as prepare
+from datasets.prepare import commands
+from utils.process_pool import _in_order, parallel_map
+
+SCRIPT = """
+import signal
+from utils import cli
+from utils.process_pool import parallel_map
+
+def wait(_):
+    print("at work\\n", end="", flush=True)
+    while True:
+        signal.pause()
+
+@cli.one_line_errors()
+def main():
+    with cli.sigterm_as_exception():
+        list(parallel_map(wait, range(4), "waiting", workers=2, chunk=1))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "send", "status", "told"),
+    [
+        (signal.SIGTERM, os.kill, 143, "terminated\n"),
+        (signal.SIGKILL, os.kill, -9, None),  # Python itself may print something then
+        (signal.SIGINT, os.killpg, 130, "interrupted\n"),  # a terminal sends Ctrl-C to all processes
+    ],
+)
+def test_workers_in_the_middle_of_an_image_end_with_their_parent(tmp_path, number, send, status, told):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py"],
+        env={**os.environ, "PYTHONPATH": str(Path(prepare.__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert [parent.stdout.readline() for _ in range(2)] == ["at work\n"] * 2
+        send(parent.pid, number)
+        _, error = parent.communicate(timeout=60)  # returns once no worker has the output open
+        assert parent.returncode == status and told in (None, error)
+    finally:
+        parent.kill()
+        with contextlib.suppress(ProcessLookupError):  # no process is left
+            os.killpg(parent.pid, signal.SIGKILL)
+
+
+def test_results_come_in_order_and_can_be_left_early():
+    assert list(parallel_map(abs, range(-9, 0), "counting", workers=2, chunk=2)) == list(range(9, 0, -1))
+    results = parallel_map(abs, range(-9, 0), "counting", workers=2, chunk=2)
+    assert next(results) == 9
+    results.close()
+
+
+def test_no_process_is_started_for_no_workers():
+    assert list(parallel_map(lambda _: os.getpid(), range(3), "counting", workers=0)) == [os.getpid()] * 3
+
+
+def test_work_is_only_a_few_chunks_ahead_of_what_is_taken():
+    class Now:
+        submitted = 0
+
+        def submit(self, _, function, part):
+            self.submitted += 1
+            future = Future()
+            future.set_result([function(each) for each in part])
+            return future
+
+    now = Now()
+    results = _in_order(now, abs, [[-1, -2], [-3, -4], [-5, -6], [-7]], 2)
+    seen = [(next(results), now.submitted) for _ in range(7)]
+    assert seen == [(1, 2), (2, 2), (3, 3), (4, 3), (5, 4), (6, 4), (7, 4)]
+
+
+def test_sigterm_ends_a_command_in_one_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "write_miniature", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        prepare.main(["miniature", str(tmp_path)])
+    assert end.value.code == 143 and capsys.readouterr().err == "terminated\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ctrl_c_waits_until_all_is_imported(tmp_path, monkeypatch, capsys):
+    plain = builtins.__import__
+
+    def interrupted(name, *arguments, **options):
+        if name == "datasets.prepare.commands":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt as error:
+                raise ImportError("what NumPy makes of Ctrl-C") from error
+        return plain(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    with pytest.raises(SystemExit) as end:
+        prepare.main(["miniature", str(tmp_path)])
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"

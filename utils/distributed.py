@@ -1,0 +1,209 @@
+"""torch.distributed as torchrun starts it, in its own words; a process alone is rank 0 of 1.
+
+What needs no PyTorch comes first. Nothing here waits for a GPU: what processes exchange about a run goes from CPU to
+CPU.
+"""
+
+import os
+import sys
+from contextlib import contextmanager, nullcontext
+
+from utils.cli import InputError, exit_quietly
+from utils.files import folder_lock
+
+
+def get_world_size():
+    """Number of processes that work together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def get_rank():
+    """Number of this process; rank 0 writes and prints."""
+    return int(os.environ.get("RANK", 0))
+
+
+def log_rank0(message):
+    """Print a line to standard error on rank 0."""
+    if get_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def bar_disabled():
+    """tqdm's `disable`: None (off without a terminal) on rank 0, True on the others."""
+    return None if get_rank() == 0 else True
+
+
+def rank_slice(count):
+    """This rank's part of `count` items in a row, as a slice; parts differ by one at most."""
+    size, rank = get_world_size(), get_rank()
+    return slice(count * rank // size, count * (rank + 1) // size)
+
+
+def local_device(device):
+    """The device of this process: the GPU of its LOCAL_RANK where `device` is "cuda"."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def should_print():
+    """Whether this process prints its errors.
+
+    Before the process group is initialised all ranks find the same errors, and rank 0 prints them. Later an error can
+    be that of one rank alone (see `same_error_on_all_ranks` for those that are not).
+    """
+    return get_rank() == 0 or is_initialized()
+
+
+@contextmanager
+def same_error_on_all_ranks():
+    """Every rank raises the same InputError in this block; only rank 0 prints it."""
+    try:
+        yield
+    except InputError:
+        if get_rank() == 0:
+            raise
+        exit_quietly()
+
+
+@contextmanager
+def folder_lock_and_group(folder, work):
+    """Within this block rank 0 holds `folder` (utils.files.folder_lock); at its end the process group is destroyed."""
+    with folder_lock(folder, work) if get_rank() == 0 else nullcontext():
+        try:
+            yield
+        finally:
+            destroy_process_group()
+
+
+# From here on PyTorch is imported where it is needed, so that commands that compute without it start at once.
+
+
+def is_initialized():
+    """Whether the process group is initialised, see `init_process_group`."""
+    if "torch" not in sys.modules:
+        return False
+    from torch import distributed
+
+    return distributed.is_initialized()
+
+
+def init_process_group(device):
+    """Join the process group. Call it after the input has been checked, so that its errors are printed only once.
+
+    device: that of this process; with a GPU, gradients go through NCCL. Raises InputError if the group cannot form.
+    """
+    if get_world_size() == 1 or is_initialized():
+        return
+    # Functions of this module have the process group as a default argument if there is one when it is imported. Were it
+    # imported later (timm does so), the group and its threads would outlive `destroy_process_group`, and the process
+    # could end with an abort. Now there is no group yet.
+    import torch.distributed.nn.functional
+    from torch import distributed
+
+    try:
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)
+            distributed.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device(device))
+        else:
+            distributed.init_process_group("gloo")
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{get_world_size()} processes cannot form a group ({reason}); start them with torchrun"
+        ) from error
+
+
+def destroy_process_group():
+    """Leave the process group, at the end."""
+    if is_initialized():
+        import gc
+
+        from torch import distributed
+
+        distributed.destroy_process_group()
+        gc.collect()  # of DistributedDataParallel, whose circular references would keep the group and its threads alive
+
+
+def all_reduce_sum(values):
+    """Sum of tensors `values` over all ranks, in place, on their device."""
+    if is_initialized():
+        from torch import distributed
+
+        distributed.all_reduce(values)
+    return values
+
+
+def any_rank(flag):
+    """Whether `flag` is true on any rank."""
+    if not is_initialized():
+        return flag
+    import torch
+
+    return bool(all_reduce_sum(torch.tensor(int(flag))))
+
+
+def gather_objects(value):
+    """The values of all ranks, as a list on rank 0; None elsewhere."""
+    if not is_initialized():
+        return [value]
+    from torch import distributed
+
+    parts = [None] * get_world_size() if get_rank() == 0 else None
+    distributed.gather_object(value, parts)
+    return parts
+
+
+def broadcast_object(value):
+    """The value of rank 0, on all ranks."""
+    if not is_initialized():
+        return value
+    from torch import distributed
+
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def gather_concat(rows):
+    """Arrays or tensors `rows` (n, ...) of all ranks, one after the other, on rank 0; None elsewhere."""
+    if not is_initialized():
+        return rows
+    import numpy as np
+    import torch
+
+    parts = gather_objects(rows)
+    if parts is None:
+        return None
+    return torch.cat(parts) if isinstance(rows, torch.Tensor) else np.concatenate(parts)
+
+
+def all_gather_dict(values):
+    """The union of all ranks' dicts, on each of them."""
+    if not is_initialized():
+        return values
+    from torch import distributed
+
+    parts = [None] * get_world_size()
+    distributed.all_gather_object(parts, values)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def wrap_ddp(network):
+    """`network` in DistributedDataParallel where there is a process group; call `backward_sum` for its gradients."""
+    if not is_initialized():
+        return network
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(network)
+
+
+def backward_sum(loss):
+    """Backward pass of this rank's part of a loss, after which parameters have the gradient of the whole loss."""
+    # DistributedDataParallel takes the mean over the ranks. The whole loss is the sum of their parts.
+    (loss * get_world_size()).backward()
+
+
+def no_sync(network):
+    """DistributedDataParallel.no_sync(): accumulate gradients locally, skip the all-reduce."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()

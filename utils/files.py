@@ -1,0 +1,143 @@
+"""Files as this project treats them: written whole or not at all, and known by their digest."""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils.cli import InputError
+
+
+@contextmanager
+def atomic_write(path):
+    """Open `path` for binary writing so that it appears complete or not at all (beside it, fsync, rename).
+
+    Raises InputError if the folder cannot be made or written.
+    """
+    path = Path(path)
+    beside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            beside = Path(file.name)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.chmod(0o666 & ~_umask())  # a temporary file is private; the result is an ordinary one
+        beside.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "make room, or choose another folder" if is_full else "choose another name or folder"
+        raise InputError(f"{path.parent}: {path.name} cannot be written ({reason}); {way_out}") from error
+    finally:
+        if beside is not None:
+            beside.unlink(missing_ok=True)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path, content):
+    """Write `content` as indented JSON, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def check_writable(folder):
+    """Make `folder` and try a file in it, before hours of work are lost. Raises InputError if that fails."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
+
+
+def stat_error(path):
+    """Why the system does not tell whether there is something at `path`: no permission, say, or a link in a circle.
+
+    None if it tells. os.path.isfile and the like take both for a file that is not there.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def check_stat(path):
+    """Raise InputError if the system does not tell whether there is something at `path`; see `why_unknown`."""
+    if why := stat_error(path):
+        raise InputError(f"{path}: cannot be read ({why}); correct its permissions or its link, or choose another")
+
+
+def sha256_of(path):
+    """SHA-256 of a file, in hex."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+@contextmanager
+def folder_lock(folder, work):
+    """Hold `folder` for this process and its `work`: others that want to do the same there are refused.
+
+    The system frees it when this process ends, however it ends, and processes that it has started do not hold it. That
+    is so on local disks and on network disks that know POSIX locks (NFS does, between machines, too). On disks that
+    do not, and on Windows, nothing is held. work: one word, such as "training".
+    Raises InputError if another process holds it.
+    """
+    path = Path(folder) / f".{work}"
+    file = _locked(path)
+    try:
+        yield
+    finally:
+        if file is not None:
+            path.unlink(missing_ok=True)
+            file.close()
+
+
+def _locked(path):
+    """The file at `path`, open and locked; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        file = open(path, "a+")  # noqa: SIM115, it stays open as long as it is locked
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read(200) or "another process"
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return None
+            raise InputError(
+                f"{path.parent}: {holder} is {path.name[1:]} there; wait until it ends, or choose another folder"
+            ) from None
+        if _is_at(file, path):
+            break
+        file.close()  # the last holder has just taken it away
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def _is_at(file, path):
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
