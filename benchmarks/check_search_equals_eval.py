@@ -30,7 +30,7 @@ import search_photos  # noqa: E402
 import test_sketchy_ext_zeroshot as test_script  # noqa: E402
 from datasets.lists import open_benchmark  # noqa: E402
 from models.checkpoints import read_checkpoint, trained_with  # noqa: E402
-from models.eval.evaluate import evaluate  # noqa: E402
+from models.eval.evaluate import evaluate_rows  # noqa: E402
 from models.eval.features import FEATURES, read_features  # noqa: E402
 from photo_search.index import open_index  # noqa: E402
 from photo_search.search import MATCHINGS  # noqa: E402
@@ -44,7 +44,7 @@ def main():
     add("--checkpoint", type=Path, required=True, metavar="FILE", help="it tells its model and input size")
     add("--clusters", type=int, default=25, metavar="K")
     options = parser.parse_args()
-    images = open_benchmark("sketchy", options.data_root, options.zero_version).read_unseen()
+    images = open_benchmark("sketchy", options.data_root, options.zero_version).read_query_gallery()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         index = make_index(folder / "index", images, options.checkpoint, options.clusters)
@@ -54,11 +54,11 @@ def main():
 
 
 def make_index(folder, images, checkpoint, clusters):
-    photos = sorted({str((images.photos.root / path).parent) for path in images.photos.paths})
+    photos = sorted({str((images.gallery.root / path).parent) for path in images.gallery.paths})
     search("index", *photos, "--index", folder, "--checkpoint", checkpoint, "--clusters", clusters, "--subspaces", 2)
     index = open_index(folder)
-    if len(index) != len(images.photos):
-        sys.exit(f"{len(index)} photos lie in the folders of {len(images.photos)} listed ones; they must be the same")
+    if len(index) != len(images.gallery):
+        sys.exit(f"{len(index)} photos lie in the folders of {len(images.gallery)} listed ones; they must be the same")
     return index
 
 
@@ -72,8 +72,8 @@ def of_the_test(folder, images, index, options):
     test_script.main([*own, *network, "--device", "cpu", "--distances", "float64", "--mode", "1"])
     features, _ = read_features(folder / FEATURES)
     codebooks = {"one-to-one": None, "one-to-many": index.cells.codebook}
-    measured = evaluate(features, codebooks, nearest=dict.fromkeys(codebooks, len(index)), dtype=torch.float64)
-    files = [os.path.realpath(images.photos.root / path) for path in images.photos.paths]
+    measured = evaluate_rows(features, codebooks, nearest=dict.fromkeys(codebooks, len(index)), dtype=torch.float64)
+    files = [os.path.realpath(images.gallery.root / path) for path in images.gallery.paths]
     return {
         matching: [[files[photo] for photo in nearest] for nearest in measured[matching]["nearest"]]
         for matching in codebooks
@@ -82,9 +82,9 @@ def of_the_test(folder, images, index, options):
 
 def found(folder, images, matching):
     """[files of the photos, nearest first] of each sketch, by search."""
-    sketches = [images.sketches.root / path for path in images.sketches.paths]
+    sketches = [images.query.root / path for path in images.query.paths]
     out = folder / "found.json"
-    how = ["--as_drawn", "--matching", matching, "-k", len(images.photos)]
+    how = ["--as_drawn", "--matching", matching, "-k", len(images.gallery)]
     search("find", *sketches, *how, "--index", folder / "index", "--json", out)
     return [[photo["photo"] for photo in each["found"]] for each in json.loads(out.read_text())]
 

@@ -34,7 +34,7 @@ from sklearn.mixture import GaussianMixture  # noqa: E402
 from datasets.lists import open_benchmark  # noqa: E402
 from datasets.loaders import Loading, evaluation_loader  # noqa: E402
 from models.eval.codebooks import fit_codebook  # noqa: E402
-from models.eval.evaluate import evaluate  # noqa: E402
+from models.eval.evaluate import evaluate_rows  # noqa: E402
 from models.eval.features import Features, extract  # noqa: E402
 from models.eval.metrics import class_means  # noqa: E402
 from photo_search.trained import load_student  # noqa: E402
@@ -170,7 +170,7 @@ def measure(changes, name, album, seed, options):
     labels = torch.from_numpy(album.sketch_labels)
     found = {
         key: float(class_means(values["mAP@all"], labels)[1].mean())
-        for key, values in evaluate(features, codebooks, ("mAP@all",)).items()
+        for key, values in evaluate_rows(features, codebooks, ("mAP@all",)).items()
     }
     for subspaces in options.subspaces:
         for rule, clusters in chosen.items():

@@ -205,7 +205,7 @@ def codebooks_of(options, gallery):
 def ours_matching(options, dtype, queries=None, photos=None, rows="all"):
     import torch
 
-    from models.eval.evaluate import evaluate
+    from models.eval.evaluate import evaluate_rows
     from models.eval.features import Features
     from models.eval.metrics import STANDARD
 
@@ -216,7 +216,7 @@ def ours_matching(options, dtype, queries=None, photos=None, rows="all"):
     features = Features(gallery[near], gallery_labels[near], query[some], query_labels[some])
     codebooks = {None: None} | (codebooks_of(options, gallery) if rows == "all" else {})
     start = time.perf_counter()
-    measured = evaluate(features, codebooks, device=options.device, dtype=getattr(torch, dtype))
+    measured = evaluate_rows(features, codebooks, device=options.device, dtype=getattr(torch, dtype))
     seconds = time.perf_counter() - start
     np.save(options.folder / "ours.npy", measured[None]["mAP@all"].numpy())
     return {
@@ -231,7 +231,7 @@ def plain_matching(options):
     from scipy.spatial.distance import cdist
 
     from datasets.protocols import PROTOCOLS
-    from models.eval.evaluate import evaluate
+    from models.eval.evaluate import evaluate_rows
     from models.eval.features import Features
 
     gallery, gallery_labels, query, query_labels = load(options)
@@ -260,7 +260,7 @@ def plain_matching(options):
                 seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
             values[key].append(plain_metrics(scores, gallery_labels == label, seconds, first=key is None))
     features = Features(gallery, gallery_labels, query, query_labels)
-    ours = evaluate(features, {None: None} | codebooks, dtype=torch.float64)
+    ours = evaluate_rows(features, {None: None} | codebooks, dtype=torch.float64)
     worst = 0.0
     for key, pairs in values.items():
         for name, column in zip(("mAP@all", "Prec@100"), np.array(pairs).T, strict=True):

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models.eval.codebooks import fit_codebooks, mixture_device  # noqa: E402
-from models.eval.evaluate import evaluate  # noqa: E402
+from models.eval.evaluate import evaluate_rows  # noqa: E402
 from models.eval.features import Features  # noqa: E402
 from models.losses import Batch  # noqa: E402
 from models.networks import Student, Teacher, place  # noqa: E402
@@ -110,7 +110,7 @@ def differ_metrics(device):
     features = example()
     rows = {None: None} | fit_codebooks(features.gallery, [(2, 10), (4, 12)])[0]
     with contextlib.redirect_stderr(io.StringIO()):
-        one, two = (evaluate(features, rows, device=each) for each in ("cpu", device))
+        one, two = (evaluate_rows(features, rows, device=each) for each in ("cpu", device))
     return max((one[row][name].mean() - two[row][name].mean()).abs().item() for row in rows for name in one[row])
 
 

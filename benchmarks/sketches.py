@@ -26,7 +26,7 @@ from datasets.images import read_rgb  # noqa: E402
 from datasets.lists import open_benchmark  # noqa: E402
 from models.compare import bootstrap, class_mean  # noqa: E402
 from models.eval.codebooks import fit_codebook  # noqa: E402
-from models.eval.evaluate import evaluate  # noqa: E402
+from models.eval.evaluate import evaluate_rows  # noqa: E402
 from models.eval.features import Features  # noqa: E402
 from photo_search import sketch  # noqa: E402
 from photo_search.encoder import load_network  # noqa: E402
@@ -45,15 +45,15 @@ def main():
     add("--sketches", type=int, metavar="N", help="of each class (default: all)")
     add("--figure", type=Path, metavar="FILE", help="draw sketches before and after instead")
     options = parser.parse_args()
-    images = open_benchmark("sketchy", options.data_root, options.zero_version).read_unseen()
-    chosen = first_of_each(images.sketches.labels, options.sketches)
-    files = [images.sketches.root / images.sketches.paths[index] for index in chosen]
+    images = open_benchmark("sketchy", options.data_root, options.zero_version).read_query_gallery()
+    chosen = first_of_each(images.query.labels, options.sketches)
+    files = [images.query.root / images.query.paths[index] for index in chosen]
     if options.figure:
         draw_figure(options.figure, options.cases, files)
         return
     network = load_network(options.checkpoint)
-    photos = features_of(network, (read_rgb(images.photos.root / path) for path in images.photos.paths))
-    classes = len(np.unique(images.photos.labels))
+    photos = features_of(network, (read_rgb(images.gallery.root / path) for path in images.gallery.paths))
+    classes = len(np.unique(images.gallery.labels))
     codebooks = {"one-to-one": None, "one-to-many": fit_codebook(photos, 2, classes)[0]}
     print(f"{len(files)} sketches, {len(photos)} photos, {classes} classes, {options.checkpoint}\n")
     print("| drawing | matching | metric | as drawn | " + " | ".join(list(STEPS)[1:]) + " |")
@@ -61,9 +61,9 @@ def main():
     for case in options.cases:
         found = {}
         for step, rows in by_step(network, case, files).items():
-            features = Features(photos, images.photos.labels, rows, images.sketches.labels[chosen])
-            found[step] = evaluate(features, codebooks, METRICS)
-        tell(case, found, images.sketches.labels[chosen])
+            features = Features(photos, images.gallery.labels, rows, images.query.labels[chosen])
+            found[step] = evaluate_rows(features, codebooks, METRICS)
+        tell(case, found, images.query.labels[chosen])
 
 
 def first_of_each(labels, count):

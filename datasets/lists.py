@@ -54,15 +54,15 @@ class FileList:
 
 
 @dataclass(frozen=True)
-class UnseenImages:
+class QueryGallery:
     """The unseen-class part of a benchmark folder."""
 
-    photos: FileList  # the gallery
-    sketches: FileList  # the queries
+    gallery: FileList  # photos
+    query: FileList  # sketches
 
     def named(self):
         """(FileList, what it holds), the gallery first."""
-        return (self.photos, "photos"), (self.sketches, "sketches")
+        return (self.gallery, "photos"), (self.query, "sketches")
 
     def check(self):
         """Raise InputError for the first image that is not there."""
@@ -94,9 +94,9 @@ class Benchmark:
         """FileList of `kind` and `split`, see `path` and `read_list`."""
         return read_list(self.path(kind, split), self.root, len(self.names(split)), complain)
 
-    def read_unseen(self):
-        """UnseenImages."""
-        return UnseenImages(self.read("photo", "zero"), self.read("sketch", "zero"))
+    def read_query_gallery(self):
+        """QueryGallery."""
+        return QueryGallery(self.read("photo", "zero"), self.read("sketch", "zero"))
 
     def check_seen_classes(self, count):
         """Raise InputError unless it has `count` seen classes; None is any number."""

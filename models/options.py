@@ -9,7 +9,7 @@ import torch
 
 from models.checkpoints import SaveSchedule
 from models.eval.matching import CLUSTER_WEIGHT
-from models.eval.metrics import metric
+from models.eval.metrics import get_metric
 from models.losses import LOSS_NAMES, PAPER_WEIGHTS
 from models.networks import PRECISIONS, facts_of
 from utils import distributed
@@ -160,7 +160,7 @@ def resolve(options, protocol, folder):
         check_device("--mixture_device", options.mixture_device)
     for name in protocol.metrics:
         try:
-            metric(name)
+            get_metric(name)
         except ValueError as error:
             raise InputError(f"{protocol.title} in datasets/protocols.py: {error}") from None
     on_gpu = torch.device(options.device).type == "cuda"

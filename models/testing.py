@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.lists import Benchmark, UnseenImages, open_benchmark
+from datasets.lists import Benchmark, QueryGallery, open_benchmark
 from datasets.loaders import Loading
 from datasets.protocols import PROTOCOLS, protocol_of
 from models.checkpoints import find_checkpoint, load_student
 from models.eval.codebooks import fit_codebooks, mixture_device
-from models.eval.evaluate import Weighted, evaluate
+from models.eval.evaluate import WeightedCodebook, evaluate_rows
 from models.eval.features import FEATURES, compute_features, extract_all, features_record, source_of, stored_features
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import DEFINED, STANDARD, by_definition, class_means
@@ -38,16 +38,16 @@ def main(protocol_name, argv=None):
     other = PROTOCOLS[protocol_of(protocol_name, options.zero_version)]
     if other is not protocol:
         log_rank0(f"note: {options.zero_version} is the folder of {other.title}; this is the test of {protocol.title}")
-    subject = find_subject(protocol, options.resume_dir, options.data_root, options.zero_version)
-    if subject.benchmark:
-        subject.benchmark.check_seen_classes(options.nb_classes)
-    with sigterm_as_exception(), distributed.folder_lock_and_group(subject.folder, "testing"):
+    eval_input = find_input(protocol, options.resume_dir, options.data_root, options.zero_version)
+    if eval_input.benchmark:
+        eval_input.benchmark.check_seen_classes(options.nb_classes)
+    with sigterm_as_exception(), distributed.folder_lock_and_group(eval_input.folder, "testing"):
         loading = Loading(options.input_size, options.batch_size, options.workers, options.device)
         network = Network(options.model, options.imagenet_classes, options.compile)
-        features = features_of(subject, network, loading, options.precision, options.recompute)
+        features = features_of(eval_input, network, loading, options.precision, options.recompute)
         rows = [(m, k) for m in options.subspaces for k in options.clusters] if options.mode == 2 else []
         with distributed.same_error_on_all_ranks():  # all processes have the same features
-            features = name_classes(features, subject.benchmark)
+            features = name_classes(features, eval_input.benchmark)
             check_features(features, rows)
         if rows and options.mixture == "torch" and options.mixture_device is None:
             fastest = mixture_device(options.device)
@@ -61,31 +61,33 @@ def main(protocol_name, argv=None):
         distributed.destroy_process_group()
         if distributed.get_rank() != 0:
             return None
-        title = subject.benchmark.title if subject.benchmark else protocol.title
+        title = eval_input.benchmark.title if eval_input.benchmark else protocol.title
         results = {"benchmark": title, "protocol": protocol.name, "metrics": list(protocol.metrics)}
-        results |= summarise(features, metrics, measured.means, run_record(options)) | features_record(subject.folder)
+        results |= summarise(features, metrics, measured.means, run_record(options)) | features_record(
+            eval_input.folder
+        )
         print_table(results)
         if options.definitions:
             print_definitions(results)
         if options.per_class:
             print_classes(results)
-        write_report(subject.folder, results, features, measured, subject.images)
+        write_report(eval_input.folder, results, features, measured, eval_input.images)
         return results
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalInput:
     """What is tested: features_zero.pickle in `folder`, or what a checkpoint makes of a benchmark's images."""
 
     folder: Path  # takes the results
     checkpoint: Path | None
     benchmark: Benchmark | None  # None where it is not at hand
-    images: UnseenImages | None
+    images: QueryGallery | None
     no_images: InputError | None  # why there are none
 
 
-def find_subject(protocol, place, data_root, zero_version):
-    """The Subject of a test of `protocol`; place: a checkpoint, or a folder that holds one or features_zero.pickle.
+def find_input(protocol, place, data_root, zero_version):
+    """The EvalInput of a test of `protocol`; place: a checkpoint, or a folder that holds one or features_zero.pickle.
 
     Raises InputError where neither is there, or the folder cannot be written.
     """
@@ -100,9 +102,9 @@ def find_subject(protocol, place, data_root, zero_version):
     check_writable(folder)
     try:
         benchmark = open_benchmark(protocol.name, data_root, zero_version)
-        return Subject(folder, checkpoint, benchmark, benchmark.read_unseen(), None)
+        return EvalInput(folder, checkpoint, benchmark, benchmark.read_query_gallery(), None)
     except InputError as error:  # which matters only if features_zero.pickle does not do
-        return Subject(folder, checkpoint, None, None, error)
+        return EvalInput(folder, checkpoint, None, None, error)
 
 
 class Network(NamedTuple):
@@ -113,25 +115,25 @@ class Network(NamedTuple):
     compiled: bool = False  # by torch.compile, which changes features by rounding at most
 
 
-def features_of(subject, network, loading, precision="fp32", recompute=False):
-    """Features of a Subject: those of features_zero.pickle if they will do, else computed, by all processes together.
+def features_of(eval_input, network, loading, precision="fp32", recompute=False):
+    """Features of a EvalInput: those of features_zero.pickle if they will do, else computed, by all processes together.
 
     network: the checkpoint's Network; loading: a Loading; precision: see models.networks.arithmetic;
     recompute: compute them even so. Raises InputError where they must be computed and cannot.
     """
-    folder, checkpoint, images = subject.folder, subject.checkpoint, subject.images
+    folder, checkpoint, images = eval_input.folder, eval_input.checkpoint, eval_input.images
     if checkpoint is None and recompute:
         raise InputError(f"--recompute: {folder} holds no checkpoint to compute features with; test them as they are")
-    source = checkpoint and source_of(checkpoint, network.model, loading.size, precision, subject.benchmark)
+    source = checkpoint and source_of(checkpoint, network.model, loading.size, precision, eval_input.benchmark)
     features = None if recompute else stored_features(folder, checkpoint, source)
     if features is None and images is None:
         stored = os.path.isfile(folder / FEATURES)
         way_out = f", or move {checkpoint.name} away to test {FEATURES} as it is" if stored else ""
-        raise InputError(f"{subject.no_images}{way_out}")
+        raise InputError(f"{eval_input.no_images}{way_out}")
     if features is not None:
         distributed.init_process_group(loading.device)
         return features
-    seen_classes = len(subject.benchmark.seen_names)
+    seen_classes = len(eval_input.benchmark.seen_names)
     student, trained_with = load_student(checkpoint, network.model, seen_classes, network.imagenet_classes)
     size = trained_with.get("input_size", loading.size)
     if size != loading.size:
@@ -217,7 +219,7 @@ class Grid:
         return [(*row, weight) for row in self.rows for weight in self.cluster_weights]
 
 
-class Measured(NamedTuple):
+class EvalResult(NamedTuple):
     """What a Grid gives. A row is (M, K, cluster weight), or None for one-to-one matching, which has the seed None."""
 
     means: dict  # {row: {seed: class means by name and "definitions", or why there are none}}
@@ -229,7 +231,7 @@ class Measured(NamedTuple):
 def measure(features, grid, metrics=STANDARD, device="cpu", dtype=torch.float32):
     """One-to-one matching and all rows of a Grid, by all processes together.
 
-    metrics, device, dtype: see models.eval.evaluate.evaluate. Returns, in process 0, what was Measured, else None.
+    metrics, device, dtype: see models.eval.evaluate.evaluate_rows. Returns, in process 0, the EvalResult, else None.
     """
     keys, labels = grid.keys(), torch.from_numpy(features.query_labels)
     # As many clusters as classes, else the last row of the grid.
@@ -240,7 +242,7 @@ def measure(features, grid, metrics=STANDARD, device="cpu", dtype=torch.float32)
     own = replace(features, query=features.query[share], query_labels=features.query_labels[share])
     for number, seed in enumerate(grid.seeds if keys else [None]):
         fitted, failures = fit_codebooks(features.gallery, grid.rows, seed, grid.mixture, grid.mixture_device)
-        codebooks = {key: Weighted(fitted[key[:2]], key[2]) for key in keys if key[:2] in fitted}
+        codebooks = {key: WeightedCodebook(fitted[key[:2]], key[2]) for key in keys if key[:2] in fitted}
         for key in keys:
             if key[:2] in failures:
                 means[key][str(seed)] = failures[key[:2]]
@@ -248,7 +250,7 @@ def measure(features, grid, metrics=STANDARD, device="cpu", dtype=torch.float32)
             look = look if look in codebooks else next(reversed(codebooks), None)
             codebooks = {None: None} | codebooks
         kept = {look: grid.nearest} if number == 0 else {}
-        for key, values in evaluate(own, codebooks, (*metrics, *DEFINED), kept, device, dtype).items():
+        for key, values in evaluate_rows(own, codebooks, (*metrics, *DEFINED), kept, device, dtype).items():
             whole = {name: distributed.gather_concat(value) for name, value in values.items()}
             if distributed.get_rank() == 0:
                 nearest = whole.pop("nearest", nearest)
@@ -258,18 +260,18 @@ def measure(features, grid, metrics=STANDARD, device="cpu", dtype=torch.float32)
     if distributed.get_rank() != 0:
         return None
     queries = {key: dict(zip(metrics, torch.stack(each).mean(dim=0), strict=True)) for key, each in queries.items()}
-    return Measured(means, queries, look, nearest)
+    return EvalResult(means, queries, look, nearest)
 
 
 def zero_shot(student, images, loading, precision="fp32", metrics=STANDARD):
-    """One-to-one results of a student on UnseenImages: {metric: value}, {} but in process 0."""
+    """One-to-one results of a student on QueryGallery: {metric: value}, {} but in process 0."""
     try:
         features = extract_all(student, images, loading, precision)
     except FloatingPointError as error:
         raise InputError(f"{error}; start anew with a lower --lr") from None
     if features is None:
         return {}
-    measured = evaluate(features, {None: None}, metrics, device=loading.device)[None]
+    measured = evaluate_rows(features, {None: None}, metrics, device=loading.device)[None]
     labels = torch.from_numpy(features.query_labels)
     return {name: class_means(measured[name], labels)[1].mean().item() for name in metrics}
 
@@ -281,8 +283,8 @@ def watch_unseen(benchmark, loading, precision, every):
     """
     if not every:
         return None
-    images = benchmark.read_unseen()
-    _check_classes(images.sketches.labels, images.photos.labels, benchmark.unseen_names)
+    images = benchmark.read_query_gallery()
+    _check_classes(images.query.labels, images.gallery.labels, benchmark.unseen_names)
     images.check()
 
     def measure_epoch(student, epoch):

@@ -21,7 +21,7 @@ import train_sketchy_ext
 import train_tuberlin_ext
 from datasets.prepare.miniature import UNSEEN
 from models.eval.metrics import average_precision, class_means, precision_at, rank
-from models.eval.unfinished import Unfinished
+from models.eval.unfinished import PartialFeatures
 from models.networks import Student, create_backbone
 from models.weights import published_state
 
@@ -241,7 +241,7 @@ def test_a_killed_extraction_goes_on(trained, miniature, tmp_path, monkeypatch, 
     ]
     expected = test_sketchy_ext_zeroshot.main(arguments)["rows"]
     (tmp_path / "features_zero.pickle").unlink()
-    add, batches = Unfinished.add, []
+    add, batches = PartialFeatures.add, []
 
     def killed(part, rows):
         add(part, rows)
@@ -249,7 +249,7 @@ def test_a_killed_extraction_goes_on(trained, miniature, tmp_path, monkeypatch, 
         if len(batches) == 13:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Unfinished, "add", killed)
+    monkeypatch.setattr(PartialFeatures, "add", killed)
     with pytest.raises(SystemExit):
         test_sketchy_ext_zeroshot.main(arguments)
     assert not (tmp_path / "features_zero.pickle").exists()

@@ -13,9 +13,9 @@ from datasets.loaders import Loading, TrainingData, open_training_data
 from models import train_step as step_room
 from models import training
 from models.eval import codebooks, gmm
-from models.eval import evaluate as evaluation
+from models.eval import evaluate_rows as evaluation
 from models.eval.codebooks import fit_codebooks
-from models.eval.evaluate import evaluate
+from models.eval.evaluate import evaluate_rows
 from models.eval.features import Features, extract
 from models.eval.gmm import fit_mixture
 from models.eval.matching import euclidean_distances
@@ -242,9 +242,9 @@ def test_evaluation_waits_a_handful_a_chunk(gpu, golden):
     z = golden("matching")
     features = Features(*(z[name].numpy() for name in ("gallery", "gallery_labels", "query", "query_labels")))
     rows = {None: None, (2, 5): z["M2K5_codebook"].numpy()}
-    expected = evaluate(features, rows, nearest={(2, 5): 7}, dtype=torch.float64)
+    expected = evaluate_rows(features, rows, nearest={(2, 5): 7}, dtype=torch.float64)
     gpu.reset()
-    found = evaluate(features, rows, nearest={(2, 5): 7}, device="cuda", dtype=torch.float64)
+    found = evaluate_rows(features, rows, nearest={(2, 5): 7}, device="cuda", dtype=torch.float64)
     # One chunk. Copies of its queries, the relevant photos of each row, and the values that come back.
     assert sum(gpu.waits.values()) < 45
     for key, row in expected.items():
@@ -264,7 +264,7 @@ def test_a_chunk_of_sketches_that_is_halved_lets_go_of_the_whole(gpu, golden, mo
         return found
 
     monkeypatch.setattr(evaluation, "euclidean_distances", short_of_memory)
-    evaluate(features, {None: None}, device="cuda", dtype=torch.float64)
+    evaluate_rows(features, {None: None}, device="cuda", dtype=torch.float64)
     (whole, before), (half, after), _ = tried
     # Of each sketch: two rows of the scratch matrices, its feature and its label, 8 bytes a number.
     assert before - after == (whole - half) * 8 * (2 * len(features.gallery) + features.query.shape[1] + 1)

@@ -16,7 +16,7 @@ from models.eval.matching import (
     fused_scores,
     nearest_codes,
 )
-from models.eval.metrics import RECALL_LEVELS, STANDARD, metric, precision_at_recall, rank
+from models.eval.metrics import RECALL_LEVELS, STANDARD, get_metric, precision_at_recall, rank
 from models.eval.workers import workers
 from models.networks import matmul_rules
 from utils.cli import is_out_of_memory
@@ -26,23 +26,23 @@ from utils.distributed import bar_disabled, log_rank0
 CPU_CHUNK, GPU_CHUNK = 24 << 20, 256 << 20
 
 
-class Weighted(NamedTuple):
+class WeightedCodebook(NamedTuple):
     """A codebook, and the weight of cluster distances in its scores. Rows that follow each other share distances."""
 
     codebook: np.ndarray  # (M, K, d)
     cluster_weight: float = CLUSTER_WEIGHT
 
 
-def evaluate(features, codebooks, metrics=STANDARD, nearest=None, device="cpu", dtype=torch.float32):
+def evaluate_rows(features, codebooks, metrics=STANDARD, nearest=None, device="cpu", dtype=torch.float32):
     """Measure one-to-one matching and one-to-many matching with each codebook.
 
-    features: Features; codebooks: {key: (M, K, d) array, a Weighted one, or None for one-to-one matching}; metrics:
-    names that models.eval.metrics.metric takes; nearest: {key: how many of its nearest photos are kept, too}. Distances
+    features: Features; codebooks: {key: (M, K, d) array, a WeightedCodebook, or None for one-to-one matching}; metrics:
+    names that models.eval.metrics.get_metric takes; nearest: {key: how many of its nearest photos are kept, too}. Distances
     and scores are of `dtype`. On the CPU chunks run side by side, one a core. A chunk that does not fit into a device's
     memory is halved, and so are later ones, which is said once.
     Returns {key: {name: one value a query}} on the CPU: metrics (Q,), "curve" (Q, 11) and "nearest" (Q, k) int64.
     """
-    functions, nearest = {name: metric(name) for name in metrics}, nearest or {}
+    functions, nearest = {name: get_metric(name) for name in metrics}, nearest or {}
     gallery = _Gallery(features, codebooks, device, dtype)
     query, labels = torch.from_numpy(features.query), torch.from_numpy(features.query_labels)
     measured = {key: _space(len(query), functions, min(nearest.get(key, 0), len(gallery))) for key in codebooks}
@@ -95,7 +95,7 @@ class _Gallery:
         self.rows, self.local = [], threading.local()  # (codes, or None for one-to-one, [(key, weight), ...])
         known = None
         for key, codebook in codebooks.items():
-            codebook, weight = codebook if isinstance(codebook, Weighted) else (codebook, CLUSTER_WEIGHT)
+            codebook, weight = codebook if isinstance(codebook, WeightedCodebook) else (codebook, CLUSTER_WEIGHT)
             if not self.rows or codebook is None or codebook is not known:
                 self.rows.append((self._codes(codebook), []))
             self.rows[-1][1].append((key, weight))

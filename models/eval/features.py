@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from datasets.loaders import evaluation_loader
-from models.eval.unfinished import Unfinished
+from models.eval.unfinished import PartialFeatures
 from models.networks import arithmetic, normalise
 from utils import distributed
 from utils.cli import InputError
@@ -40,7 +40,7 @@ class Features:
 
 
 def extract_all(student, images, loading, precision="fp32", keep=None):
-    """Features of UnseenImages, each process extracting its share of them; None but in process 0.
+    """Features of QueryGallery, each process extracting its share of them; None but in process 0.
 
     loading: a Loading; precision: see models.networks.arithmetic. keep: a function of (title, slice of this process)
     that gives an Unfinished to keep features in as they come; without it a killed extraction starts anew.
@@ -90,7 +90,7 @@ def embed(student, images, device, precision="fp32"):
 
 
 def compute_features(folder, student, images, loading, precision, source):
-    """Extract the Features of UnseenImages, and write them to features_zero.pickle in `folder`, for all processes.
+    """Extract the Features of QueryGallery, and write them to features_zero.pickle in `folder`, for all processes.
 
     source: what they depend on, see `source_of`. An extraction that was killed goes on where it was.
     Raises FloatingPointError for features that are not finite.
@@ -99,7 +99,7 @@ def compute_features(folder, student, images, loading, precision, source):
 
     def keep(title, share):
         of = f".{distributed.get_rank()}-of-{distributed.get_world_size()}" if distributed.get_world_size() > 1 else ""
-        part = Unfinished(folder / f".{title}{of}.unfinished", source, student.width, loading.batch_size)
+        part = PartialFeatures(folder / f".{title}{of}.unfinished", source, student.width, loading.batch_size)
         if part.done:
             log_rank0(f"features: {part.done:,} of {share.stop - share.start:,} {title} are there already, going on")
         unfinished.append(part)

@@ -91,7 +91,7 @@ def _spread_out(labels, most):
 def retrieval_groups(features, values, metric, images, count):
     """Groups for `draw_retrievals`: sketches with the best, typical and worst values of a metric, `count` in each.
 
-    features: named Features; values: {metric: (Q,), "nearest": (Q, k)}; images: UnseenImages.
+    features: named Features; values: {metric: (Q,), "nearest": (Q, k)}; images: QueryGallery.
     """
     value, groups = values[metric].numpy(), []
     kind = "AP" if metric.startswith("mAP") else metric
@@ -100,10 +100,10 @@ def retrieval_groups(features, values, metric, images, count):
         for index in picked:
             label = features.query_labels[index]
             found = [
-                (images.photos.root / images.photos.paths[photo], features.gallery_labels[photo] == label)
+                (images.gallery.root / images.gallery.paths[photo], features.gallery_labels[photo] == label)
                 for photo in values["nearest"][index]
             ]
-            sketch = images.sketches.root / images.sketches.paths[index]
+            sketch = images.query.root / images.query.paths[index]
             queries.append((f"{features.names[label]}\n{kind} {value[index]:.2f}", sketch, found))
         groups.append((title, queries))
     return groups

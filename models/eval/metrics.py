@@ -125,7 +125,7 @@ def capped_precision_at(ranking, k):
     return (ranking.hits <= cut[:, None]).sum(dim=1).double() / cut.clamp(min=1)
 
 
-MEASURES = {
+METRICS = {
     "mAP": average_precision,
     "Prec": precision_at,
     "plain mAP": plain_average_precision,
@@ -137,7 +137,7 @@ STANDARD = ("mAP@all", "mAP@200", "Prec@100", "Prec@200")  # what every results.
 class Definition(NamedTuple):
     """What papers mean by mAP and Prec."""
 
-    average_precision: str  # of MEASURES
+    average_precision: str  # of METRICS
     precision: str | None
     over_classes: bool  # the mean is over the queries of a class, then over classes; else over all queries
 
@@ -169,10 +169,10 @@ def by_definition(values, labels):
     return table
 
 
-def metric(name):
+def get_metric(name):
     """The metric of that name: a function of a Ranking that returns (Q,) float64, to be averaged over classes.
 
-    name: one of MEASURES, @ and the cut of the ranking; "all" is no cut. Raises ValueError for any other name.
+    name: one of METRICS, @ and the cut of the ranking; "all" is no cut. Raises ValueError for any other name.
 
     >>> ranking = rank(torch.tensor([[0.1, 0.2, 0.3]]), torch.tensor([1]), torch.tensor([1, 0, 1]))
     >>> metric("Prec@2")(ranking), metric("mAP@all")(ranking)
@@ -180,13 +180,13 @@ def metric(name):
     """
     kind, _, cut = name.partition("@")
     # A measure that has a default for its cut can do without one.
-    uncut = [f"{known}@all" for known, measure in MEASURES.items() if measure.__defaults__]
+    uncut = [f"{known}@all" for known, measure in METRICS.items() if measure.__defaults__]
     if name in uncut:
-        return MEASURES[kind]
-    if kind not in MEASURES or not re.fullmatch("[1-9][0-9]*", cut):
-        possible = ", ".join([*uncut, *(f"{known}@k" for known in MEASURES)])
+        return METRICS[kind]
+    if kind not in METRICS or not re.fullmatch("[1-9][0-9]*", cut):
+        possible = ", ".join([*uncut, *(f"{known}@k" for known in METRICS)])
         raise ValueError(f"there is no metric {name!r}; there are {possible} with a whole number k from 1 on")
-    return lambda ranking: MEASURES[kind](ranking, int(cut))
+    return lambda ranking: METRICS[kind](ranking, int(cut))
 
 
 def precision_at_recall(ranking):

@@ -74,13 +74,13 @@ def _spread(values):
 def write_report(folder, results, features, measured, images, count=4):
     """Write results.json, per_query.npz and figures into `folder`, and print where they are, or why one is missing.
 
-    features: named Features; measured: a Measured of models.testing; images: UnseenImages, or None where they are not
+    features: named Features; measured: an EvalResult of models.testing; images: QueryGallery, or None where they are not
     at hand; count: sketches in each group of the picture of retrievals.
     """
     write_json(folder / "results.json", results)
     print(f"results: {folder / 'results.json'}")
     at_hand = _drawable(features, images)
-    write_queries(folder / QUERIES, features, measured.queries, images.sketches.paths if at_hand else None)
+    write_queries(folder / QUERIES, features, measured.queries, images.query.paths if at_hand else None)
     print(f"each sketch: {folder / QUERIES}")
     try:
         draw_precision_recall(folder / "precision_recall.png", results)
@@ -132,14 +132,14 @@ def write_queries(path, features, queries, files=None):
 
 
 def _drawable(features, images):
-    """Whether UnseenImages are at hand and are those that the Features were computed from."""
+    """Whether QueryGallery are at hand and are those that the Features were computed from."""
     if images is None:
         return False
     try:
         images.check()
     except InputError:
         return False
-    pairs = ((images.photos, features.gallery_labels), (images.sketches, features.query_labels))
+    pairs = ((images.gallery, features.gallery_labels), (images.query, features.query_labels))
     return all(np.array_equal(files.labels, labels) for files, labels in pairs)
 
 

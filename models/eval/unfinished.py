@@ -7,7 +7,7 @@ import numpy as np
 from utils.cli import InputError
 
 
-class Unfinished:
+class PartialFeatures:
     """Features of a list of images in a hidden file.
 
     It holds a line of JSON that says what the features depend on, and then the features, float32.

@@ -106,5 +106,5 @@ def test_distances_are_float32_whatever_the_environment_says(environment_allows_
 
     monkeypatch.setattr(evaluate, "euclidean_distances", distances)
     rows = np.eye(6, 4, dtype=np.float32)
-    evaluate.evaluate(Features(rows, np.arange(6) % 2, rows, np.arange(6) % 2), {None: None})
+    evaluate.evaluate_rows(Features(rows, np.arange(6) % 2, rows, np.arange(6) % 2), {None: None})
     assert set(seen) == {(False, False)} and rules() == (True, True)

@@ -16,7 +16,7 @@ from datasets.lists import open_benchmark
 from datasets.loaders import Loading
 from datasets.prepare.miniature import UNSEEN
 from models.checkpoints import save_checkpoint
-from models.eval.evaluate import evaluate
+from models.eval.evaluate import evaluate_rows
 from models.eval.features import extract_all
 from models.networks import Student, create_backbone
 from photo_search.clean_sketch import clean_up
@@ -76,15 +76,15 @@ def run(*arguments):
 
 
 def test_the_ranking_is_that_of_the_test_script(miniature, student, checkpoint, tmp_path):
-    images = open_benchmark("sketchy", miniature).read_unseen()
+    images = open_benchmark("sketchy", miniature).read_query_gallery()
     folders = [miniature / "256x256/photo/tx_000000000000_ready" / name for name in UNSEEN]
     run("index", *folders, "--checkpoint", checkpoint, "--clusters", 7, "--batch_size", 16, *INDEX)
     index = open_index("photo_index")
     features = extract_all(student, images, Loading(size=32, batch_size=16))
     codebooks = {"one-to-one": None, "one-to-many": index.cells.codebook}
     every = dict.fromkeys(codebooks, len(index))
-    measured = evaluate(features, codebooks, nearest=every, dtype=torch.float64)
-    sketches = [images.sketches.root / path for path in images.sketches.paths]
+    measured = evaluate_rows(features, codebooks, nearest=every, dtype=torch.float64)
+    sketches = [images.query.root / path for path in images.query.paths]
     for matching in codebooks:
         how = ["--as_drawn", "--matching", matching, "-k", 48]
         run("find", *sketches, *how, "--json", tmp_path / "found.json", *HERE)
@@ -92,7 +92,7 @@ def test_the_ranking_is_that_of_the_test_script(miniature, student, checkpoint, 
         assert len(found) == len(sketches) == 32
         for own, sketch, nearest in zip(found, sketches, measured[matching]["nearest"], strict=True):
             assert (own["sketch"], own["matching"]) == (str(sketch), matching)
-            expected = [str(images.photos.root.resolve() / images.photos.paths[photo]) for photo in nearest]
+            expected = [str(images.gallery.root.resolve() / images.gallery.paths[photo]) for photo in nearest]
             assert [photo["photo"] for photo in own["found"]] == expected
 
 

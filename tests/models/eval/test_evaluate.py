@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.eval import evaluate as evaluation
-from models.eval.evaluate import Weighted, evaluate
+from models.eval import evaluate_rows as evaluation
+from models.eval.evaluate import WeightedCodebook, evaluate_rows
 from models.eval.features import Features
 from models.eval.matching import cluster_distances, code_members, euclidean_distances, nearest_codes
 from models.eval.metrics import STANDARD, average_precision, precision_at, precision_at_recall, rank
@@ -31,7 +31,7 @@ def same(one, two, tolerance=0.0):
 
 def test_all_rows_of_one_pass_equal_golden_rows(features, codebooks, golden):
     z = golden("matching")
-    measured = evaluate(features, codebooks, dtype=torch.float64)
+    measured = evaluate_rows(features, codebooks, dtype=torch.float64)
     assert list(measured) == list(codebooks)
     for golden_name, name, each in (
         ("ap_all", "mAP@all", 2e-3),
@@ -45,21 +45,21 @@ def test_all_rows_of_one_pass_equal_golden_rows(features, codebooks, golden):
 
 def test_rows_of_several_weights_share_distances_and_equal_their_formula(features, codebooks, golden):
     book, labels = codebooks[2, 5], torch.from_numpy(features.query_labels)
-    rows = {weight: Weighted(book, weight) for weight in (0.0, 0.3, 0.8, 1.0)}
-    measured = evaluate(features, {None: None} | rows | {"other": codebooks[4, 7]}, dtype=torch.float64)
+    rows = {weight: WeightedCodebook(book, weight) for weight in (0.0, 0.3, 0.8, 1.0)}
+    measured = evaluate_rows(features, {None: None} | rows | {"other": codebooks[4, 7]}, dtype=torch.float64)
     query, gallery, means = (torch.from_numpy(each).double() for each in (features.query, features.gallery, book))
     cluster = cluster_distances(query, means, code_members(nearest_codes(gallery, means), 5).double())
     for weight in rows:
         scores = weight * cluster + (1 - weight) * euclidean_distances(query, gallery)
         expected = average_precision(rank(scores, labels, torch.from_numpy(features.gallery_labels)))
         torch.testing.assert_close(measured[weight]["mAP@all"], expected, rtol=0, atol=1e-9)
-    plain = evaluate(features, {0.8: book, "other": codebooks[4, 7]}, dtype=torch.float64)
+    plain = evaluate_rows(features, {0.8: book, "other": codebooks[4, 7]}, dtype=torch.float64)
     same({key: measured[key] for key in plain}, plain)  # 0.8 by default, to the bit
     assert not torch.equal(measured[0.3]["mAP@all"], measured[1.0]["mAP@all"])
 
 
 def test_float32_moves_no_metric_by_a_ten_thousandth(features, codebooks):
-    single, double = (evaluate(features, codebooks, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    single, double = (evaluate_rows(features, codebooks, dtype=dtype) for dtype in (torch.float32, torch.float64))
     for key in single:
         for name in STANDARD:
             assert abs(single[key][name].mean() - double[key][name].mean()) < 1e-4
@@ -67,20 +67,20 @@ def test_float32_moves_no_metric_by_a_ten_thousandth(features, codebooks):
 
 def test_queries_in_any_order_and_chunks_of_any_size(features, codebooks, monkeypatch):
     """Each query's values are its own, whatever shares its chunk."""
-    whole = evaluate(features, codebooks, dtype=torch.float64, nearest={(2, 5): 7})
+    whole = evaluate_rows(features, codebooks, dtype=torch.float64, nearest={(2, 5): 7})
     monkeypatch.setattr(evaluation, "CPU_CHUNK", 8 * len(features.gallery) * 11)
-    same(evaluate(features, codebooks, dtype=torch.float64, nearest={(2, 5): 7}), whole, 1e-12)
+    same(evaluate_rows(features, codebooks, dtype=torch.float64, nearest={(2, 5): 7}), whole, 1e-12)
     order = np.random.default_rng(0).permutation(len(features.query))
     shuffled = Features(features.gallery, features.gallery_labels, features.query[order], features.query_labels[order])
     back = {
         key: {name: values[np.argsort(order)] for name, values in row.items()}
-        for key, row in evaluate(shuffled, codebooks, dtype=torch.float64, nearest={(2, 5): 7}).items()
+        for key, row in evaluate_rows(shuffled, codebooks, dtype=torch.float64, nearest={(2, 5): 7}).items()
     }
     same(back, whole, 1e-12)
 
 
 def test_the_shown_row_names_its_nearest_photos(features, codebooks):
-    measured = evaluate(features, codebooks, dtype=torch.float64, nearest={None: 9})
+    measured = evaluate_rows(features, codebooks, dtype=torch.float64, nearest={None: 9})
     assert [key for key, row in measured.items() if "nearest" in row] == [None]
     distances = euclidean_distances(*(torch.from_numpy(part).double() for part in (features.query, features.gallery)))
     assert torch.equal(measured[None]["nearest"], distances.sort(dim=1, stable=True).indices[:, :9])
@@ -91,7 +91,7 @@ def test_the_shown_row_names_its_nearest_photos(features, codebooks):
 
 
 def test_a_chunk_that_does_not_fit_is_halved_and_said_once(features, codebooks, monkeypatch, capsys):
-    expected, tried = evaluate(features, codebooks, dtype=torch.float64), []
+    expected, tried = evaluate_rows(features, codebooks, dtype=torch.float64), []
 
     def short_of_memory(part, gallery, out=None):
         tried.append(len(part))
@@ -101,7 +101,7 @@ def test_a_chunk_that_does_not_fit_is_halved_and_said_once(features, codebooks, 
 
     monkeypatch.setattr(evaluation, "euclidean_distances", short_of_memory)
     monkeypatch.setattr(evaluation, "workers", lambda _: evaluation_workers(1))
-    same(evaluate(features, codebooks, dtype=torch.float64), expected, 1e-12)
+    same(evaluate_rows(features, codebooks, dtype=torch.float64), expected, 1e-12)
     said = f"note: {tried[0]} sketches at a time do not fit into the device's memory, trying fewer\n"
     assert capsys.readouterr().err == said
     failed = [count for count in tried if count > 20]
@@ -112,7 +112,7 @@ def test_a_chunk_that_does_not_fit_is_halved_and_said_once(features, codebooks, 
 
     monkeypatch.setattr(evaluation, "euclidean_distances", never)
     with pytest.raises(torch.OutOfMemoryError):
-        evaluate(features, codebooks)
+        evaluate_rows(features, codebooks)
 
 
 evaluation_workers = evaluation.workers
@@ -123,7 +123,7 @@ def test_every_kind_of_gallery_has_an_answer():
     gallery = np.full((6, 4), 0.5, np.float32)
     features = Features(gallery, np.array([0, 1, 0, 0, 0, 2]), gallery[:3], np.array([1, 0, 2]))
     codebooks = {None: None, (2, 2): gallery[:2].reshape(2, 2, 2)}
-    for row in evaluate(features, codebooks).values():
+    for row in evaluate_rows(features, codebooks).values():
         assert row["mAP@all"].tolist() == pytest.approx([1 / 2, (1 + 4 / 5 + 4 / 5 + 4 / 5) / 4, 1 / 6])
         assert row["mAP@200"].tolist() == row["mAP@all"].tolist()
         assert row["Prec@100"].tolist() == pytest.approx([1 / 6, 4 / 6, 1 / 6])

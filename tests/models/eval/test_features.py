@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from models.eval.features import Features, extract, is_ours, read_features, why_stale, write_features
-from models.eval.unfinished import Unfinished
+from models.eval.unfinished import PartialFeatures
 from models.networks import normalise
 from utils.cli import InputError
 
@@ -123,7 +123,7 @@ def fill(part, student, loader):
 
 
 def test_extraction_keeps_the_order_and_normalises(images, tmp_path):
-    part = Unfinished(tmp_path / "part", SOURCE, 3, 4)
+    part = PartialFeatures(tmp_path / "part", SOURCE, 3, 4)
     fill(part, Means(), loader(images))
     assert part.read().dtype == np.float32
     np.testing.assert_allclose(part.read(), expected_of(images), atol=1e-6)
@@ -146,12 +146,12 @@ def test_bf16_is_near_and_not_the_same(images):
 
 @pytest.mark.parametrize("torn", [0, 5, 17])
 def test_a_killed_extraction_goes_on_at_its_last_whole_batch(images, tmp_path, torn):
-    part = Unfinished(tmp_path / "part", SOURCE, 3, 4)
+    part = PartialFeatures(tmp_path / "part", SOURCE, 3, 4)
     assert part.done == 0
     fill(part, Means(), loader(images[:8]))
     with open(part.path, "ab") as file:
         file.write(b"\1" * torn)  # the kill came in the middle of a write
-    again = Unfinished(tmp_path / "part", SOURCE, 3, 4)
+    again = PartialFeatures(tmp_path / "part", SOURCE, 3, 4)
     assert again.done == 8
     fill(again, Means(), loader(images[8:]))
     np.testing.assert_allclose(again.read(), expected_of(images), atol=1e-6)
@@ -160,7 +160,7 @@ def test_a_killed_extraction_goes_on_at_its_last_whole_batch(images, tmp_path, t
 @pytest.mark.parametrize("damage", ["another source", "another width", "no header", "zeros"])
 def test_what_cannot_be_trusted_is_extracted_anew(images, tmp_path, damage):
     path = tmp_path / "part"
-    fill(Unfinished(path, SOURCE, 3, 4), Means(), loader(images[:8]))
+    fill(PartialFeatures(path, SOURCE, 3, 4), Means(), loader(images[:8]))
     content = bytearray(path.read_bytes())
     if damage == "no header":
         path.write_bytes(b"")
@@ -168,14 +168,14 @@ def test_what_cannot_be_trusted_is_extracted_anew(images, tmp_path, damage):
         content[-5 * 12 :] = bytes(5 * 12)
         path.write_bytes(content)
     source = {"checkpoint": "b"} if damage == "another source" else SOURCE
-    part = Unfinished(path, source, 4 if damage == "another width" else 3, 2)
+    part = PartialFeatures(path, source, 4 if damage == "another width" else 3, 2)
     assert part.done == (2 if damage == "zeros" else 0)  # three sound rows, batches of two
     assert len(part.read()) == part.done
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk is Linux's /dev/full")
 def test_a_full_disk_is_named(tmp_path):
-    part = Unfinished(tmp_path / "part", SOURCE, 3, 4)
+    part = PartialFeatures(tmp_path / "part", SOURCE, 3, 4)
     part.path.unlink()
     part.path.symlink_to("/dev/full")
     with pytest.raises(InputError, match=r"features cannot be kept \(No space left on device\); make room"):

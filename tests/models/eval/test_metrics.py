@@ -11,7 +11,7 @@ from models.eval.metrics import (
     by_definition,
     capped_precision_at,
     class_means,
-    metric,
+    get_metric,
     plain_average_precision,
     precision_at,
     precision_at_recall,
@@ -54,7 +54,7 @@ def test_metrics_equal_golden(golden, case):
 def test_definitions_of_other_papers_equal_golden(golden):
     z = golden("definitions")
     ranking = rank(z["distances"], z["query_labels"], z["gallery_labels"])
-    found = by_definition({name: metric(name)(ranking) for name in DEFINED}, z["query_labels"])
+    found = by_definition({name: get_metric(name)(ranking) for name in DEFINED}, z["query_labels"])
     prefixes = {"SBKA, SAKE": "sbka", "ZSE-SBIR": "zse", "SEM-PCYC": "sem_pcyc", "torchmetrics": "torchmetrics"}
     assert found.keys() == prefixes.keys()
     for definition, values in found.items():
@@ -161,9 +161,9 @@ def test_metrics_by_name():
         ("mAP@200", average_precision(ranking, 200)),
         ("Prec@3", precision_at(ranking, 3)),
     ):
-        assert torch.equal(metric(name)(ranking), value), name
-    assert metric("mAP@2")(ranking) != metric("mAP@all")(ranking)
-    assert [metric(name)(ranking).shape for name in STANDARD] == [(1,)] * 4
+        assert torch.equal(get_metric(name)(ranking), value), name
+    assert get_metric("mAP@2")(ranking) != get_metric("mAP@all")(ranking)
+    assert [get_metric(name)(ranking).shape for name in STANDARD] == [(1,)] * 4
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_metrics_by_name():
 )
 def test_a_metric_that_is_none_is_named_and_so_are_those_there_are(name):
     with pytest.raises(ValueError) as error:
-        metric(name)
+        get_metric(name)
     assert str(error.value) == (
         f"there is no metric {name!r}; there are mAP@all, plain mAP@all, mAP@k, Prec@k, plain mAP@k, capped Prec@k "
         "with a whole number k from 1 on"
@@ -179,5 +179,5 @@ def test_a_metric_that_is_none_is_named_and_so_are_those_there_are(name):
 
 
 def test_a_metric_is_added_in_one_line(monkeypatch):
-    monkeypatch.setitem(metrics.MEASURES, "First", lambda ranking, top=1: (ranking.hits[:, 0] <= top).double())
-    assert [metric(name)(ranking_of([2], 5)).item() for name in ("First@all", "First@2")] == [0, 1]
+    monkeypatch.setitem(metrics.METRICS, "First", lambda ranking, top=1: (ranking.hits[:, 0] <= top).double())
+    assert [get_metric(name)(ranking_of([2], 5)).item() for name in ("First@all", "First@2")] == [0, 1]
