@@ -13,7 +13,7 @@ from datasets.loaders import Loading, TrainingData, open_training_data
 from models import train_step as step_room
 from models import training
 from models.eval import codebooks, gmm
-from models.eval import evaluate_rows as evaluation
+from models.eval import evaluate as evaluation
 from models.eval.codebooks import fit_codebooks
 from models.eval.evaluate import evaluate_rows
 from models.eval.features import Features, extract

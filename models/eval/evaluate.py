@@ -37,9 +37,9 @@ def evaluate_rows(features, codebooks, metrics=STANDARD, nearest=None, device="c
     """Measure one-to-one matching and one-to-many matching with each codebook.
 
     features: Features; codebooks: {key: (M, K, d) array, a WeightedCodebook, or None for one-to-one matching}; metrics:
-    names that models.eval.metrics.get_metric takes; nearest: {key: how many of its nearest photos are kept, too}. Distances
-    and scores are of `dtype`. On the CPU chunks run side by side, one a core. A chunk that does not fit into a device's
-    memory is halved, and so are later ones, which is said once.
+    names that models.eval.metrics.get_metric takes; nearest: {key: how many of its nearest photos are kept, too}.
+    Distances and scores are of `dtype`. On the CPU chunks run side by side, one a core. A chunk that does not fit into
+    a device's memory is halved, and so are later ones, which is said once.
     Returns {key: {name: one value a query}} on the CPU: metrics (Q,), "curve" (Q, 11) and "nearest" (Q, k) int64.
     """
     functions, nearest = {name: get_metric(name) for name in metrics}, nearest or {}

@@ -74,8 +74,8 @@ def _spread(values):
 def write_report(folder, results, features, measured, images, count=4):
     """Write results.json, per_query.npz and figures into `folder`, and print where they are, or why one is missing.
 
-    features: named Features; measured: an EvalResult of models.testing; images: QueryGallery, or None where they are not
-    at hand; count: sketches in each group of the picture of retrievals.
+    features: named Features; measured: an EvalResult; images: QueryGallery, or None where they are not at hand;
+    count: sketches in each group of the picture of retrievals.
     """
     write_json(folder / "results.json", results)
     print(f"results: {folder / 'results.json'}")

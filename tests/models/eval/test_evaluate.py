@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.eval import evaluate_rows as evaluation
+from models.eval import evaluate as evaluation
 from models.eval.evaluate import WeightedCodebook, evaluate_rows
 from models.eval.features import Features
 from models.eval.matching import cluster_distances, code_members, euclidean_distances, nearest_codes
