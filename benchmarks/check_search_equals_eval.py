@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from utils import numpy_sort  # noqa: E402
 
-numpy_sort.choose_kernel()  # before NumPy, as in the scripts
+numpy_sort.choose_sort_kernel()  # before NumPy, as in the scripts
 import torch  # noqa: E402
 
 import search_photos  # noqa: E402

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from utils import numpy_sort  # noqa: E402
 
-numpy_sort.choose_kernel()  # before NumPy, as in the scripts
+numpy_sort.choose_sort_kernel()  # before NumPy, as in the scripts
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from sklearn.cluster import KMeans  # noqa: E402
@@ -32,7 +32,7 @@ from sklearn.decomposition import PCA  # noqa: E402
 from sklearn.mixture import GaussianMixture  # noqa: E402
 
 from datasets.lists import open_benchmark  # noqa: E402
-from datasets.loaders import Loading, evaluation_loader  # noqa: E402
+from datasets.loaders import LoaderOptions, evaluation_loader  # noqa: E402
 from models.eval.codebooks import fit_codebook  # noqa: E402
 from models.eval.evaluate import evaluate_rows  # noqa: E402
 from models.eval.features import Features, extract  # noqa: E402
@@ -102,7 +102,7 @@ def albums(root, options):
         for kind in ("photo", "sketch"):
             for split in ("train", "zero"):
                 files = benchmark.read(kind, split)
-                loader = evaluation_loader(files, Loading(facts["input_size"]))
+                loader = evaluation_loader(files, LoaderOptions(facts["input_size"]))
                 arrays[f"{kind} {split}"] = np.concatenate(list(extract(student, loader, "cpu")))
                 arrays[f"{kind} {split} labels"] = files.labels
         with atomic_write(path) as file:

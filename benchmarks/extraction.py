@@ -25,10 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from datasets.lists import FileList  # noqa: E402
-from datasets.loaders import Loading, evaluation_loader  # noqa: E402
+from datasets.loaders import LoaderOptions, evaluation_loader  # noqa: E402
 from models.eval.features import extract  # noqa: E402
 from models.weights import create_pair  # noqa: E402
-from utils.memory import freed_memory_kept  # noqa: E402
+from utils.memory import keep_freed_memory  # noqa: E402
 
 
 def main():
@@ -69,7 +69,7 @@ def images_of(options, folder):
         noise = Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8))
         noise.resize((256, 256), Image.Resampling.BICUBIC).save(folder / name, quality=85)
     files = FileList(folder / "list", folder, names, np.zeros(count, np.int64), list(range(count)))
-    return evaluation_loader(files, Loading(size, options.batch_size, 1, options.device))
+    return evaluation_loader(files, LoaderOptions(size, options.batch_size, 1, options.device))
 
 
 @torch.inference_mode()
@@ -86,7 +86,7 @@ def ours(options, loader, precision, compiled):
         student.compile_features()
 
     def run():
-        with freed_memory_kept():  # as the test scripts do
+        with keep_freed_memory():  # as the test scripts do
             list(extract(student, loader, options.device, precision=precision))
 
     return run

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from utils import numpy_sort  # noqa: E402
 
-numpy_sort.choose_kernel()  # before NumPy, as in the scripts
+numpy_sort.choose_sort_kernel()  # before NumPy, as in the scripts
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 

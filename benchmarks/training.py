@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from datasets.images import draw_augmentation  # noqa: E402
 from datasets.lists import FileList, open_benchmark  # noqa: E402
-from datasets.loaders import Loading, TrainingImages, training_loader  # noqa: E402
+from datasets.loaders import LoaderOptions, TrainingDataset, training_loader  # noqa: E402
 from models.losses import Batch, alignment_losses  # noqa: E402
 from models.networks import (  # noqa: E402
     IMAGENET_MEAN,
@@ -44,7 +44,7 @@ from models.networks import (  # noqa: E402
 )
 from models.train_step import Run, create_optimizers  # noqa: E402
 from models.training import train_step  # noqa: E402
-from utils.memory import freed_memory_kept  # noqa: E402
+from utils.memory import keep_freed_memory  # noqa: E402
 
 SEEN = 100
 FORWARD = 4.47e9 * 2  # FLOPs of one image through ConvNeXt V2-Tiny at 224; backward takes twice as many
@@ -79,7 +79,7 @@ def loader(options):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         sketches, photos = images_of(options, Path(folder))
-        ours = TrainingImages(sketches, photos, 224, 0)
+        ours = TrainingDataset(sketches, photos, 224, 0)
         keys = np.random.default_rng(0).permutation(len(sketches) + len(photos))[: options.images]
         readers = {"ours": lambda key: ours[0, int(key)]}
         try:
@@ -232,7 +232,7 @@ def take_turns(cases, options):
     best, steps = dict.fromkeys(cases, math.inf), 10 if options.device != "cpu" else 2
     for turn in range(-1, options.rounds):  # the first warms up
         for name, run in cases.items():
-            with freed_memory_kept() if name.startswith("ours") else nullcontext():  # as the train scripts do
+            with keep_freed_memory() if name.startswith("ours") else nullcontext():  # as the train scripts do
                 run()  # fills the memory that is kept
                 finish(options)
                 start = time.perf_counter()
@@ -275,7 +275,7 @@ def one_memory(options):
     parts, checkpointing, precision, kept = MEMORY[options.case]
     network = create_backbone("convnextv2_tiny")
     run = our_case(network, example_batch(options), precision, False, True, parts, checkpointing)
-    with freed_memory_kept() if kept else nullcontext():
+    with keep_freed_memory() if kept else nullcontext():
         run()
         finish(options)
         start = time.perf_counter()
@@ -302,7 +302,7 @@ def whole(options):
             networks = pair(network)
             place(*networks, options.device)
             run = Run(*networks, create_optimizers(*networks, 1e-4, 1e-4, 5e-4))
-            loading = Loading(224, options.batch_size, options.workers, options.device)
+            loading = LoaderOptions(224, options.batch_size, options.workers, options.device)
             feed = training_loader(sketches, photos, loading, (third, 2 * third))
             seen, start = 0, None
             for images, labels, is_photo in feed:

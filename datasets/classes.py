@@ -86,7 +86,7 @@ QUICKDRAW_UNSEEN = _names("""
 # The WordNet ids (without their n) of Sketchy's seen classes whose photos have more than one id. The ids of a class
 # stand in the order in which the published list of training photos names them. No other file has this order, and the
 # published mask depends on it.
-SKETCHY_IDS = _names("""
+SKETCHY_WORDNET_IDS = _names("""
     02738535 03001627, 02139199 02147328 02149420 02147947 02142407, 02958343 04166281, 03541923 02782093, 04086273
     03948459, 02411705 02412080 02413131 02414290 02412210, 07697313 07697100, 07768230 07767847 12651611, 01594787
     01530575 01532829 01527347 01531178 01534433 01592084 01558993 01537544 01569566, 03227184 04589593 04239333

@@ -21,20 +21,20 @@ from utils.cli import InputError
 from utils.files import atomic_write, check_stat, stat_error
 from utils.safe_pickle import read_pickled_dict
 
-LISTS = {  # (kind, split) of every list: what it holds
+LIST_DESCRIPTIONS = {  # (kind, split) of every list: what it holds
     ("sketch", "train"): "training sketches",
     ("sketch", "test"): "validation sketches",
     ("sketch", "zero"): "unseen sketches",
     ("photo", "train"): "training photos",
     ("photo", "zero"): "unseen photos",
 }
-CLASS_NAMES = "cname_cid.txt", "cname_cid_zero.txt"  # of seen and of unseen classes
-MASK = "cid_mask.pickle"
-TITLE = "title.txt"
-_NEW_MASK = "make one with python -m datasets.prepare mask, or train without: --no_mask"
+CLASS_NAME_FILES = "cname_cid.txt", "cname_cid_zero.txt"  # of seen and of unseen classes
+MASK_FILE = "cid_mask.pickle"
+TITLE_FILE = "title.txt"
+_MAKE_MASK = "make one with python -m datasets.prepare mask, or train without: --no_mask"
 
 
-def refuse(message):
+def raise_input_error(message):
     """What readers do with a line they cannot use, unless told otherwise: raise InputError."""
     raise InputError(message)
 
@@ -60,13 +60,13 @@ class QueryGallery:
     gallery: FileList  # photos
     query: FileList  # sketches
 
-    def named(self):
+    def items(self):
         """(FileList, what it holds), the gallery first."""
         return (self.gallery, "photos"), (self.query, "sketches")
 
     def check(self):
         """Raise InputError for the first image that is not there."""
-        for files, _ in self.named():
+        for files, _ in self.items():
             check_images(files)
 
 
@@ -90,9 +90,9 @@ class Benchmark:
         names = self.protocol.list_names(kind, split)
         return next((self.lists / name for name in names if os.path.isfile(self.lists / name)), self.lists / names[0])
 
-    def read(self, kind, split, complain=refuse):
+    def read(self, kind, split, on_error=raise_input_error):
         """FileList of `kind` and `split`, see `path` and `read_list`."""
-        return read_list(self.path(kind, split), self.root, len(self.names(split)), complain)
+        return read_list(self.path(kind, split), self.root, len(self.names(split)), on_error)
 
     def read_query_gallery(self):
         """QueryGallery."""
@@ -102,20 +102,20 @@ class Benchmark:
         """Raise InputError unless it has `count` seen classes; None is any number."""
         if count not in (None, len(self.seen_names)):
             raise InputError(
-                f"--nb_classes {count}: {self.lists / CLASS_NAMES[0]} lists {len(self.seen_names)} seen classes; leave "
-                "the option out, or see --zero_version (the outputs of the ImageNet head are --imagenet_classes)"
+                f"--nb_classes {count}: {self.lists / CLASS_NAME_FILES[0]} lists {len(self.seen_names)} seen classes; "
+                "leave the option out, or see --zero_version (the outputs of the ImageNet head are --imagenet_classes)"
             )
 
     def read_mask(self, imagenet_classes=1000):
         """Semantic mask (seen classes, imagenet_classes) float32."""
-        return read_mask(self.lists / MASK, len(self.seen_names), imagenet_classes)
+        return read_mask(self.lists / MASK_FILE, len(self.seen_names), imagenet_classes)
 
 
-def open_benchmark(protocol_name, root=None, zero_version=None, complain=refuse):
+def open_benchmark(protocol_name, root=None, zero_version=None, on_error=raise_input_error):
     """Open a benchmark folder laid out like `protocol_name`'s; `root` and `zero_version` default to the protocol's.
 
-    complain: as in `read_list`, for class names. Raises InputError if the folder, or a file of class names in it, is
-    missing, and what `complain` raises.
+    on_error: as in `read_list`, for class names. Raises InputError if the folder, or a file of class names in it, is
+    missing, and what `on_error` raises.
     """
     protocol = PROTOCOLS[protocol_name]
     root = Path(root or protocol.data_root)
@@ -129,18 +129,20 @@ def open_benchmark(protocol_name, root=None, zero_version=None, complain=refuse)
             f"{lists}: no such folder of lists; name the right one with --zero_version, or make it with "
             "python -m datasets.prepare lists"
         )
-    seen, unseen = (read_class_names(lists / name, complain) for name in CLASS_NAMES)
+    seen, unseen = (read_class_names(lists / name, on_error) for name in CLASS_NAME_FILES)
     if both := sorted(set(seen) & set(unseen)):
-        complain(f"{lists}: {both[0]!r} is in cname_cid.txt and in cname_cid_zero.txt; unseen classes must be new")
-    return Benchmark(protocol, _title(protocol, lists, seen, unseen), root, lists, seen, unseen)
+        on_error(f"{lists}: {both[0]!r} is in cname_cid.txt and in cname_cid_zero.txt; unseen classes must be new")
+    return Benchmark(protocol, _benchmark_title(protocol, lists, seen, unseen), root, lists, seen, unseen)
 
 
-def _title(protocol, lists, seen, unseen):
+def _benchmark_title(protocol, lists, seen, unseen):
     """The line of title.txt; without one, the protocol's title if the classes are its own, else the folder's name."""
-    if os.path.isfile(lists / TITLE):
-        return _lines(lists / TITLE)[0][1]
+    if os.path.isfile(lists / TITLE_FILE):
+        return _numbered_lines(lists / TITLE_FILE)[0][1]
     pairs = ((seen, protocol.seen_names), (unseen, protocol.unseen_names))
-    published = all(set(map(spelling, own)) == set(map(spelling, names)) for own, names in pairs)
+    published = all(
+        set(map(normalise_class_name, own)) == set(map(normalise_class_name, names)) for own, names in pairs
+    )
     # A folder's name need not be UTF-8, and what it becomes part of must be.
     return protocol.title if published else lists.parent.resolve().name.encode(errors="replace").decode()
 
@@ -175,7 +177,7 @@ def find_layout(root, zero_version=None):
 
 def _hidden_lists(root, folders):
     """A hint for the message where lists of unseen images may be that cannot be seen; else an empty text."""
-    keys = [key for key in LISTS if key[1] == "zero"]
+    keys = [key for key in LIST_DESCRIPTIONS if key[1] == "zero"]
     names = {name for protocol in PROTOCOLS.values() for key in keys for name in protocol.list_names(*key)}
     for folder in folders:
         for name in (".", *sorted(names)):  # "." can be seen by who may look into the folder
@@ -184,22 +186,22 @@ def _hidden_lists(root, folders):
     return ""
 
 
-def read_list(path, root, classes, complain=refuse):
+def read_list(path, root, classes, on_error=raise_input_error):
     """Read a list of images whose labels lie in 0..classes-1.
 
-    complain: takes a message, naming file and line, for each line without a label or with one out of range, and for
+    on_error: takes a message, naming file and line, for each line without a label or with one out of range, and for
     each path that is absolute or climbs out of `root`; if it returns, the line is left out.
-    Raises InputError if the list is missing or empty, and what `complain` raises.
+    Raises InputError if the list is missing or empty, and what `on_error` raises.
     """
     paths, labels, numbers = [], [], []
-    for number, line in _lines(path):
-        if (parts := _split_label(path, number, line, complain)) is None:
+    for number, line in _numbered_lines(path):
+        if (parts := _split_label(path, number, line, on_error)) is None:
             continue
         name, label = parts
         if label >= classes:
-            complain(f"{path}:{number}: label {label} is outside 0..{classes - 1}, the classes of cname_cid*.txt")
+            on_error(f"{path}:{number}: label {label} is outside 0..{classes - 1}, the classes of cname_cid*.txt")
         elif name.startswith("/") or ".." in name.split("/"):
-            complain(f"{path}:{number}: {name!r} leaves the data folder; paths are relative to {root}")
+            on_error(f"{path}:{number}: {name!r} leaves the data folder; paths are relative to {root}")
         else:
             paths.append(name)
             labels.append(label)
@@ -207,24 +209,24 @@ def read_list(path, root, classes, complain=refuse):
     return FileList(Path(path), Path(root), paths, np.array(labels, dtype=np.int64), numbers)
 
 
-def read_class_names(path, complain=refuse):
+def read_class_names(path, on_error=raise_input_error):
     """Class names in the order of their labels, which must be 0..C-1; no name may come twice.
 
-    complain: as in `read_list`. Raises InputError if the file is missing or empty, and what `complain` raises.
+    on_error: as in `read_list`. Raises InputError if the file is missing or empty, and what `on_error` raises.
     """
     names = {}
-    for number, line in _lines(path):
-        if (parts := _split_label(path, number, line, complain)) is None:
+    for number, line in _numbered_lines(path):
+        if (parts := _split_label(path, number, line, on_error)) is None:
             continue
         name, label = parts
         if label in names:
-            complain(f"{path}:{number}: label {label} is already that of {names[label]!r}")
+            on_error(f"{path}:{number}: label {label} is already that of {names[label]!r}")
         elif name in names.values():
-            complain(f"{path}:{number}: the class {name!r} already has a label")
+            on_error(f"{path}:{number}: the class {name!r} already has a label")
         else:
             names[label] = name
     if missing := sorted(set(range(len(names))) - set(names)):
-        complain(f"{path}: labels must be 0..{len(names) - 1}, but {missing[0]} is missing")
+        on_error(f"{path}: labels must be 0..{len(names) - 1}, but {missing[0]} is missing")
     return [names[label] for label in sorted(names)]
 
 
@@ -235,10 +237,10 @@ def read_mask(path, classes, imagenet_classes=1000):
     """
     check_stat(path)
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no semantic mask; {_NEW_MASK}")
+        raise InputError(f"{path}: no semantic mask; {_MAKE_MASK}")
     mask = read_pickled_dict(path)
     if set(mask) != set(range(classes)):
-        raise InputError(f"{path}: not a mask of the {classes} classes in cname_cid.txt; {_NEW_MASK}")
+        raise InputError(f"{path}: not a mask of the {classes} classes in cname_cid.txt; {_MAKE_MASK}")
     rows = [mask[label] for label in range(classes)]
     if sound := all(row is not None and row.shape == (imagenet_classes,) for row in rows):
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
@@ -263,15 +265,15 @@ def check_images(files):
 def write_list(path, rows):
     """Write (path or class name, label) rows as a list, or as a file of class names."""
     with atomic_write(path) as file:
-        file.write(list_text(rows))
+        file.write(format_list(rows))
 
 
-def list_text(rows):
+def format_list(rows):
     """Bytes of a list of (path or class name, label) rows."""
     return "".join(f"{name} {label}\n" for name, label in rows).encode()
 
 
-def spelling(name):
+def normalise_class_name(name):
     """What all spellings of a class name have in common: the name without case, spaces and punctuation.
 
     Vowel signs stay, and so do + and #: C, C++ and C# are three classes. A name of punctuation only stays as it is.
@@ -287,7 +289,7 @@ def write_mask(path, mask):
         file.write(content.replace(b"cnumpy._core.", b"cnumpy.core."))  # the name before NumPy 2, which knows it, too
 
 
-def _lines(path):
+def _numbered_lines(path):
     """Numbered lines of a text file that are not blank; Windows line ends and a byte-order mark are accepted."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -307,9 +309,9 @@ def _lines(path):
     return lines
 
 
-def _split_label(path, number, line, complain):
+def _split_label(path, number, line, on_error):
     name, _, label = line.rpartition(" ")
     if not name.strip() or "\0" in name or not label.isascii() or not label.isdigit() or len(label) > 9:
-        complain(f"{path}:{number}: expected 'path label' with a whole number 0.. at the end, found {line!r}")
+        on_error(f"{path}:{number}: expected 'path label' with a whole number 0.. at the end, found {line!r}")
         return None
     return name.strip(), int(label)

@@ -19,7 +19,7 @@ from utils.cli import InputError
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoaderOptions:
     """How images are read."""
 
     size: int = 224  # side of an input image, in pixels
@@ -28,7 +28,7 @@ class Loading:
     device: str = "cpu"  # where batches go
 
 
-class ImageList(Dataset):
+class EvaluationDataset(Dataset):
     """The images start..stop-1 of a FileList, in order, without augmentation: ((3, size, size) uint8, label)."""
 
     def __init__(self, files, size, start=0, stop=None):
@@ -44,7 +44,7 @@ class ImageList(Dataset):
         return resize(image, self.size), int(self.files.labels[index])
 
 
-class TrainingImages(Dataset):
+class TrainingDataset(Dataset):
     """Augmented sketches and photos, indexed by (epoch, index). Indices count the sketches first, then the photos.
 
     An item is ((3, size, size) uint8, label, 1.0 for a photo or 0.0 for a sketch).
@@ -69,7 +69,7 @@ class TrainingImages(Dataset):
         return resize(image, self.size), int(files.labels[place]), float(files is self.photos)
 
 
-class PairedBatches(Sampler):
+class PairedBatchSampler(Sampler):
     """Batches of sketches_per_batch sketches and photos_per_batch photos, joined and shuffled.
 
     Seed and epoch decide the order. The epoch ends when one list has no images left; the last batch of a list may have
@@ -109,26 +109,26 @@ class PairedBatches(Sampler):
 def training_loader(sketches, photos, loading, split, seed=0, share=slice):
     """Loader of (images uint8, labels int64, is_photo float32) batches.
 
-    sketches, photos: FileLists. loading: a Loading. split: (sketches, photos) in a batch. share: a function that takes
-    the length of a batch and gives the slice of it that this process trains on.
+    sketches, photos: FileLists. loading: LoaderOptions. split: (sketches, photos) in a batch. share: a function of
+    the length of a batch; returns the slice that this rank trains on.
     Before each epoch set `loader.batch_sampler.epoch`; to run only a part of an epoch, set its `start` and `stop`, too.
     """
     return DataLoader(
-        TrainingImages(sketches, photos, loading.size, seed),
-        batch_sampler=PairedBatches(len(sketches), len(photos), *split, seed, share),
+        TrainingDataset(sketches, photos, loading.size, seed),
+        batch_sampler=PairedBatchSampler(len(sketches), len(photos), *split, seed, share),
         collate_fn=_collate_training,
         persistent_workers=loading.workers > 0,
-        **_workers(loading),
+        **_worker_arguments(loading),
     )
 
 
 def evaluation_loader(files, loading, start=0, stop=None):
     """Loader of (images uint8, labels int64) batches of a FileList: its images start..stop-1, in order."""
     return DataLoader(
-        ImageList(files, loading.size, start, stop),
+        EvaluationDataset(files, loading.size, start, stop),
         batch_size=loading.batch_size,
         collate_fn=_collate_evaluation,
-        **_workers(loading),
+        **_worker_arguments(loading),
     )
 
 
@@ -142,18 +142,18 @@ def _collate_evaluation(items):
     return torch.from_numpy(stack(images)), torch.tensor(labels)
 
 
-def _workers(loading):
+def _worker_arguments(loading):
     pinned = torch.device(loading.device).type == "cuda"
-    return dict(num_workers=loading.workers, pin_memory=pinned, worker_init_fn=prepare_worker)
+    return dict(num_workers=loading.workers, pin_memory=pinned, worker_init_fn=init_worker)
 
 
-def prepare_worker(_):
+def init_worker(_):
     """Prepare a process of a DataLoader: it leaves Ctrl-C to its parent, and does not tell when that is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process sees to it
-    sys.excepthook = _without_lost_connections
+    sys.excepthook = _ignore_lost_connections
 
 
-def _without_lost_connections(kind, error, trace):
+def _ignore_lost_connections(kind, error, trace):
     """What a thread of a worker does with an error: the main process may be gone, and then there is nobody to tell."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
@@ -163,23 +163,23 @@ def _without_lost_connections(kind, error, trace):
 class TrainingData:
     """What a run learns from, and the held-back sketches that it is measured on."""
 
-    loader: DataLoader  # of this process's share of each batch
-    mask: torch.Tensor  # (C, J) the semantic mask, or (C, 1) zeros for none; on the device of the run
-    files: list[FileList]  # sketches, photos and, if there are any, held-back sketches
-    validation: DataLoader | None = None  # of this process's share of the held-back sketches
-    held_back: int = 0  # how many there are in all
+    train_loader: DataLoader  # of this process's share of each batch
+    semantic_mask: torch.Tensor  # (C, J) the semantic mask, or (C, 1) zeros for none; on the device of the run
+    file_lists: list[FileList]  # sketches, photos and, if there are any, held-back sketches
+    val_loader: DataLoader | None = None  # of this process's share of the held-back sketches
+    val_size: int = 0  # how many there are in all
 
 
 def open_training_data(benchmark, loading, seed=0, imagenet_classes=1000, validate=True, max_steps=None):
     """TrainingData of a benchmark folder.
 
-    loading: a Loading, its batch_size that of a whole batch; seed: of order and augmentation; imagenet_classes: width
-    of the semantic mask, None for no mask; validate: whether held-back sketches are read; max_steps: of an epoch.
+    loading: LoaderOptions, its batch_size that of a whole batch; seed: of order and augmentation; imagenet_classes:
+    width of the semantic mask, None for no mask; validate: whether held-back sketches are read; max_steps: of an epoch.
     Raises InputError for bad lists, missing images or mask, and a batch size that does not fit.
     """
     split = _split_batch(benchmark.protocol, loading.batch_size)
     sketches, photos = benchmark.read("sketch", "train"), benchmark.read("photo", "train")
-    held_back = _held_back(benchmark) if validate else None
+    held_back = _read_validation_list(benchmark) if validate else None
     files = [sketches, photos, *filter(None, [held_back])]
     for each in files:
         check_images(each)
@@ -199,7 +199,7 @@ def open_training_data(benchmark, loading, seed=0, imagenet_classes=1000, valida
         return data
     part = distributed.rank_slice(len(held_back))
     validation = evaluation_loader(held_back, loading, part.start, part.stop)
-    return TrainingData(data.loader, data.mask, files, validation, len(held_back))
+    return TrainingData(data.train_loader, data.semantic_mask, files, validation, len(held_back))
 
 
 def _split_batch(protocol, batch_size):
@@ -219,7 +219,7 @@ def _split_batch(protocol, batch_size):
     return split
 
 
-def _held_back(benchmark):
+def _read_validation_list(benchmark):
     try:
         return benchmark.read("sketch", "test")
     except InputError as error:

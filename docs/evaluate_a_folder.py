@@ -11,7 +11,7 @@ import sys
 import torch
 
 from datasets.lists import open_benchmark
-from datasets.loaders import Loading
+from datasets.loaders import LoaderOptions
 from models.eval.codebooks import fit_codebooks
 from models.eval.evaluate import evaluate_rows
 from models.eval.features import extract_all
@@ -22,7 +22,7 @@ benchmark = open_benchmark("sketchy", sys.argv[1] if len(sys.argv) > 1 else "dem
 torch.manual_seed(0)
 student, _ = create_pair("convnextv2_atto", len(benchmark.seen_names), finetune="none")
 # A trained one: student, _ = models.checkpoints.load_student(file, "convnextv2_atto", len(benchmark.seen_names))
-features = extract_all(student, benchmark.read_query_gallery(), Loading(size=48))
+features = extract_all(student, benchmark.read_query_gallery(), LoaderOptions(size=48))
 print(f"{len(features.query)} sketches, {len(features.gallery)} photos, features of {student.width} values")
 codebooks, _ = fit_codebooks(features.gallery, [(2, len(benchmark.unseen_names))])
 for row, values in evaluate_rows(features, {None: None, **codebooks}).items():

@@ -10,14 +10,14 @@ import sys
 import torch
 
 from datasets.lists import open_benchmark
-from datasets.loaders import Loading, open_training_data
+from datasets.loaders import LoaderOptions, open_training_data
 from models.networks import place
 from models.train_step import MEASURES, Recipe, Run, create_optimizers
 from models.training import close_epoch, train_epoch
 from models.weights import create_pair
 
 benchmark = open_benchmark("sketchy", sys.argv[1] if len(sys.argv) > 1 else "demo/data")
-data = open_training_data(benchmark, Loading(size=48, batch_size=30), max_steps=3)
+data = open_training_data(benchmark, LoaderOptions(size=48, batch_size=30), max_steps=3)
 torch.manual_seed(0)
 student, teacher = create_pair("convnextv2_atto", len(benchmark.seen_names), finetune="none")
 place(student, teacher, "cpu")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.lists import MASK
+from datasets.lists import MASK_FILE
 from models.losses import LOSS_NAMES
 from models.saved import check_saved, plain_options
 from models.train_step import MEASURES
@@ -250,13 +250,13 @@ def _check_same_options(before, now, path):
 
 def data_record(files, benchmark, has_mask):
     """SHA-256 by name of the lists (FileLists) and, if it has one, the mask that a run learns from."""
-    paths = [*(each.source for each in files), *([benchmark.lists / MASK] if has_mask else [])]
+    paths = [*(each.source for each in files), *([benchmark.lists / MASK_FILE] if has_mask else [])]
     return {path.name: sha256_of(path) for path in paths}
 
 
 def _check_same_data(before, now):
     for name, value in before.items():
-        if name == MASK and name not in now:
+        if name == MASK_FILE and name not in now:
             continue  # earlier versions recorded a mask that was not used, too
         if now.get(name) != value:
             raise InputError(f"--resume: {name} is not the one that the run began with; restore it, or start anew")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from datasets.lists import Benchmark, QueryGallery, open_benchmark
-from datasets.loaders import Loading
+from datasets.loaders import LoaderOptions
 from datasets.protocols import PROTOCOLS, protocol_of
 from models.checkpoints import find_checkpoint, load_student
 from models.eval.codebooks import fit_codebooks, mixture_device
@@ -24,7 +24,7 @@ from utils import distributed
 from utils.cli import InputError, one_line_errors, sigterm_as_exception
 from utils.distributed import log_rank0
 from utils.files import check_writable
-from utils.memory import freed_memory_kept
+from utils.memory import keep_freed_memory
 
 
 @one_line_errors(should_print=distributed.should_print)
@@ -42,7 +42,7 @@ def main(protocol_name, argv=None):
     if eval_input.benchmark:
         eval_input.benchmark.check_seen_classes(options.nb_classes)
     with sigterm_as_exception(), distributed.folder_lock_and_group(eval_input.folder, "testing"):
-        loading = Loading(options.input_size, options.batch_size, options.workers, options.device)
+        loading = LoaderOptions(options.input_size, options.batch_size, options.workers, options.device)
         network = Network(options.model, options.imagenet_classes, options.compile)
         features = features_of(eval_input, network, loading, options.precision, options.recompute)
         rows = [(m, k) for m in options.subspaces for k in options.clusters] if options.mode == 2 else []
@@ -118,7 +118,7 @@ class Network(NamedTuple):
 def features_of(eval_input, network, loading, precision="fp32", recompute=False):
     """Features of a EvalInput: those of features_zero.pickle if they will do, else computed, by all processes together.
 
-    network: the checkpoint's Network; loading: a Loading; precision: see models.networks.arithmetic;
+    network: the checkpoint's Network; loading: LoaderOptions; precision: see models.networks.arithmetic;
     recompute: compute them even so. Raises InputError where they must be computed and cannot.
     """
     folder, checkpoint, images = eval_input.folder, eval_input.checkpoint, eval_input.images
@@ -144,7 +144,7 @@ def features_of(eval_input, network, loading, precision="fp32", recompute=False)
         student.compile_features()
     distributed.init_process_group(loading.device)
     try:
-        with freed_memory_kept():
+        with keep_freed_memory():
             return compute_features(folder, student.to(loading.device), images, loading, precision, source)
     except FloatingPointError:
         way_out = "test another checkpoint, or train anew"

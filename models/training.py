@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from datasets.lists import open_benchmark
-from datasets.loaders import Loading, open_training_data
+from datasets.loaders import LoaderOptions, open_training_data
 from datasets.protocols import PROTOCOLS, protocol_of
 from models import interrupts
 from models.checkpoints import (
@@ -37,7 +37,7 @@ from utils import distributed
 from utils.cli import InputError, is_dead_worker, one_line_errors
 from utils.distributed import bar_disabled, log_rank0
 from utils.files import check_writable
-from utils.memory import freed_memory_kept
+from utils.memory import keep_freed_memory
 
 
 @one_line_errors(should_print=distributed.should_print)
@@ -48,7 +48,7 @@ def main(protocol_name, argv=None):
     protocol_name = protocol_of(protocol_name, options.zero_version)
     benchmark = open_benchmark(protocol_name, options.data_root, options.zero_version)
     benchmark.check_seen_classes(options.nb_classes)
-    loading = Loading(options.input_size, options.batch_size, options.workers, options.device)
+    loading = LoaderOptions(options.input_size, options.batch_size, options.workers, options.device)
     data = open_training_data(
         benchmark, loading, options.seed,
         imagenet_classes=None if options.no_mask else options.imagenet_classes,
@@ -61,7 +61,7 @@ def main(protocol_name, argv=None):
         record = {
             "protocol": benchmark.protocol.title,
             "classes": list(benchmark.seen_names),
-            "data": data_record(data.files, benchmark, not options.no_mask),
+            "data": data_record(data.file_lists, benchmark, not options.no_mask),
             **run_record(options),
         }
         torch.manual_seed(options.seed)
@@ -85,7 +85,7 @@ def main(protocol_name, argv=None):
         keeper = Keeper(options.savedir, record, options.save_every, options.overwrite)
         distributed.init_process_group(options.device)
         # Who recomputes to save memory would need half as much again.
-        with nullcontext() if options.grad_checkpointing else freed_memory_kept():
+        with nullcontext() if options.grad_checkpointing else keep_freed_memory():
             return train(run, data, recipe, keeper, watch, options.print_freq)
 
 
@@ -120,7 +120,7 @@ def train(run, data, recipe, keeper, watch=None, print_freq=10):
                 show_epoch(run.history, recipe.epochs, log)
             if len(run.history) < recipe.epochs:
                 _end_if_asked(run, signals, keeper)
-    return checkpoint_to_test(run.history, keeper.folder, data.validation is not None) if is_first else None
+    return checkpoint_to_test(run.history, keeper.folder, data.val_loader is not None) if is_first else None
 
 
 def train_epoch(run, data, recipe, log=None, print_freq=10):
@@ -128,17 +128,17 @@ def train_epoch(run, data, recipe, log=None, print_freq=10):
 
     Raises InputError naming step, terms and images once a loss is not finite; on a GPU one step later.
     """
-    epoch, batches = len(run.history), data.loader.batch_sampler
+    epoch, batches = len(run.history), data.train_loader.batch_sampler
     batches.epoch, batches.start = epoch, run.step
     set_learning_rates(run.optimizers, recipe.rates(epoch))
     sizes = [batches.size(step) for step in range(batches.stop)]
-    measured = Measured(data.loader, epoch)
+    measured = Measured(data.train_loader, epoch)
     with EpochBar(f"epoch {epoch + 1}/{recipe.epochs}", sizes, run.step, log, print_freq) as bar:
         try:
-            for step, loaded in enumerate(data.loader, run.step):
+            for step, loaded in enumerate(data.train_loader, run.step):
                 interrupts.leave_workers_alone()
                 noise = draw_noise(run.student, sizes[step], (recipe.seed, epoch, step))
-                batch = _on_device(loaded, noise, data.mask, run)
+                batch = _on_device(loaded, noise, data.semantic_mask, run)
                 if run.parts is None:
                     run.parts = parts_that_fit(run, batch, recipe.parts, recipe.precision)
                     draw_noise(run.student, sizes[step], (recipe.seed, epoch, step))  # seeds again what the trial drew
@@ -160,9 +160,9 @@ def close_epoch(run, data, recipe, watch=None):
     epoch = len(run.history)
     entry = {"epoch": epoch, "phase": "bidirectional" if recipe.is_bidirectional(epoch) else "warm-up"}
     entry |= dict(zip(MEASURES, (run.sums / run.step).tolist(), strict=True)) | {"lr": run.rate}
-    if data.validation is not None:
+    if data.val_loader is not None:
         with matmul_rules(recipe.precision):
-            entry["accuracy"] = validate(run.student, data.validation, data.held_back)
+            entry["accuracy"] = validate(run.student, data.val_loader, data.val_size)
     if watch is not None:
         entry |= watch(run.student, epoch)
         run.student.train()
@@ -242,7 +242,7 @@ def _begin(run, data, recipe, keeper):
     tidy(keeper.folder, run.source, everything=keeper.overwrite)
     if run.history or run.step:
         log_rank0(f"note: going on after {len(run.history)} of {recipe.epochs} epochs and {run.step} steps")
-    return Log(keeper.folder, len(run.history), run.step, data.loader.batch_sampler.stop)
+    return Log(keeper.folder, len(run.history), run.step, data.train_loader.batch_sampler.stop)
 
 
 def _end_if_asked(run, signals, keeper):

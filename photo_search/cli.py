@@ -13,7 +13,7 @@ from photo_search.search import MATCHINGS, ONE_TO_ONE, is_lost, open_finder, rea
 from utils.cli import InputError, OneLineParser, image_side, number_type, one_line_errors, positive_int
 from utils.distributed import get_rank, get_world_size, log_rank0
 from utils.files import write_json
-from utils.memory import freed_memory_kept
+from utils.memory import keep_freed_memory
 from utils.process_pool import available_cores
 
 LOCAL, MILVUS = ENGINES = ("local", "milvus")
@@ -121,7 +121,7 @@ def make_index(options):
     plan = update.Plan(folders, exclude, options.clusters, options.subspaces, options.refit, options.batch_size,
                        options.workers, checkpoint)  # fmt: skip
     fit = functools.partial(fit_codebook, checkpoint or old["checkpoint"])
-    with freed_memory_kept():
+    with keep_freed_memory():
         if get_world_size() > 1:
             from photo_search import distributed_indexing
 

@@ -19,7 +19,7 @@ import test_tuberlin_ext_zeroshot
 import train_quickdraw_ext
 import train_sketchy_ext
 import train_tuberlin_ext
-from datasets.prepare.miniature import UNSEEN
+from datasets.prepare.miniature import UNSEEN_CATEGORIES
 from models.eval.metrics import average_precision, class_means, precision_at, rank
 from models.eval.unfinished import PartialFeatures
 from models.networks import Student, create_backbone
@@ -64,7 +64,7 @@ def test_train_then_retrieve(trained, miniature, capsys):
         ("one-to-many", 2, 8),
     ]
     for row in results["rows"]:
-        assert sorted(row["per_class"]) == sorted(UNSEEN)
+        assert sorted(row["per_class"]) == sorted(UNSEEN_CATEGORIES)
         for metric in ("mAP@all", "mAP@200", "Prec@100", "Prec@200"):
             assert row[metric] == pytest.approx(np.mean([one[metric] for one in row["per_class"].values()]))
         assert len(row["precision_at_recall"]) == 11
@@ -213,7 +213,7 @@ def test_labels_that_do_not_start_at_0_are_taken_in_order_and_that_is_said(tmp_p
     (tmp_path / "features_zero.pickle").write_bytes(pickle.dumps(content))
     row = test_sketchy_ext_zeroshot.main([*none, "--data_root", str(miniature)])["rows"][0]
     assert "taken as the unseen classes in ascending order" in capsys.readouterr().err
-    assert sorted(row["per_class"]) == sorted(UNSEEN)
+    assert sorted(row["per_class"]) == sorted(UNSEEN_CATEGORIES)
 
 
 def test_photos_with_equal_features_are_named(tmp_path, capsys):

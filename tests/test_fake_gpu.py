@@ -9,7 +9,7 @@ from helpers.fake_gpu import OnGpu, PretendGpu, values
 from timm.models.convnext import ConvNeXt
 
 from datasets.lists import open_benchmark
-from datasets.loaders import Loading, TrainingData, open_training_data
+from datasets.loaders import LoaderOptions, TrainingData, open_training_data
 from models import train_step as step_room
 from models import training
 from models.eval import codebooks, gmm
@@ -100,14 +100,14 @@ class Pinned:
 
 def test_an_epoch_waits_once_at_its_end_and_logs_every_step(gpu, tiny, tmp_path):
     benchmark = open_benchmark("sketchy", tiny)
-    data = open_training_data(benchmark, Loading(48, 3), imagenet_classes=None, validate=False)
+    data = open_training_data(benchmark, LoaderOptions(48, 3), imagenet_classes=None, validate=False)
     recipe, own = Recipe(1, -1, 1e-3, 1e-3), create_run("cpu", 2, 1000)
     expected = [each.clone() for each in train_epoch(own, data, recipe)]
     run, log = create_run("cuda", 2, 1000), Log(tmp_path, 0, 0, len(expected))
-    loader, mask = Pinned(data.loader, gpu), gpu.pin(data.mask).to("cuda", non_blocking=True)
+    loader, mask = Pinned(data.train_loader, gpu), gpu.pin(data.semantic_mask).to("cuda", non_blocking=True)
     found, waits = [], []
     gpu.reset()
-    for each in train_epoch(run, TrainingData(loader, mask, data.files), recipe, log, print_freq=1):
+    for each in train_epoch(run, TrainingData(loader, mask, data.file_lists), recipe, log, print_freq=1):
         found.append(values(each))
         waits.append(sum(gpu.waits.values()))
     assert waits == [0] * len(expected)
@@ -140,13 +140,15 @@ def epochs(run, data, recipe):
 
 
 def test_a_batch_that_does_not_fit_is_taken_in_parts_and_that_is_said_once(gpu, tiny, monkeypatch, capsys):
-    data = open_training_data(open_benchmark("sketchy", tiny), Loading(48, 6), imagenet_classes=None, validate=False)
+    data = open_training_data(
+        open_benchmark("sketchy", tiny), LoaderOptions(48, 6), imagenet_classes=None, validate=False
+    )
     recipe, own = Recipe(2, -1, 1e-3, 1e-3, parts=4), create_run("cpu", 2, 1000, drop_path=0.5)
     expected = [each.clone() for each in epochs(own, data, recipe)]
     limited, tried = short_of_memory(2)
     monkeypatch.setattr(step_room, "_add_gradients", limited)
     run, recipe = create_run("cuda", 2, 1000, drop_path=0.5), Recipe(2, -1, 1e-3, 1e-3)
-    on_gpu = TrainingData(data.loader, data.mask.to("cuda"), data.files)
+    on_gpu = TrainingData(data.train_loader, data.semantic_mask.to("cuda"), data.file_lists)
     # The second epoch knows what the first one found out.
     assert_close([values(each) for each in epochs(run, on_gpu, recipe)], expected)
     assert_close(weights(run), weights(own))
@@ -192,7 +194,7 @@ def test_a_trial_holds_what_a_step_will_and_lets_go_of_it(gpu, monkeypatch, othe
 
 
 def test_held_back_sketches_are_computed_by_the_rules_of_training(monkeypatch, other_rules):
-    run, data, seen = create_run("cpu"), TrainingData(None, None, [], validation=[], held_back=1), []
+    run, data, seen = create_run("cpu"), TrainingData(None, None, [], val_loader=[], val_size=1), []
     run.sums, run.step = torch.zeros(len(MEASURES)), 1
     monkeypatch.setattr(training, "validate", lambda *_: seen.append(other_rules()) or 50.0)
     close_epoch(run, data, Recipe(1, -1, 1e-3, 1e-3, precision="fp32"))

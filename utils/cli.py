@@ -25,7 +25,7 @@ def run_command(module, *arguments):
 
     Before the module is imported, NumPy's sort kernel is chosen. Ends in one line where a requirement is not installed.
     """
-    numpy_sort.choose_kernel()
+    numpy_sort.choose_sort_kernel()
     try:
         command = importlib.import_module(module).main
     except ModuleNotFoundError as error:

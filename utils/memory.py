@@ -10,7 +10,7 @@ _KEEPING = {_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: (1 << 31) - 1}
 
 
 @contextmanager
-def freed_memory_kept():
+def keep_freed_memory():
     """Within this block, which computes tensors on a CPU, blocks up to 1 GiB that are freed are used again.
 
     The C library of Linux (glibc) would give them back at once, and the system fill new ones with zeros for each

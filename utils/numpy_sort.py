@@ -6,12 +6,12 @@ import re
 import sys
 
 
-def choose_kernel():
+def choose_sort_kernel():
     """Have NumPy sort with AVX2 where AVX-512 is slower. NumPy reads this once, when it is imported: call this before.
 
     A choice that the user made in the environment stays.
     """
-    if "numpy" not in sys.modules and is_avx512_sort_slow(processor_text()):
+    if "numpy" not in sys.modules and is_avx512_sort_slow(processor_name()):
         # The names of NumPy 2.4 and of earlier versions; NumPy ignores the one it does not know.
         os.environ.setdefault("NPY_DISABLE_CPU_FEATURES", "X86_V4 AVX512_SKX")
 
@@ -24,7 +24,7 @@ def is_avx512_sort_slow(processor):
     return bool(re.search(r"AuthenticAMD\s+cpu family\s*: 25\b|AMD64 Family 25\b", processor))
 
 
-def processor_text():
+def processor_name():
     """Text that names the processor, for `is_slow_with_avx512`."""
     try:
         with open("/proc/cpuinfo") as file:

@@ -5,13 +5,22 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from datasets.lists import CLASS_NAMES, LISTS, MASK, Benchmark, check_root, find_layout, open_benchmark, spelling
+from datasets.lists import (
+    CLASS_NAME_FILES,
+    LIST_DESCRIPTIONS,
+    MASK_FILE,
+    Benchmark,
+    check_root,
+    find_layout,
+    normalise_class_name,
+    open_benchmark,
+)
 from datasets.prepare.listed_images import decode_all, find_missing
 from datasets.protocols import PROTOCOLS
 from utils.cli import InputError
 from utils.files import stat_error
 
-SHOWN = 3  # so many messages of one kind are printed; the JSON has all of them
+MAX_SHOWN_PER_KIND = 3  # so many messages of one kind are printed; the JSON has all of them
 
 
 @dataclass
@@ -33,13 +42,13 @@ class Findings:
         """Lines to print, a few of each kind."""
         for severity, kinds in (("fault", self.faults), ("note", self.notes)):
             for kind, messages in kinds.items():
-                yield from (f"{severity}: {message}" for message in messages[:SHOWN])
-                if len(messages) > SHOWN:
-                    yield f"       and {len(messages) - SHOWN:,} more: {kind}"
+                yield from (f"{severity}: {message}" for message in messages[:MAX_SHOWN_PER_KIND])
+                if len(messages) > MAX_SHOWN_PER_KIND:
+                    yield f"       and {len(messages) - MAX_SHOWN_PER_KIND:,} more: {kind}"
 
 
 @dataclass
-class Checked:
+class CheckResult:
     """The result of a check."""
 
     benchmark: Benchmark | None  # None if the folder could not be opened as a benchmark
@@ -66,7 +75,7 @@ def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
         )
     except InputError as error:
         findings.fault("folders", str(error))
-        return Checked(None, findings)
+        return CheckResult(None, findings)
     if custom:
         title = f"{benchmark.title}, in the layout of {benchmark.protocol.title}"
         benchmark = replace(benchmark, title=title, protocol=replace(benchmark.protocol, published={}))
@@ -83,7 +92,7 @@ def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
         if row["published"] not in (None, row["images"]):
             counts = f"{row['images']:,} images, published are {row['published']:,}"
             findings.note("counts", f"{benchmark.lists / row['list']}: {counts}")
-    return Checked(benchmark, findings, lists, rows, opened)
+    return CheckResult(benchmark, findings, lists, rows, opened)
 
 
 def _row(key, files, benchmark, missing, unreadable):
@@ -100,15 +109,15 @@ def _row(key, files, benchmark, missing, unreadable):
 
 def _check_class_names(benchmark, custom, findings):
     protocol, names = benchmark.protocol, (benchmark.seen_names, benchmark.unseen_names)
-    spellings = [{spelling(name): name for name in part} for part in names]
+    spellings = [{normalise_class_name(name): name for name in part} for part in names]
     for same in sorted(spellings[0].keys() & spellings[1].keys()):
         seen, unseen = (part[same] for part in spellings)
         if seen != unseen:  # open_benchmark reports equal names
             findings.fault("class names", f"{benchmark.lists}: {seen!r} is seen and {unseen!r} unseen: one class")
     if custom:
         return
-    for own, given, name in zip((protocol.seen_names, protocol.unseen_names), names, CLASS_NAMES, strict=True):
-        differing = set(map(spelling, own)) ^ set(map(spelling, given))
+    for own, given, name in zip((protocol.seen_names, protocol.unseen_names), names, CLASS_NAME_FILES, strict=True):
+        differing = set(map(normalise_class_name, own)) ^ set(map(normalise_class_name, given))
         if differing:
             findings.fault(
                 "class names",
@@ -126,7 +135,7 @@ def _check_class_names(benchmark, custom, findings):
 def _read_lists(benchmark, custom, findings):
     """{(kind, split): FileList} of the lists that can be read."""
     lists = {}
-    for key in LISTS:
+    for key in LIST_DESCRIPTIONS:
         path, optional = benchmark.path(*key), key == ("sketch", "test")
         if optional and not os.path.isfile(path) and not stat_error(path):
             if benchmark.protocol.has_validation:
@@ -137,7 +146,7 @@ def _read_lists(benchmark, custom, findings):
                 )
             continue
         try:
-            files = benchmark.read(*key, complain=lambda message: findings.fault("lines", message))
+            files = benchmark.read(*key, on_error=lambda message: findings.fault("lines", message))
         except InputError as error:
             findings.fault("lists", f"{error}{_other_lists(benchmark)}")
             continue
@@ -164,13 +173,13 @@ def _other_lists(benchmark):
 def _check_labels(files, benchmark, split, findings):
     """Report labels that contradict the class folder in the path, and classes without images."""
     names, agree = benchmark.names(split), {}
-    spellings = [spelling(name) for name in names]
-    known = set(map(spelling, benchmark.seen_names + benchmark.unseen_names))
+    spellings = [normalise_class_name(name) for name in names]
+    known = set(map(normalise_class_name, benchmark.seen_names + benchmark.unseen_names))
     for index, path in enumerate(files.paths):
         folder, label = path.rsplit("/", 2)[-2:-1] or [""], files.labels[index]
         key = folder[0], label
         if key not in agree:
-            same = spelling(folder[0])
+            same = normalise_class_name(folder[0])
             agree[key] = same == spellings[label] or same not in known  # a folder that is no class says nothing
         if not agree[key]:
             findings.fault(
@@ -197,7 +206,7 @@ def _check_repeats(lists, findings):
 
 
 def _check_mask(benchmark, custom, findings):
-    path, wanted = benchmark.lists / MASK, benchmark.protocol.has_mask
+    path, wanted = benchmark.lists / MASK_FILE, benchmark.protocol.has_mask
     there = os.path.isfile(path) or stat_error(path)
     if not (there or wanted):
         return
@@ -215,7 +224,7 @@ def _check_mask(benchmark, custom, findings):
         findings.note("mask", f"{path}: {len(empty)} classes are like no ImageNet class, first {empty[0]!r}")
 
 
-def print_checked(checked):
+def print_check_result(checked):
     """Print the table of lists and the findings."""
     if checked.benchmark:
         print(f"{checked.benchmark.title}: {checked.benchmark.lists}")
@@ -233,7 +242,7 @@ def print_checked(checked):
         print(line)
 
 
-def as_json(checked):
+def check_result_to_json(checked):
     """The table and all findings, ready for JSON."""
     findings = {"faults": checked.findings.faults, "notes": checked.findings.notes}
     benchmark = checked.benchmark

@@ -5,10 +5,18 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from datasets.lists import LISTS, MASK, check_root, find_layout, list_text, open_benchmark, write_mask
-from datasets.prepare.check import as_json, check_benchmark, print_checked
+from datasets.lists import (
+    LIST_DESCRIPTIONS,
+    MASK_FILE,
+    check_root,
+    find_layout,
+    format_list,
+    open_benchmark,
+    write_mask,
+)
+from datasets.prepare.check import check_benchmark, check_result_to_json, print_check_result
 from datasets.prepare.make_lists import lists_from_images, lists_from_lists
-from datasets.prepare.miniature import SEEN, UNSEEN, write_miniature
+from datasets.prepare.miniature import SEEN_CATEGORIES, UNSEEN_CATEGORIES, write_miniature
 from datasets.protocols import PROTOCOLS, protocol_of
 from utils import cli
 from utils.cli import InputError, signals_blocked
@@ -54,7 +62,7 @@ def create_parser():
     checked.add_argument("--images", action="store_true", help="also decode every image, on all cores")
     checked.add_argument("--json", type=Path, metavar="FILE", help="write all findings to FILE; a link is followed")
 
-    summary = command("summary", summarise, "write a page: classes, counts, sample images, oddities")
+    summary = command("summary", make_summary, "write a page: classes, counts, sample images, oddities")
     _add_zero_version(summary, "the first one found")
     summary.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for summary.html and summary.png (default: the folder of lists)"
@@ -90,7 +98,7 @@ def make_lists(options):
         held_back = protocol.held_back if options.held_back is None else options.held_back
         lists, notes = lists_from_images(protocol, options.root, held_back, options.seed or 0)
     folder = options.root / (options.zero_version or protocol.zero_version)
-    new = {name: rows for name, rows in lists.items() if _content(folder / name) != list_text(rows)}
+    new = {name: rows for name, rows in lists.items() if _content(folder / name) != format_list(rows)}
     _check_old_lists(folder, protocol, lists, new, options)
     for line in notes:
         print(line, file=sys.stderr)
@@ -108,7 +116,7 @@ def _check_old_lists(folder, protocol, lists, new, options):
             raise InputError(f"{folder / name}: is a folder where a list belongs; move it away")
         if os.path.lexists(folder / name) and not options.force:
             raise InputError(f"{folder / name}: is there and says something else; replace it with --force")
-    for key in LISTS if options.convert is None and not options.force else ():
+    for key in LIST_DESCRIPTIONS if options.convert is None and not options.force else ():
         for other in protocol.list_names(*key)[1:]:
             if (folder / other).exists():
                 raise InputError(f"{folder / other}: is there and would no longer be read; see --convert and --force")
@@ -122,7 +130,7 @@ def _write_together(folder, lists):
     with signals_blocked(), ExitStack() as renames:
         for name, rows in lists.items():
             file = renames.enter_context(atomic_write(folder / name))
-            file.write(list_text(rows))
+            file.write(format_list(rows))
             file.flush()
             os.fsync(file.fileno())
 
@@ -140,9 +148,9 @@ def check(options):
     """Print a table of the lists and all findings; raise InputError if there is a fault."""
     target = _findings_file(options.json) if options.json else None
     checked = check_benchmark(options.root, options.protocol, options.zero_version, options.images)
-    print_checked(checked)
+    print_check_result(checked)
     if target:
-        write_json(target, as_json(checked))
+        write_json(target, check_result_to_json(checked))
         print(f"findings: {options.json}")
     if count := sum(map(len, checked.findings.faults.values())):
         faults = "a fault" if count == 1 else f"{count:,} faults"
@@ -171,30 +179,33 @@ def make_mask(options):
 
     A class is looked up in WordNet by the ids in the names of its training photos; without such ids, by its own name.
     """
-    from datasets.prepare.wordnet_mask import photo_ids, semantic_mask  # loads timm and torch, which takes seconds
+    from datasets.prepare.wordnet_mask import (  # loads timm and torch, which takes seconds
+        compute_wordnet_mask,
+        photo_ids,
+    )
 
     check_root(options.root)
     benchmark = open_benchmark(options.protocol, options.root, options.zero_version)
-    path = benchmark.lists / MASK
+    path = benchmark.lists / MASK_FILE
     if path.exists() and not options.force:
         raise InputError(f"{path}: is there already; replace it with --force")
     ids = [[] for _ in benchmark.seen_names]
     if os.path.isfile(benchmark.path("photo", "train")):
         ids = photo_ids(benchmark.read("photo", "train"), len(benchmark.seen_names))
-    mask, notes = semantic_mask(benchmark.seen_names, ids, options.wordnet)
+    mask, notes = compute_wordnet_mask(benchmark.seen_names, ids, options.wordnet)
     for line in notes:
         print(line, file=sys.stderr)
     write_mask(path, mask)
     print(f"{path}: {len(mask)} classes, {(mask == 1).sum():,} relations of 1, {(mask > 0).sum():,} in all")
 
 
-def summarise(options):
+def make_summary(options):
     """Write summary.html and summary.png of a benchmark in any known layout."""
     from datasets.prepare.summary import write_summary  # loads torch, which takes seconds
 
     name, zero_version = find_layout(options.root, options.zero_version)
     name = protocol_of(name, zero_version)
-    benchmark = open_benchmark(name, options.root, zero_version, complain=lambda _: None)  # the check below reports it
+    benchmark = open_benchmark(name, options.root, zero_version, on_error=lambda _: None)  # the check below reports it
     published = set(PROTOCOLS[name].unseen_names) == set(benchmark.unseen_names)
     checked = check_benchmark(options.root, name if published else None, zero_version)
     odd = list(checked.findings.lines())
@@ -210,4 +221,4 @@ def summarise(options):
 def make_miniature(options):
     """Draw the miniature benchmark into a folder that is new or empty."""
     write_miniature(options.root, options.seed)
-    print(f"{options.root}: {len(SEEN)} seen and {len(UNSEEN)} unseen classes")
+    print(f"{options.root}: {len(SEEN_CATEGORIES)} seen and {len(UNSEEN_CATEGORIES)} unseen classes")

@@ -9,8 +9,8 @@ from utils.cli import InputError
 from utils.process_pool import parallel_map
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z")
-SMALL = 32  # pixels; if a side is shorter than this, little can be seen
-LARGE = 50_000_000  # pixels; decoding one such image takes about a second
+MIN_SIDE_PX = 32  # pixels; if a side is shorter than this, little can be seen
+MAX_AREA_PX = 50_000_000  # pixels; decoding one such image takes about a second
 
 
 def find_missing(lists, root, findings):
@@ -123,9 +123,9 @@ def decode_all(lists, missing, findings):
             findings.fault("unreadable images", f"{place}: {result}")
             continue
         width, height = result
-        if min(result) < SMALL:
+        if min(result) < MIN_SIDE_PX:
             findings.note("small images", f"{place}: {path}: only {width} x {height} pixels")
-        elif width * height > LARGE:
+        elif width * height > MAX_AREA_PX:
             findings.note("large images", f"{place}: {path}: {width} x {height} pixels, slow to decode; reduce it")
     return {key: unreadable[key] for key in lists}, (len(jobs), time.monotonic() - began)
 

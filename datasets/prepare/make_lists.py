@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.lists import CLASS_NAMES, read_class_names, read_list, spelling
+from datasets.lists import CLASS_NAME_FILES, normalise_class_name, read_class_names, read_list
 from datasets.prepare.listed_images import is_file
 from datasets.protocols import PROTOCOLS
 from utils.cli import InputError
@@ -53,7 +53,7 @@ def lists_from_images(protocol, root, held_back, seed=0):
             "they are not the ones that the release held back"
         )
     lists = {protocol.list_names(*key)[0]: part for key, part in rows.items() if part}
-    for name, names in zip(CLASS_NAMES, (protocol.seen_names, protocol.unseen_names), strict=True):
+    for name, names in zip(CLASS_NAME_FILES, (protocol.seen_names, protocol.unseen_names), strict=True):
         lists[name] = list(zip(names, range(len(names)), strict=True))
     return lists, notes
 
@@ -80,11 +80,11 @@ def class_images(root, sources, classes, notes):
 
 def _class_folders(source, classes, notes):
     """{class: name of its folder in `source`}."""
-    wanted, folders, others = {spelling(name): name for name in classes}, {}, []
+    wanted, folders, others = {normalise_class_name(name): name for name in classes}, {}, []
     for entry in (entries := _entries(source)):
         if not os.path.isdir(entry.path):  # unlike entry.is_dir(), no error for a link that leads back to itself
             continue
-        name = wanted.get(spelling(entry.name))
+        name = wanted.get(normalise_class_name(entry.name))
         if name is None:
             others.append(entry.name)
             continue
@@ -97,7 +97,7 @@ def _class_folders(source, classes, notes):
         _note_links([entry], source, notes)
     if missing := [name for name in classes if name not in folders]:
         for entry in entries:
-            if wanted.get(spelling(entry.name)) in missing:
+            if wanted.get(normalise_class_name(entry.name)) in missing:
                 check_stat(entry.path)
         alike = difflib.get_close_matches(missing[0], others, n=1)
         way_out = f"rename {alike[0]!r} if that is it" if alike else "unpack the data again, or rename its folder"
@@ -161,10 +161,10 @@ def lists_from_lists(protocol, root, source):
         raise InputError(f"{folder}: no such folder of lists; name the one to convert, such as zeroshot0")
     classes = {}
     for name, split, own in zip(
-        CLASS_NAMES, ("train", "zero"), (protocol.seen_names, protocol.unseen_names), strict=True
+        CLASS_NAME_FILES, ("train", "zero"), (protocol.seen_names, protocol.unseen_names), strict=True
     ):
         classes[split] = read_class_names(folder / name)
-        if set(map(spelling, classes[split])) != set(map(spelling, own)):
+        if set(map(normalise_class_name, classes[split])) != set(map(normalise_class_name, own)):
             raise InputError(f"{folder / name}: not the classes of {protocol.title}; choose another --protocol")
         lists[name] = list(zip(classes[split], range(len(own)), strict=True))
     for kind, split in (("sketch", "train"), ("sketch", "zero"), ("photo", "train"), ("photo", "zero")):

@@ -17,18 +17,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from datasets.lists import CLASS_NAMES, MASK, TITLE, write_list, write_mask
+from datasets.lists import CLASS_NAME_FILES, MASK_FILE, TITLE_FILE, write_list, write_mask
 from datasets.prepare.drawings import CATEGORIES, box, line, oval
 from datasets.protocols import PROTOCOLS
 from utils.cli import InputError
 from utils.files import atomic_write
 from utils.process_pool import parallel_map
 
-UNSEEN = ["bell", "bicycle", "fish", "house", "mushroom", "rabbit", "sailboat", "umbrella"]
-SEEN = [name for name in CATEGORIES if name not in UNSEEN]
+UNSEEN_CATEGORIES = ["bell", "bicycle", "fish", "house", "mushroom", "rabbit", "sailboat", "umbrella"]
+SEEN_CATEGORIES = [name for name in CATEGORIES if name not in UNSEEN_CATEGORIES]
 _LABELS = {name: number for number, name in enumerate(CATEGORIES)}
 
-SIDE = 128  # pixels of a stored image
+IMAGE_PX = 128  # pixels of a stored image
 OVERSAMPLING = 2  # outlines are drawn larger, then reduced, for smooth edges
 
 
@@ -44,33 +44,33 @@ def write_miniature(root, seed=0, sketches=40, photos=60, held_back=5, workers=N
     if root.is_file() or (root.is_dir() and any(path != unfinished for path in root.iterdir())):
         raise InputError(f"{root}: is not an empty folder; name a new one")
     shutil.rmtree(unfinished, ignore_errors=True)
-    jobs, lists = _plan(unfinished, seed, sketches, photos, held_back)
+    jobs, lists = _list_jobs(unfinished, seed, sketches, photos, held_back)
     _make_folders({path.parent for path, *_ in jobs})
     for _ in parallel_map(_draw_file, jobs, "drawing", workers):
         pass
     folder = unfinished / PROTOCOLS["sketchy"].zero_version
     for name, rows in lists.items():
         write_list(folder / name, rows)
-    for name, classes in zip(CLASS_NAMES, (SEEN, UNSEEN), strict=True):
+    for name, classes in zip(CLASS_NAME_FILES, (SEEN_CATEGORIES, UNSEEN_CATEGORIES), strict=True):
         write_list(folder / name, zip(classes, range(len(classes)), strict=True))
-    write_mask(folder / MASK, semantic_mask())
-    with atomic_write(folder / TITLE) as file:
+    write_mask(folder / MASK_FILE, miniature_mask())
+    with atomic_write(folder / TITLE_FILE) as file:
         file.write(b"miniature benchmark\n")
     for name in ("256x256", folder.name):  # the lists come last: if they exist, everything does
         (unfinished / name).replace(root / name)
     unfinished.rmdir()
 
 
-def _plan(root, seed, sketches, photos, held_back):
+def _list_jobs(root, seed, sketches, photos, held_back):
     """(arguments of _draw_file for every image, {list name: its rows})."""
     protocol = PROTOCOLS["sketchy"]
     jobs, lists = [], {}
     for kind, split, names, numbers in (
-        ("sketch", "train", SEEN, range(sketches)),
-        ("sketch", "test", SEEN, range(sketches, sketches + held_back)),
-        ("sketch", "zero", UNSEEN, range(sketches)),
-        ("photo", "train", SEEN, range(photos)),
-        ("photo", "zero", UNSEEN, range(photos)),
+        ("sketch", "train", SEEN_CATEGORIES, range(sketches)),
+        ("sketch", "test", SEEN_CATEGORIES, range(sketches, sketches + held_back)),
+        ("sketch", "zero", UNSEEN_CATEGORIES, range(sketches)),
+        ("photo", "train", SEEN_CATEGORIES, range(photos)),
+        ("photo", "zero", UNSEEN_CATEGORIES, range(photos)),
     ):
         suffix = "png" if kind == "sketch" else "jpg"
         rows = lists[protocol.list_names(kind, split)[0]] = []
@@ -81,10 +81,10 @@ def _plan(root, seed, sketches, photos, held_back):
     return jobs, lists
 
 
-def semantic_mask():
+def miniature_mask():
     """Semantic mask (C, 1000) float64: 1 for ImageNet classes of a seen class's own kind, 1/3 for related ones."""
-    mask = np.zeros((len(SEEN), 1000))
-    for label, name in enumerate(SEEN):
+    mask = np.zeros((len(SEEN_CATEGORIES), 1000))
+    for label, name in enumerate(SEEN_CATEGORIES):
         same, related = _IMAGENET.get(name, ((), ()))
         mask[label, list(related)] = 1 / 3
         mask[label, list(same)] = 1
@@ -108,10 +108,10 @@ def _draw_file(job):
 
 def draw_sketch(name, rng):
     """A line drawing of category `name`, as if by an unsteady hand: PIL grey image, black on white."""
-    canvas = Image.new("L", (SIDE * OVERSAMPLING,) * 2, 255)
+    canvas = Image.new("L", (IMAGE_PX * OVERSAMPLING,) * 2, 255)
     pen = ImageDraw.Draw(canvas)
     width = int(rng.integers(3, 7))
-    for points, closed in _place(CATEGORIES[name](rng), rng, unsteadiness=0.035):
+    for points, closed in _pose(CATEGORIES[name](rng), rng, unsteadiness=0.035):
         if closed:
             pen.polygon(_pixels(points), fill=255)
         for _ in range(1 + (rng.random() < 0.25)):  # some lines are drawn twice
@@ -124,9 +124,9 @@ def draw_photo(name, rng):
     """A picture of category `name`, a coloured and shaded object in front of clutter: PIL RGB image."""
     image = _texture(rng, contrast=rng.uniform(0.03, 0.25))
     image = _paint(image, _clutter(rng), rng, opacity=rng.uniform(0.1, 0.4))
-    image = _paint(image, _place(CATEGORIES[name](rng), rng, unsteadiness=0.012), rng, opacity=1.0)
+    image = _paint(image, _pose(CATEGORIES[name](rng), rng, unsteadiness=0.012), rng, opacity=1.0)
     light = _ramp(rng) * np.float32(rng.uniform(0.1, 0.45))
-    grain = np.float32(rng.uniform(0.01, 0.05)) * rng.standard_normal((SIDE, SIDE, 1), dtype=np.float32)
+    grain = np.float32(rng.uniform(0.01, 0.05)) * rng.standard_normal((IMAGE_PX, IMAGE_PX, 1), dtype=np.float32)
     picture = Image.fromarray(((image * (1 + light[:, :, None]) + grain).clip(0, 1) * 255).astype(np.uint8))
     return picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8)))
 
@@ -135,7 +135,7 @@ def _paint(image, parts, rng, opacity):
     """Paint parts over image (S, S, 3) in [0, 1]. A part has its own colour and texture or shares a common one."""
     whole = _texture(rng, contrast=rng.uniform(0.02, 0.2))
     for points, closed in parts:
-        mask = Image.new("L", (SIDE * OVERSAMPLING,) * 2)
+        mask = Image.new("L", (IMAGE_PX * OVERSAMPLING,) * 2)
         pen = ImageDraw.Draw(mask)
         if closed:
             pen.polygon(_pixels(points), fill=255)
@@ -155,7 +155,7 @@ def _texture(rng, contrast):
     colour = rng.uniform(0.1, 0.95, 3).astype(np.float32)
     if rng.random() < 0.5:
         blotches = rng.normal(0, 1, (int(rng.integers(3, 24)),) * 2).astype(np.float32)
-        pattern = np.asarray(Image.fromarray(blotches).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        pattern = np.asarray(Image.fromarray(blotches).resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BICUBIC))
     else:
         pattern = np.sin(_ramp(rng) * np.float32(rng.uniform(5, 50)))
     strength = (contrast * rng.uniform(0.3, 1, 3)).astype(np.float32)
@@ -164,7 +164,7 @@ def _texture(rng, contrast):
 
 def _ramp(rng):
     angle = rng.uniform(0, 2 * math.pi)
-    axis = np.linspace(-1, 1, SIDE, dtype=np.float32)
+    axis = np.linspace(-1, 1, IMAGE_PX, dtype=np.float32)
     return axis[None, :] * np.float32(math.cos(angle)) + axis[:, None] * np.float32(math.sin(angle))
 
 
@@ -179,7 +179,7 @@ def _clutter(rng):
     return parts
 
 
-def _place(parts, rng, unsteadiness):
+def _pose(parts, rng, unsteadiness):
     """Turn, stretch, shift and bend a drawing as a whole. Edges are first cut into short steps that can bend."""
     angle = math.radians(rng.normal(0, 9))
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
@@ -206,7 +206,7 @@ def _dense(points, closed, step=0.12):
 
 
 def _pixels(points):
-    return [tuple(point) for point in ((points + 1) / 2 * SIDE * OVERSAMPLING).tolist()]
+    return [tuple(point) for point in ((points + 1) / 2 * IMAGE_PX * OVERSAMPLING).tolist()]
 
 
 # {category: (ImageNet classes of the same kind, ImageNet classes of related kinds)}

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from datasets.images import no_pillow_warnings
-from datasets.lists import LISTS
-from datasets.prepare.survey import KINDS, TILE, evenly, survey
+from datasets.lists import LIST_DESCRIPTIONS
+from datasets.prepare.survey import KIND_PLURALS, THUMBNAIL_PX, collect_statistics, evenly_spaced
 from utils.files import atomic_write, check_writable
 
 SPLITS = {"train": "training", "test": "validation", "zero": "unseen"}
@@ -31,20 +31,20 @@ def write_summary(benchmark, lists, folder, odd=()):
     """
     page, picture = Path(folder) / "summary.html", Path(folder) / "summary.png"
     check_writable(folder)
-    found = survey(benchmark, lists)
+    found = collect_statistics(benchmark, lists)
     odd = list(dict.fromkeys(_printable(line) for line in [*odd, *found.odd]))
     with atomic_write(page) as file:
-        file.write(_html(found, odd).encode())
+        file.write(_page_html(found, odd).encode())
     try:
         with no_pillow_warnings():  # matplotlib warns of letters that its font lacks; the HTML shows them
-            _draw(picture, found, odd)
+            _draw_png(picture, found, odd)
     except ImportError:
         picture.unlink(missing_ok=True)
         return [page]
     return [page, picture]
 
 
-def _title(found):
+def _page_title(found):
     return f"{found.benchmark.title}: {_printable(found.benchmark.root)}"
 
 
@@ -84,13 +84,13 @@ def _ranks(found):
         spread = f"{counts[-1]:,} ({rows[-1].name}) to {counts[0]:,} a class, median {np.median(counts):,.0f}"
         if counts[0] == counts[-1]:
             spread = f"{counts[0]:,} a class"
-        yield f"{len(files):,} {LISTS[key]}", spread, counts
+        yield f"{len(files):,} {LIST_DESCRIPTIONS[key]}", spread, counts
 
 
 # The HTML: one file without scripts that loads nothing from elsewhere.
 
 
-def _html(found, odd):
+def _page_html(found, odd):
     benchmark = found.benchmark
     rows = {seen: [row for row in found.classes if row.seen == seen] for seen in (False, True)}
     tiles = max(len(samples) for row in found.classes for samples in row.samples.values())
@@ -105,27 +105,27 @@ def _html(found, odd):
         f"<ul class=odd>{lines}</ul>" if odd else "<p>Nothing that these checks look for.</p>",
         "<h2 id=counts>Counts</h2><p>Images in each class, from the class with most to the one with fewest.</p>",
         f"<div class=charts>{''.join(_chart(*rank) for rank in _ranks(found))}</div>",
-        f"<h2 id=images>Images</h2><div class=charts>{''.join(_sizes(found, kind) for kind in KINDS)}</div>",
+        f"<h2 id=images>Images</h2><div class=charts>{''.join(_sizes(found, kind) for kind in KIND_PLURALS)}</div>",
         f"<h2 id=unseen>Unseen classes</h2>{_cards(rows[False], tiles)}",
         f"<h2 id=seen>Seen classes</h2>{_cards(rows[True], tiles)}",
         f"<h2 id=table>Table</h2>{_table(found)}</main>",
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>'
-        f'{escape(_title(found))}</title><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'{escape(_page_title(found))}</title><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
 
-def _number(value):
+def _format_count(value):
     return "–" if value is None else f"{value:,}"
 
 
 def _totals(found):
     sizes = {key: len(files) for key, files in found.lists.items()}
     lines = [f"<tr><th><th>{'<th>'.join(SPLITS.values())}<th>all</tr>"]
-    for kind, plural in KINDS.items():
-        cells = [_number(sizes.get((kind, split))) for split in SPLITS]
+    for kind, plural in KIND_PLURALS.items():
+        cells = [_format_count(sizes.get((kind, split))) for split in SPLITS]
         cells.append(f"{sum(size for (of, _), size in sizes.items() if of == kind):,}")
         lines.append(f"<tr><th>{plural}<td>{'<td>'.join(cells)}</tr>")
     return f"<div class=wide><table class=totals>{''.join(lines)}</table></div>"
@@ -146,7 +146,7 @@ def _sizes(found, kind):
     samples = _read_samples(found, kind)
     sizes = "<br>".join(_shares([f"{sample.size[0]} × {sample.size[1]}" for sample in samples]))
     forms = "<br>".join(escape(line) for line in _shares([sample.form for sample in samples]))
-    heading = f"{KINDS[kind].capitalize()}, {len(samples):,} read"
+    heading = f"{KIND_PLURALS[kind].capitalize()}, {len(samples):,} read"
     return f"<figure><b>{heading}</b><div class=pair><p>{sizes}</p><p>{forms}</p></div></figure>"
 
 
@@ -156,7 +156,7 @@ def _cards(rows, tiles):
 
 def _card(row):
     parts = [f'<section id="{row.anchor}"><h3>{escape(row.name)} <small>label {row.label}</small></h3>']
-    for kind, plural in KINDS.items():
+    for kind, plural in KIND_PLURALS.items():
         tiles = "".join(_tile(sample, f"{plural} of {row.name}") for sample in row.samples[kind])
         parts.append(f"<p>{row.count(kind):,} {plural}</p><div class=tiles>{tiles}</div>")
     return "".join([*parts, "</section>"])
@@ -172,14 +172,14 @@ def _tile(sample, what):
 
 
 def _table(found):
-    top = {key: max([1, *(row.counts.get(key, 0) for row in found.classes)]) for key in LISTS}
-    heads = "".join(f"<th>{name}" for name in LISTS.values())
+    top = {key: max([1, *(row.counts.get(key, 0) for row in found.classes)]) for key in LIST_DESCRIPTIONS}
+    heads = "".join(f"<th>{name}" for name in LIST_DESCRIPTIONS.values())
     lines = [f"<tr><th>label<th>class<th>{heads}</tr>"]
     for row in found.classes:
         cells = [f"<td>{row.label}", f'<th><a href="#{row.anchor}">{escape(row.name)}</a>', f"<td>{_seen(row)}"]
-        for key in LISTS:
+        for key in LIST_DESCRIPTIONS:
             share = 100 * row.counts.get(key, 0) / top[key]
-            cells.append(f'<td style="--share:{share:.3g}%">{_number(row.counts.get(key))}')
+            cells.append(f'<td style="--share:{share:.3g}%">{_format_count(row.counts.get(key))}')
         lines.append(f"<tr>{''.join(cells)}</tr>")
     table = "\n".join(lines)
     return f"<div class=wide><table class=classes>{table}</table></div>"
@@ -229,7 +229,7 @@ td[style] { background: linear-gradient(to left, var(--part) var(--share), trans
 # The PNG: as much as one picture can show legibly.
 
 
-def _draw(path, found, odd, unseen=30, seen=10, each=4):
+def _draw_png(path, found, odd, unseen=30, seen=10, each=4):
     """Draw the picture: at most `unseen` unseen and `seen` seen classes, each with at most `each` sketches and photos.
 
     Raises ImportError if matplotlib is not installed.
@@ -242,12 +242,12 @@ def _draw(path, found, odd, unseen=30, seen=10, each=4):
     for name, is_seen, most in (("Unseen", False, unseen), ("Seen", True, seen)):
         rows = [row for row in found.classes if row.seen == is_seen]
         some = "" if len(rows) <= most else f", {most} of {len(rows)}: summary.html shows all"
-        shown.append((f"{name} classes{some}", evenly(rows, most)))
+        shown.append((f"{name} classes{some}", evenly_spaced(rows, most)))
     heights = [1 + 0.21 * len(told), 2.1, *(0.4 + 1.02 * -(-len(rows) // 2) for _, rows in shown)]
     figure = Figure(figsize=(14, sum(heights)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.03, hspace=0, wspace=0)
     head, charts, *parts = figure.subfigures(len(heights), 1, height_ratios=heights)
-    head.text(0.01, 1 - 0.15 / heights[0], _title(found), fontsize=15, weight="bold", va="top", parse_math=False)
+    head.text(0.01, 1 - 0.15 / heights[0], _page_title(found), fontsize=15, weight="bold", va="top", parse_math=False)
     text = "\n".join([_classes_line(found), "What is odd:" if told else "Nothing odd that the checks look for.", *told])
     head.text(0.01, 1 - 0.5 / heights[0], text, fontsize=9.5, va="top", linespacing=1.4, parse_math=False)
     _draw_counts(charts, list(_ranks(found)))
@@ -282,7 +282,7 @@ def _draw_classes(part, heading, rows, each):
         axis.set_axis_off()
     for axis, row in zip(axes, rows, strict=False):
         axis.imshow(_strip(row, each))
-        counts = "\n".join(f"{row.count(kind):,} {plural}" for kind, plural in KINDS.items())
+        counts = "\n".join(f"{row.count(kind):,} {plural}" for kind, plural in KIND_PLURALS.items())
         name = textwrap.fill(textwrap.shorten(row.name, 30, placeholder="…"), 16)
         axis.text(-12, 48, name, fontsize=10, weight="bold", ha="right", va="bottom", parse_math=False)
         axis.text(-12, 52, counts, fontsize=8, ha="right", va="top")
@@ -290,13 +290,13 @@ def _draw_classes(part, heading, rows, each):
 
 def _strip(row, each):
     """PIL image of a class: its sketches, a gap, its photos. A grey tile stands for an image that cannot be read."""
-    step, gap = TILE + 6, 14
-    strip = Image.new("RGB", (2 * each * step + gap, TILE), "white")
-    for number, kind in enumerate(KINDS):
-        for place, sample in enumerate(evenly(row.samples[kind], each)):
-            tile = Image.new("RGB", (TILE, TILE), "silver")
+    step, gap = THUMBNAIL_PX + 6, 14
+    strip = Image.new("RGB", (2 * each * step + gap, THUMBNAIL_PX), "white")
+    for number, kind in enumerate(KIND_PLURALS):
+        for place, sample in enumerate(evenly_spaced(row.samples[kind], each)):
+            tile = Image.new("RGB", (THUMBNAIL_PX, THUMBNAIL_PX), "silver")
             if sample.thumbnail:
                 tile = Image.open(io.BytesIO(sample.thumbnail))
             left = (number * each + place) * step + number * gap
-            strip.paste(tile, (left + (TILE - tile.width) // 2, (TILE - tile.height) // 2))
+            strip.paste(tile, (left + (THUMBNAIL_PX - tile.width) // 2, (THUMBNAIL_PX - tile.height) // 2))
     return strip

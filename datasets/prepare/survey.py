@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image
 
 from datasets.images import no_pillow_warnings, read_rgb
-from datasets.lists import LISTS, Benchmark
-from datasets.prepare.listed_images import LARGE, SMALL
+from datasets.lists import LIST_DESCRIPTIONS, Benchmark
+from datasets.prepare.listed_images import MAX_AREA_PX, MIN_SIDE_PX
 from utils.cli import InputError
 from utils.process_pool import parallel_map
 
-TILE = 96  # pixels of a thumbnail's longer side
-KINDS = {"sketch": "sketches", "photo": "photos"}
+THUMBNAIL_PX = 96  # pixels of a thumbnail's longer side
+KIND_PLURALS = {"sketch": "sketches", "photo": "photos"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ClassRow:
 
 
 @dataclass(frozen=True)
-class Survey:
+class DatasetStatistics:
     """What a benchmark folder holds: {(kind, split): FileList}, its classes (unseen first), lines about oddities."""
 
     benchmark: Benchmark
@@ -59,16 +59,16 @@ class Survey:
     odd: list[str]
 
 
-def survey(benchmark, lists):
+def collect_statistics(benchmark, lists):
     """Count the images in `lists`, {(kind, split): FileList}, and look at samples of every class; returns a Survey.
 
     It reports odd counts and odd samples. Wrong lists and missing images are found by datasets.prepare.check.
     """
     classes = _look_at_samples(benchmark, lists)
-    return Survey(benchmark, lists, classes, [*_odd_counts(classes), *_odd_images(classes)])
+    return DatasetStatistics(benchmark, lists, classes, [*_odd_counts(classes), *_odd_images(classes)])
 
 
-def evenly(items, count):
+def evenly_spaced(items, count):
     """At most `count` of items, evenly spread: the middle one of each of `count` equal parts.
 
     >>> evenly(range(10), 2)
@@ -86,7 +86,7 @@ def _look_at_samples(benchmark, lists):
     for (kind, split), files in lists.items():
         for path, label in zip(files.paths, files.labels.tolist(), strict=True):
             paths.setdefault((split != "zero", label, kind), []).append(path)
-    jobs = [(key, benchmark.root, path) for key in sorted(paths) for path in evenly(paths[key], each)]
+    jobs = [(key, benchmark.root, path) for key in sorted(paths) for path in evenly_spaced(paths[key], each)]
     samples = {}
     for (key, *_), sample in zip(jobs, parallel_map(_look, jobs, "looking", chunk=4), strict=True):
         samples.setdefault(key, []).append(sample)
@@ -95,7 +95,7 @@ def _look_at_samples(benchmark, lists):
     for seen, names in ((False, benchmark.unseen_names), (True, benchmark.seen_names)):
         for label, name in enumerate(names):
             counts = {key: of[label] for key, of in numbers.items() if (key[1] != "zero") == seen}
-            of_class = {kind: samples.get((seen, label, kind), []) for kind in KINDS}
+            of_class = {kind: samples.get((seen, label, kind), []) for kind in KIND_PLURALS}
             rows.append(ClassRow(label, name, seen, counts, of_class))
     return rows
 
@@ -110,7 +110,7 @@ def _look(job):
     except (InputError, OSError):
         return Sample(path, None, None, "", frozenset(["broken" if os.path.isfile(root / path) else "missing"]))
     size, (low, high) = image.size, image.convert("L").getextrema()
-    image.thumbnail((TILE, TILE))
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     pixels = np.asarray(image).astype(np.int16)
     grey, colour = pixels.mean(axis=2), np.ptp(pixels, axis=2).mean()
     light, dark, blank = (grey >= 192).mean(), (grey < 64).mean(), high - low < 16
@@ -119,8 +119,8 @@ def _look(job):
         "inverted": kind == "sketch" and not blank and dark > 0.5,
         "like a photo": kind == "sketch" and not blank and dark <= 0.5 and light < 0.5,
         "like a sketch": kind == "photo" and not blank and colour < 2 and light > 0.6,
-        "tiny": min(size) < SMALL,
-        "huge": size[0] * size[1] > LARGE,
+        "tiny": min(size) < MIN_SIDE_PX,
+        "huge": size[0] * size[1] > MAX_AREA_PX,
         "elongated": max(size) > 4 * min(size),
     }
     stored = io.BytesIO()
@@ -142,8 +142,8 @@ _ADVICE = {  # {oddity of a sample: (what is odd, what to do)}
         "Grey on white, like sketches",
         "A few may be drawings, or things on white. If there are many, sketches are in a list of photos.",
     ),
-    "tiny": (f"Under {SMALL} pixels high or wide", "The networks see only a blur; look for larger originals."),
-    "huge": (f"Over {LARGE // 10**6} million pixels", "They are slow to decode: reduce them."),
+    "tiny": (f"Under {MIN_SIDE_PX} pixels high or wide", "The networks see only a blur; look for larger originals."),
+    "huge": (f"Over {MAX_AREA_PX // 10**6} million pixels", "They are slow to decode: reduce them."),
     "elongated": ("Over 4 times as long as wide", "They are squeezed into a square: crop or pad them."),
 }
 
@@ -156,21 +156,21 @@ def _some(names, count=3):
 
 def _odd_counts(classes):
     """Lines about classes with fewer than a quarter of the median number of images in a list."""
-    for key in LISTS:
+    for key in LIST_DESCRIPTIONS:
         rows = [row for row in classes if key in row.counts]
         median = np.median([row.counts[key] for row in rows]) if rows else 0
         few = sorted((row.counts[key], row.name) for row in rows if row.counts[key] < median / 4)
         if few:
             names = _some([f"{name} {number:,}" for number, name in few], 8)
             yield (
-                f"Far fewer {LISTS[key]} than the median of {median:,.0f}: {names}. "
+                f"Far fewer {LIST_DESCRIPTIONS[key]} than the median of {median:,.0f}: {names}. "
                 "Check whether all images were unpacked and listed."
             )
 
 
 def _odd_images(classes):
     """A line for each oddity that samples of a kind have."""
-    for kind, plural in KINDS.items():
+    for kind, plural in KIND_PLURALS.items():
         samples = [sample for row in classes for sample in row.samples[kind]]
         for oddity, (what, advice) in _ADVICE.items():
             if hits := [sample.path for sample in samples if oddity in sample.oddities]:

@@ -20,26 +20,28 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.classes import SKETCHY_IDS
+from datasets.classes import SKETCHY_WORDNET_IDS
 from utils.cli import InputError
 
-FETCH = "install Debian's wordnet-base, or run python -m nltk.downloader wordnet, or name its folder with --wordnet DIR"
-DEBIAN = "/usr/share/wordnet"
-FILES = ("data.noun", "index.noun", "noun.exc")  # no other file is needed: every class is a noun
+INSTALL_WORDNET = (
+    "install Debian's wordnet-base, or run python -m nltk.downloader wordnet, or name its folder with --wordnet DIR"
+)
+DEBIAN_FOLDER = "/usr/share/wordnet"
+WORDNET_FILES = ("data.noun", "index.noun", "noun.exc")  # no other file is needed: every class is a noun
 
 # WordNet's numbers (lexnames(5WN)) for kinds of things that a photo can show: animal, artifact, body, food, object,
 # plant.
-THINGS = ("05", "06", "08", "13", "17", "20")
+OBJECT_LEXNAMES = ("05", "06", "08", "13", "17", "20")
 
-# Synsets of classes that `by_name` would not find: the first sense among THINGS is not what people draw, or WordNet has
-# another name for it. If several synsets are possible, this is the one of the published masks.
-SENSES = """
+# Synsets of classes that `by_name` would not find: the first sense among OBJECT_LEXNAMES is not what people draw, or
+# WordNet has another name for it. If several synsets are possible, this is the one of the published masks.
+CLASS_SENSES = """
     angel.n.01 banana.n.02 bowl.n.03 cabin.n.02 cake.n.03 cannon.n.02 carrot.n.03 castle.n.02 chicken.n.02
     crown.n.04 diamond.n.01 dolphin.n.02 dragon.n.01 hammer.n.02 helmet.n.02 jellyfish.n.02 lobster.n.02
     mug.n.04 mushroom.n.05 octopus.n.02 pineapple.n.02 present.n.02 pumpkin.n.02 purse.n.03 radio.n.03 ray.n.07
     seal.n.09 turtle.n.02
 """.split()
-SYNSETS = {sense.split(".")[0]: sense for sense in SENSES} | {
+CLASS_SYNSETS = {sense.split(".")[0]: sense for sense in CLASS_SENSES} | {
     "bookshelf": "bookcase.n.01",
     "car (sedan)": "sedan.n.01",
     "crane (machine)": "crane.n.04",
@@ -69,7 +71,7 @@ def photo_ids(files, classes):
     return [list(found) for found in ids]
 
 
-def semantic_mask(class_names, ids, wordnet=None):
+def compute_wordnet_mask(class_names, ids, wordnet=None):
     """Compute how each class relates to the classes of ImageNet.
 
     class_names: C names in the order of their labels. ids: for each class the WordNet ids of its photos, see photo_ids.
@@ -80,7 +82,7 @@ def semantic_mask(class_names, ids, wordnet=None):
     """
     nouns = _open_wordnet(_find_wordnet(wordnet))
     mask, notes = np.zeros((len(class_names), len(nouns.imagenet))), []
-    orders = [[f"n{number}" for number in order.split()] for order in SKETCHY_IDS]
+    orders = [[f"n{number}" for number in order.split()] for order in SKETCHY_WORDNET_IDS]
     orders = {frozenset(order): order for order in orders}
     for row, name, class_ids in zip(mask, class_names, ids, strict=True):
         # A list may name the images of Sketchy in any order. The published order gives each class its published row.
@@ -124,13 +126,13 @@ class _Nouns:
             return self.reader.synset_from_pos_and_offset("n", int(id_[1:]))
 
     def by_name(self, name):
-        """The synset that a class name means: from SYNSETS, else the first sense in THINGS, else the first; or None."""
+        """Synset of a class name: from CLASS_SYNSETS, else the first sense in OBJECT_LEXNAMES, else any, or None."""
         key = re.sub(r"[-_ ]+", " ", name).strip().lower()
-        if key in SYNSETS:
-            return self.reader.synset(SYNSETS[key])
+        if key in CLASS_SYNSETS:
+            return self.reader.synset(CLASS_SYNSETS[key])
         word = re.sub(r"\(.*?\)", "", key).strip().replace(" ", "_")
         senses = self.reader.synsets(word, "n") or self.reader.synsets(self.spellings.get(_compact(word), ""), "n")
-        return next((sense for sense in senses if sense.lexname() in THINGS), senses[0] if senses else None)
+        return next((sense for sense in senses if sense.lexname() in OBJECT_LEXNAMES), senses[0] if senses else None)
 
     @functools.cached_property
     def spellings(self):
@@ -170,7 +172,7 @@ def _relation(a, b):
 
 def _find_wordnet(place):
     """Path of a WordNet: a folder with data.noun, or NLTK's wordnet.zip."""
-    roots = [place] if place else [*map(str, _nltk().data.path), DEBIAN]
+    roots = [place] if place else [*map(str, _nltk().data.path), DEBIAN_FOLDER]
     for root in map(Path, roots):
         for folder in (root, root / "dict", root / "wordnet", root / "corpora" / "wordnet"):
             if os.path.isfile(folder / "data.noun"):
@@ -178,7 +180,11 @@ def _find_wordnet(place):
         for archive in (root, root / "wordnet.zip", root / "corpora" / "wordnet.zip"):
             if archive.suffix == ".zip" and os.path.isfile(archive):
                 return archive
-    raise InputError(f"{place}: no data.noun of WordNet there; {FETCH}" if place else f"no WordNet found; {FETCH}")
+    raise InputError(
+        f"{place}: no data.noun of WordNet there; {INSTALL_WORDNET}"
+        if place
+        else f"no WordNet found; {INSTALL_WORDNET}"
+    )
 
 
 def _open_wordnet(place):
@@ -186,20 +192,20 @@ def _open_wordnet(place):
     try:
         if os.path.isfile(place):
             with zipfile.ZipFile(place) as archive:
-                files = {name: archive.read(f"wordnet/{name}") for name in FILES}
+                files = {name: archive.read(f"wordnet/{name}") for name in WORDNET_FILES}
         else:
-            files = {name: (place / name).read_bytes() for name in FILES}
+            files = {name: (place / name).read_bytes() for name in WORDNET_FILES}
     except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{place}: not a readable WordNet ({error}); {FETCH}") from error
+        raise InputError(f"{place}: not a readable WordNet ({error}); {INSTALL_WORDNET}") from error
     reader = _reader_class()
     try:
         if cut := [name for name, content in files.items() if not content.endswith(b"\n")]:
             raise InputError(f"{cut[0]} of WordNet is torn")
         return _Nouns(reader(files))
     except InputError as error:
-        raise InputError(f"{place}: {error}; {FETCH}") from None
+        raise InputError(f"{place}: {error}; {INSTALL_WORDNET}") from None
     except Exception as error:  # NLTK can fail on a torn file in any way
-        raise InputError(f"{place}: WordNet is torn ({type(error).__name__}); {FETCH}") from error
+        raise InputError(f"{place}: WordNet is torn ({type(error).__name__}); {INSTALL_WORDNET}") from error
 
 
 def _nltk():

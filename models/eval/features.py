@@ -42,12 +42,12 @@ class Features:
 def extract_all(student, images, loading, precision="fp32", keep=None):
     """Features of QueryGallery, each process extracting its share of them; None but in process 0.
 
-    loading: a Loading; precision: see models.networks.arithmetic. keep: a function of (title, slice of this process)
+    loading: LoaderOptions; precision: see models.networks.arithmetic. keep: a function of (title, this rank's slice)
     that gives an Unfinished to keep features in as they come; without it a killed extraction starts anew.
     Raises FloatingPointError for features that are not finite.
     """
     parts = []
-    for files, title in images.named():
+    for files, title in images.items():
         share = distributed.rank_slice(len(files))
         part = keep(title, share) if keep else None
         done = part.done if part else 0

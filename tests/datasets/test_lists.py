@@ -5,11 +5,11 @@ import pytest
 
 from datasets.lists import (
     check_images,
+    normalise_class_name,
     open_benchmark,
     read_class_names,
     read_list,
     read_mask,
-    spelling,
     write_list,
     write_mask,
 )
@@ -63,7 +63,7 @@ def test_spellings_of_one_class_are_the_same_and_those_of_two_are_not():
         ("?",),
         ("!",),
     ]
-    spellings = [set(map(spelling, names)) for names in classes]
+    spellings = [set(map(normalise_class_name, names)) for names in classes]
     assert all(len(of_one) == 1 for of_one in spellings)
     assert len(set.union(*spellings)) == len(classes)
 

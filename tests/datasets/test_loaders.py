@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from datasets.lists import open_benchmark
-from datasets.loaders import Loading, PairedBatches, evaluation_loader, training_loader
+from datasets.loaders import LoaderOptions, PairedBatchSampler, evaluation_loader, training_loader
 
 
 def test_an_epoch_pairs_every_sketch_and_photo_until_the_shorter_list_ends():
-    batches = PairedBatches(sketches=10, photos=7, sketches_per_batch=2, photos_per_batch=4, seed=0)
+    batches = PairedBatchSampler(sketches=10, photos=7, sketches_per_batch=2, photos_per_batch=4, seed=0)
     epoch = list(batches)
     assert len(epoch) == len(batches) == 2  # the photos end in the second step, with a batch of 3
     indices = [[index for _, index in batch] for batch in epoch]
@@ -16,7 +16,7 @@ def test_an_epoch_pairs_every_sketch_and_photo_until_the_shorter_list_ends():
 
 
 def test_epochs_differ_and_seeds_repeat():
-    first, again, other = (PairedBatches(30, 30, 3, 6, seed) for seed in (1, 1, 2))
+    first, again, other = (PairedBatchSampler(30, 30, 3, 6, seed) for seed in (1, 1, 2))
     assert list(first) == list(again)
     assert list(first) != list(other)
     again.epoch = 1
@@ -24,7 +24,7 @@ def test_epochs_differ_and_seeds_repeat():
 
 
 def test_sketches_and_photos_are_mixed_within_a_batch():
-    batches = list(PairedBatches(300, 600, 30, 60, seed=0))
+    batches = list(PairedBatchSampler(300, 600, 30, 60, seed=0))
     assert all(any(index >= 300 for _, index in batch[:30]) for batch in batches)
 
 
@@ -37,7 +37,7 @@ def lists(miniature):
 def test_workers_change_nothing(lists):
     epochs = []
     for workers in (0, 2):
-        loader = training_loader(*lists, Loading(32, workers=workers), (2, 4), seed=5)
+        loader = training_loader(*lists, LoaderOptions(32, workers=workers), (2, 4), seed=5)
         loader.batch_sampler.epoch = 3
         epochs.append([next(batches) for batches in [iter(loader)] for _ in range(5)])
     for one, two in zip(*epochs, strict=True):
@@ -46,7 +46,7 @@ def test_workers_change_nothing(lists):
 
 def test_batches_hold_what_the_lists_say(lists):
     sketches, photos = lists
-    loader = training_loader(sketches, photos, Loading(32), (2, 4), seed=5)
+    loader = training_loader(sketches, photos, LoaderOptions(32), (2, 4), seed=5)
     keys = list(loader.batch_sampler)
     for batch, (images, labels, is_photo) in zip(keys[:3], loader, strict=False):
         expected = [(*sketches.labels, *photos.labels)[index] for _, index in batch]
@@ -57,7 +57,9 @@ def test_batches_hold_what_the_lists_say(lists):
 
 def test_evaluation_goes_in_list_order_without_augmentation(lists):
     sketches, _ = lists
-    once, twice = (list(evaluation_loader(sketches, Loading(32, size, workers))) for size, workers in ((7, 0), (16, 2)))
+    once, twice = (
+        list(evaluation_loader(sketches, LoaderOptions(32, size, workers))) for size, workers in ((7, 0), (16, 2))
+    )
     for field in range(2):
         assert torch.equal(torch.cat([batch[field] for batch in once]), torch.cat([batch[field] for batch in twice]))
     assert torch.cat([labels for _, labels in once]).tolist() == sketches.labels.tolist()

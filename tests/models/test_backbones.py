@@ -13,7 +13,7 @@ from torchvision import transforms
 import test_sketchy_ext_zeroshot
 import train_sketchy_ext
 from datasets.lists import open_benchmark
-from datasets.loaders import Loading, evaluation_loader
+from datasets.loaders import LoaderOptions, evaluation_loader
 from models.checkpoints import LAST, Keeper, load_student, read_checkpoint, save_checkpoint
 from models.eval.features import extract
 from models.losses import Batch
@@ -97,7 +97,7 @@ def test_features_equal_a_plain_timm_loop(tmp_path, tiny):
         (pooled - pooled.mean(1, keepdim=True)) / (pooled.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     )
     photos = open_benchmark("sketchy", tiny).read("photo", "zero")
-    loader = evaluation_loader(photos, Loading(size=128, batch_size=3))
+    loader = evaluation_loader(photos, LoaderOptions(size=128, batch_size=3))
     found = torch.cat([torch.from_numpy(rows) for rows in extract(student, loader, "cpu")])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 

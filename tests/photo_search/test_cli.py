@@ -13,8 +13,8 @@ from PIL import Image, ImageChops, ImageDraw
 
 import search_photos
 from datasets.lists import open_benchmark
-from datasets.loaders import Loading
-from datasets.prepare.miniature import UNSEEN
+from datasets.loaders import LoaderOptions
+from datasets.prepare.miniature import UNSEEN_CATEGORIES
 from models.checkpoints import save_checkpoint
 from models.eval.evaluate import evaluate_rows
 from models.eval.features import extract_all
@@ -77,10 +77,10 @@ def run(*arguments):
 
 def test_the_ranking_is_that_of_the_test_script(miniature, student, checkpoint, tmp_path):
     images = open_benchmark("sketchy", miniature).read_query_gallery()
-    folders = [miniature / "256x256/photo/tx_000000000000_ready" / name for name in UNSEEN]
+    folders = [miniature / "256x256/photo/tx_000000000000_ready" / name for name in UNSEEN_CATEGORIES]
     run("index", *folders, "--checkpoint", checkpoint, "--clusters", 7, "--batch_size", 16, *INDEX)
     index = open_index("photo_index")
-    features = extract_all(student, images, Loading(size=32, batch_size=16))
+    features = extract_all(student, images, LoaderOptions(size=32, batch_size=16))
     codebooks = {"one-to-one": None, "one-to-many": index.cells.codebook}
     every = dict.fromkeys(codebooks, len(index))
     measured = evaluate_rows(features, codebooks, nearest=every, dtype=torch.float64)

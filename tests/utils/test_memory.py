@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from utils.memory import freed_memory_kept
+from utils.memory import keep_freed_memory
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs the C library of Linux"
@@ -30,7 +30,7 @@ def resident():
 
 
 def test_large_tensors_are_made_of_the_same_memory_and_it_is_given_back():
-    with freed_memory_kept():
+    with keep_freed_memory():
         once, _, many = faults_of(1), faults_of(20), faults_of(20)  # small things lie in the way of the first ones
         held = resident()
     assert many < once
@@ -38,7 +38,7 @@ def test_large_tensors_are_made_of_the_same_memory_and_it_is_given_back():
 
 
 def test_an_error_within_goes_out_and_memory_is_given_back():
-    with pytest.raises(ZeroDivisionError), freed_memory_kept():
+    with pytest.raises(ZeroDivisionError), keep_freed_memory():
         faults_of(1)
         held = resident()
         raise ZeroDivisionError

@@ -27,8 +27,9 @@ def test_processors_on_which_numpy_sorts_slowly(processor, slowly):
 
 def test_numpy_is_told_before_it_is_imported():
     code = (
-        "import os; from utils.numpy_sort import choose_kernel, is_avx512_sort_slow, processor_text; choose_kernel(); "
-        "print(is_avx512_sort_slow(processor_text()), os.environ.get('NPY_DISABLE_CPU_FEATURES'))"
+        "import os; from utils.numpy_sort import choose_sort_kernel, is_avx512_sort_slow, processor_name; "
+        "choose_sort_kernel(); "
+        "print(is_avx512_sort_slow(processor_name()), os.environ.get('NPY_DISABLE_CPU_FEATURES'))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "NPY_DISABLE_CPU_FEATURES"}
     for given, start in ((None, ""), ("FMA4", ""), (None, "import numpy; ")):

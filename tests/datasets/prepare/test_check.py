@@ -329,7 +329,7 @@ def test_a_folder_that_may_not_be_read_is_told_without_a_number(benchmark, fails
 
 def test_large_images_are_noted_in_our_own_words(benchmark, monkeypatch):
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1000)  # Pillow warns of more pixels than these
-    monkeypatch.setattr("datasets.prepare.listed_images.LARGE", 1599)
+    monkeypatch.setattr("datasets.prepare.listed_images.MAX_AREA_PX", 1599)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         faults, notes = findings(benchmark)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from datasets.lists import read_class_names, spelling
+from datasets.lists import normalise_class_name, read_class_names
 from datasets.prepare import __main__ as prepare
 from datasets.prepare.make_lists import lists_from_images
 from datasets.protocols import PROTOCOLS
@@ -47,7 +47,7 @@ def test_class_tables(name):
     protocol = PROTOCOLS[name]
     classes = protocol.seen_names + protocol.unseen_names
     assert (protocol.seen_classes, protocol.unseen_classes) == SIZES[name]
-    assert len(set(map(spelling, classes))) == len(classes)  # no two classes have a spelling in common
+    assert len(set(map(normalise_class_name, classes))) == len(classes)  # no two classes have a spelling in common
     assert all(each and "," not in each and "\n" not in each for each in classes)
 
 

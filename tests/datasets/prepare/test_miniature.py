@@ -4,14 +4,21 @@ from PIL import Image
 
 from datasets.lists import check_images, open_benchmark
 from datasets.prepare import __main__ as prepare
-from datasets.prepare.miniature import CATEGORIES, SEEN, UNSEEN, draw_photo, draw_sketch, write_miniature
+from datasets.prepare.miniature import (
+    CATEGORIES,
+    SEEN_CATEGORIES,
+    UNSEEN_CATEGORIES,
+    draw_photo,
+    draw_sketch,
+    write_miniature,
+)
 
 
 def test_it_is_a_benchmark_in_the_layout_of_sketchy(miniature):
     benchmark = open_benchmark("sketchy", miniature)
-    assert (benchmark.seen_names, benchmark.unseen_names) == (SEEN, UNSEEN)
+    assert (benchmark.seen_names, benchmark.unseen_names) == (SEEN_CATEGORIES, UNSEEN_CATEGORIES)
     for split, sketches, photos in (("train", 4, 6), ("zero", 4, 6)):
-        names = UNSEEN if split == "zero" else SEEN
+        names = UNSEEN_CATEGORIES if split == "zero" else SEEN_CATEGORIES
         for kind, count in (("sketch", sketches), ("photo", photos)):
             files = benchmark.read(kind, split)
             check_images(files)
@@ -21,12 +28,12 @@ def test_it_is_a_benchmark_in_the_layout_of_sketchy(miniature):
             )
     assert not set(benchmark.read("sketch", "test").paths) & set(benchmark.read("sketch", "train").paths)
     mask = benchmark.read_mask()
-    assert mask.shape == (len(SEEN), 1000) and set(np.unique(mask)) == {0, np.float32(1 / 3), 1}
+    assert mask.shape == (len(SEEN_CATEGORIES), 1000) and set(np.unique(mask)) == {0, np.float32(1 / 3), 1}
 
 
 def test_seen_and_unseen_are_apart():
     assert len(CATEGORIES) >= 24
-    assert sorted(SEEN + UNSEEN) == sorted(CATEGORIES)
+    assert sorted(SEEN_CATEGORIES + UNSEEN_CATEGORIES) == sorted(CATEGORIES)
 
 
 def test_the_seed_decides_the_pixels(tmp_path, miniature):

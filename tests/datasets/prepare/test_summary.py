@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from datasets.lists import LISTS, open_benchmark, write_list
+from datasets.lists import LIST_DESCRIPTIONS, open_benchmark, write_list
 from datasets.prepare import __main__ as prepare
 from datasets.prepare.summary import write_summary
-from datasets.prepare.survey import evenly, survey
+from datasets.prepare.survey import collect_statistics, evenly_spaced
 from utils.cli import InputError
 
 SKETCHES, PHOTOS = "sketch_tx_000000000000_ready_filelist_{}.txt", "all_photo_filelist_{}.txt"
@@ -72,7 +72,7 @@ class Page(HTMLParser):
 def opened(root):
     """(Benchmark, {(kind, split): FileList} of the lists that exist)."""
     benchmark = open_benchmark("sketchy", root)
-    return benchmark, {key: benchmark.read(*key) for key in LISTS if benchmark.path(*key).is_file()}
+    return benchmark, {key: benchmark.read(*key) for key in LIST_DESCRIPTIONS if benchmark.path(*key).is_file()}
 
 
 def page_of(root, folder, odd=()):
@@ -82,7 +82,7 @@ def page_of(root, folder, odd=()):
 
 
 def odd_of(root):
-    return survey(*opened(root)).odd
+    return collect_statistics(*opened(root)).odd
 
 
 def add_lines(root, name, *rows):
@@ -91,10 +91,14 @@ def add_lines(root, name, *rows):
 
 
 def test_samples_are_spread_evenly_and_never_come_twice():
-    assert evenly(range(10), 2) == [2, 7] and evenly("abc", 3) == list("abc") and evenly("ab", 5) == list("ab")
-    assert evenly([], 3) == []
+    assert (
+        evenly_spaced(range(10), 2) == [2, 7]
+        and evenly_spaced("abc", 3) == list("abc")
+        and evenly_spaced("ab", 5) == list("ab")
+    )
+    assert evenly_spaced([], 3) == []
     for length in range(1, 40):
-        picked = evenly(range(length), 6)
+        picked = evenly_spaced(range(length), 6)
         assert len(set(picked)) == min(6, length)
         assert max(np.diff(picked), default=0) - min(np.diff(picked), default=0) <= 1
 
@@ -225,7 +229,7 @@ def test_odd_images_are_named(drawn, name, image, line):
 
 
 def test_huge_images_are_named(drawn, monkeypatch):
-    monkeypatch.setattr("datasets.prepare.survey.LARGE", 64 * 64)
+    monkeypatch.setattr("datasets.prepare.survey.MAX_AREA_PX", 64 * 64)
     photo(0).resize((80, 80)).save(drawn / "photo of zero/2.png")
     (found,) = odd_of(drawn)
     assert found.startswith("Over 50 million pixels: 1 of the 8 photos looked at (photo of zero/2.png). ")
@@ -271,7 +275,7 @@ def test_without_matplotlib_only_the_html_is_left(drawn, tmp_path, no_matplotlib
 
 def test_a_folder_that_cannot_be_written_is_said_before_the_work(drawn, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr("datasets.prepare.summary.survey", lambda *_: pytest.fail("looked at images first"))
+    monkeypatch.setattr("datasets.prepare.summary.collect_statistics", lambda *_: pytest.fail("looked at images first"))
     with pytest.raises(InputError, match=r"file.*cannot be written.*choose another folder"):
         page_of(drawn, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"

@@ -9,11 +9,11 @@ import zipfile
 import numpy as np
 import pytest
 
-from datasets.classes import SKETCHY_IDS
+from datasets.classes import SKETCHY_WORDNET_IDS
 from datasets.lists import FileList, read_mask, write_list
 from datasets.prepare import __main__ as prepare
 from datasets.prepare import wordnet_mask
-from datasets.prepare.wordnet_mask import imagenet_ids, photo_ids, semantic_mask
+from datasets.prepare.wordnet_mask import compute_wordnet_mask, imagenet_ids, photo_ids
 from utils.cli import InputError
 
 nltk = pytest.importorskip("nltk", reason="NLTK is not installed: pip install -r requirements-wordnet.txt")
@@ -96,7 +96,7 @@ def wordnet(tmp_path, monkeypatch):
 )
 def test_relation(wordnet, name, row):
     folder, ids = wordnet
-    mask, notes = semantic_mask(["a class"], [[ids[name]]], folder)
+    mask, notes = compute_wordnet_mask(["a class"], [[ids[name]]], folder)
     assert mask.dtype == np.float64 and notes == []
     np.testing.assert_array_equal(mask, [row])
 
@@ -120,7 +120,7 @@ def _above(synset):
 
 def test_of_several_ids_the_later_writes_over_the_earlier(wordnet):
     folder, ids = wordnet
-    mask, _ = semantic_mask(["ab", "ba"], [[ids["cat"], ids["lamp"]], [ids["tabby"], ids["siamese"]]], folder)
+    mask, _ = compute_wordnet_mask(["ab", "ba"], [[ids["cat"], ids["lamp"]], [ids["tabby"], ids["siamese"]]], folder)
     np.testing.assert_array_equal(mask[0], [1, 1, 1 / 3, 1 / 4, 1 / 3, 1, 1, 1 / 3])
     np.testing.assert_array_equal(mask[1], [1 / 3, 1, 1 / 4, 0, 0, 0, 1 / 3, 1 / 4])  # siamese replaced tabby's 1
 
@@ -128,17 +128,17 @@ def test_of_several_ids_the_later_writes_over_the_earlier(wordnet):
 def test_a_class_of_sketchy_has_its_published_row_whatever_the_order_of_a_list(wordnet, monkeypatch):
     folder, ids = wordnet
     published = [ids["tabby"], ids["siamese"]]
-    expected, _ = semantic_mask(["cat"], [published], folder)
-    assert (semantic_mask(["cat"], [published[::-1]], folder)[0] != expected).any()
+    expected, _ = compute_wordnet_mask(["cat"], [published], folder)
+    assert (compute_wordnet_mask(["cat"], [published[::-1]], folder)[0] != expected).any()
     monkeypatch.setattr(wordnet_mask, "SKETCHY_IDS", [" ".join(id_[1:] for id_ in published), "00000001 00000002"])
-    np.testing.assert_array_equal(semantic_mask(["cat"], [published[::-1]], folder)[0], expected)
-    assert len({frozenset(order.split()) for order in SKETCHY_IDS}) == 48
-    assert all(len(number) == 8 and number.isdigit() for order in SKETCHY_IDS for number in order.split())
+    np.testing.assert_array_equal(compute_wordnet_mask(["cat"], [published[::-1]], folder)[0], expected)
+    assert len({frozenset(order.split()) for order in SKETCHY_WORDNET_IDS}) == 48
+    assert all(len(number) == 8 and number.isdigit() for order in SKETCHY_WORDNET_IDS for number in order.split())
 
 
 def test_ids_outrank_names_and_stay_without_a_note(wordnet):
     folder, ids = wordnet
-    mask, notes = semantic_mask(["tabby", "tabby"], [[ids["lamp"]], []], folder)
+    mask, notes = compute_wordnet_mask(["tabby", "tabby"], [[ids["lamp"]], []], folder)
     assert mask[0, 5] == 1 and mask[0, 0] == 0 and mask[1, 0] == 1
     assert notes == ["tabby: by its name, tabby.n.01 (a tabby)"]
 
@@ -165,13 +165,13 @@ def test_ids_outrank_names_and_stay_without_a_note(wordnet):
     ],
 )
 def test_by_name(wordnet, name, synset):
-    _, notes = semantic_mask([name], [[]], wordnet[0])
+    _, notes = compute_wordnet_mask([name], [[]], wordnet[0])
     assert notes[0].startswith(f"{name}: by its name, {synset} (")
 
 
 @pytest.mark.parametrize("name", ["gizmo", "(animal)", "-", ".n.01"])
 def test_unknown_name_is_zeros_and_told(wordnet, name):
-    mask, notes = semantic_mask(["cat", name], [[], []], wordnet[0])
+    mask, notes = compute_wordnet_mask(["cat", name], [[], []], wordnet[0])
     assert mask[0].any() and not mask[1].any()
     assert notes[1] == f"{name}: WordNet knows no such name, its row is zeros"
 
@@ -179,7 +179,7 @@ def test_unknown_name_is_zeros_and_told(wordnet, name):
 def test_unknown_ids_are_left_out_and_told(wordnet):
     folder, ids = wordnet
     inside = f"n{int(ids['cat'][1:]) + 3:08}"  # no synset begins there
-    mask, notes = semantic_mask(["cat", "dog"], [[inside, ids["lamp"]], ["n99999999"]], folder)
+    mask, notes = compute_wordnet_mask(["cat", "dog"], [[inside, ids["lamp"]], ["n99999999"]], folder)
     assert mask[0, 5] == 1 and mask[0, 0] == 0 and mask[1, 2] == 1
     assert notes[0] == f"cat: WordNet knows no {inside}, left out"
     assert notes[1:] == ["dog: WordNet knows no n99999999, left out", "dog: by its name, dog.n.01 (a dog)"]
@@ -205,13 +205,13 @@ def test_layouts_by_name_and_found_by_themselves(wordnet, tmp_path, monkeypatch,
     (_zipped if layout.endswith(".zip") else shutil.copytree)(wordnet[0], place)
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nowhere"), str(tmp_path / "elsewhere")])
     for given in (place, str(place), tmp_path / "elsewhere", None):
-        mask, _ = semantic_mask(["cat"], [[]], given)
+        mask, _ = compute_wordnet_mask(["cat"], [[]], given)
         np.testing.assert_array_equal(mask, [[1, 1, 1 / 3, 1 / 4, 0, 0, 1, 1 / 3]])
 
 
 def test_debians_is_found_by_itself(wordnet, monkeypatch):
     monkeypatch.setattr(wordnet_mask, "DEBIAN", str(wordnet[0]))
-    assert semantic_mask(["cat"], [[]])[0].any()
+    assert compute_wordnet_mask(["cat"], [[]])[0].any()
     assert sorted(path.name for path in wordnet[0].iterdir()) == ["data.noun", "index.noun", "noun.exc"]
 
 
@@ -256,9 +256,9 @@ def test_spoiled_folders_name_the_way_out(wordnet, spoil, message):
 
 def _fails(place, *messages):
     with pytest.raises(InputError) as error:
-        semantic_mask(["cat"], [[]], place)
+        compute_wordnet_mask(["cat"], [[]], place)
     assert "\n" not in str(error.value)
-    for message in (*messages, wordnet_mask.FETCH):
+    for message in (*messages, wordnet_mask.INSTALL_WORDNET):
         assert message in str(error.value)
 
 
@@ -282,9 +282,9 @@ def test_no_wordnet_and_no_nltk(wordnet, monkeypatch):
     _fails(None, "no WordNet found")
     monkeypatch.setitem(sys.modules, "nltk.corpus.reader.wordnet", None)
     with pytest.raises(InputError, match=r"pip install -r requirements-wordnet\.txt"):
-        semantic_mask(["cat"], [[]])
+        compute_wordnet_mask(["cat"], [[]])
     with pytest.raises(InputError, match=r"pip install -r requirements-wordnet\.txt"):
-        semantic_mask(["cat"], [[]], wordnet[0])
+        compute_wordnet_mask(["cat"], [[]], wordnet[0])
 
 
 def test_imagenet_ids():
@@ -295,8 +295,8 @@ def test_imagenet_ids():
 
 
 def test_table_of_names_is_well_formed():
-    assert len(wordnet_mask.SENSES) == len(set(wordnet_mask.SENSES))
-    for name, synset in wordnet_mask.SYNSETS.items():
+    assert len(wordnet_mask.CLASS_SENSES) == len(set(wordnet_mask.CLASS_SENSES))
+    for name, synset in wordnet_mask.CLASS_SYNSETS.items():
         assert re.fullmatch(r"[a-z]+( [a-z]+)*( \([a-z]+\))?", name)
         assert re.fullmatch(r"[a-z_'-]+\.n\.\d\d", synset)
 
@@ -310,7 +310,7 @@ def real():
 
 
 def test_real_wordnet_has_every_name_of_the_table(real):
-    for name, synset in wordnet_mask.SYNSETS.items():
+    for name, synset in wordnet_mask.CLASS_SYNSETS.items():
         assert real.by_name(name).name() == synset
 
 
@@ -342,7 +342,7 @@ def test_the_command_writes_a_mask_and_replaces_one_only_by_force(wordnet, tiny,
     prepare.main([*map(str, command), "--force"])
     told = capsys.readouterr()
     assert told.err == "tabby: by its name, tabby.n.01 (a tabby)\n" and told.out.startswith(f"{path}: 2 classes")
-    expected, _ = semantic_mask(["felines", "tabby"], [[ids["cat"], ids["lamp"]], []], folder)
+    expected, _ = compute_wordnet_mask(["felines", "tabby"], [[ids["cat"], ids["lamp"]], []], folder)
     np.testing.assert_array_equal(read_mask(path, 2, imagenet_classes=8), expected.astype(np.float32))
 
 
