@@ -105,11 +105,10 @@ def fit_codebook(checkpoint, features, subspaces, clusters):
 
     Both take long to load, and most commands need neither. Raises CollapsedComponent.
     """
-    if backend_of(checkpoint) == "onnx":
-        from models.eval.sklearn_mixture import fit_codebook as fit
-    else:
-        from models.eval.codebooks import fit_codebook as fit
-    return fit(features, subspaces, clusters)[0]
+    from models.eval import codebooks
+
+    mixture = "sklearn" if backend_of(checkpoint) == "onnx" else "torch"
+    return codebooks.fit_codebook(features, subspaces, clusters, mixture=mixture)[0]
 
 
 def share_cores(checkpoint, threads):

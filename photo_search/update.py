@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from models.eval.parts import CollapsedComponent
+from models.eval.codebooks import CollapsedComponent
 from photo_search.encoder import add_photos
 from photo_search.index import RECORD, is_index, open_index, spread, tidy, write_index
 from photo_search.photos import Found, find_photos

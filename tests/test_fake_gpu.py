@@ -349,7 +349,7 @@ def test_codebooks_are_the_cpus_and_k_means_stays_on_the_cpu(gpu, golden):
 
 @pytest.mark.parametrize(("on_gpu", "device"), [(0.01, "cuda"), (0.5, "cpu")])
 def test_a_gpu_that_is_slow_in_float64_leaves_mixtures_to_the_cpu(monkeypatch, on_gpu, device):
-    monkeypatch.setattr(codebooks, "_seconds_of_a_product", {"cpu": 1.0, "cuda": on_gpu}.get)
+    monkeypatch.setattr(codebooks, "_time_matmul", {"cpu": 1.0, "cuda": on_gpu}.get)
     codebooks.mixture_device.cache_clear()
     assert codebooks.mixture_device("cuda") == device and codebooks.mixture_device("cpu") == "cpu"
     codebooks.mixture_device.cache_clear()

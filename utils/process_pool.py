@@ -4,7 +4,8 @@ import os
 import signal
 import threading
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import Pipe
 
 from tqdm import tqdm
@@ -69,3 +70,31 @@ def _start(watched, held):
 def _end_with_parent(watched):
     watched.poll(None)  # returns once the pipe is closed
     os._exit(1)
+
+
+@contextmanager
+def thread_pool(count=None):
+    """A ThreadPoolExecutor of `count` threads (None: one for each core) in which BLAS, OpenMP and torch use one thread.
+
+    One thread a core, each computing alone, beats one job spread over all cores. Where the block raises, jobs that have
+    not begun are cancelled and running jobs are not waited for.
+    """
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    def use_one_thread():
+        torch.set_num_threads(1)  # of the calling thread, and the default of later ones
+        threadpool_limits(1)  # OpenMP counts its threads separately in each thread
+
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count or available_cores(), initializer=use_one_thread)
+    with threadpool_limits(1):
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        else:
+            pool.shutdown()
+        finally:
+            torch.set_num_threads(threads)

@@ -17,10 +17,10 @@ from models.eval.matching import (
     nearest_codes,
 )
 from models.eval.metrics import RECALL_LEVELS, STANDARD, get_metric, precision_at_recall, rank
-from models.eval.workers import workers
 from models.networks import matmul_rules
 from utils.cli import is_out_of_memory
 from utils.distributed import bar_disabled, log_rank0
+from utils.process_pool import thread_pool
 
 # Bytes of one matrix of a chunk of queries × gallery, of which a handful live at a time.
 CPU_CHUNK, GPU_CHUNK = 24 << 20, 256 << 20
@@ -63,7 +63,7 @@ def evaluate_rows(features, codebooks, metrics=STANDARD, nearest=None, device="c
     chunks = labels.argsort(stable=True).split(gallery.chunk)
     with (
         matmul_rules("fp32"),  # distances are float32, whatever the networks were computed in
-        workers(None) if gallery.on_cpu else nullcontext() as pool,
+        thread_pool() if gallery.on_cpu else nullcontext() as pool,
         tqdm(total=len(query), desc="matching", unit="sketch", leave=False, disable=bar_disabled()) as progress,
     ):
         for count in (pool.map if pool else map)(_halving(measure, gallery.free), chunks):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from models.eval.parts import CollapsedComponent
+from models.eval.codebooks import CollapsedComponent
 from models.eval.screen import BLOCK, Screen, directions, steps_of
 
 TOLERANCE, REGULARISATION, ITERATIONS = 1e-3, 1e-6, 100  # scikit-learn's defaults

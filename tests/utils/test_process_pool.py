@@ -6,14 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
+from threadpoolctl import threadpool_info
 
 from datasets.prepare import __main__ as prepare
 from datasets.prepare import commands
-from utils.process_pool import _in_order, parallel_map
+from utils.process_pool import _in_order, available_cores, parallel_map, thread_pool
 
 SCRIPT = """
 import signal
@@ -115,3 +118,34 @@ def test_ctrl_c_waits_until_all_is_imported(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         prepare.main(["miniature", str(tmp_path)])
     assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_each_thread_uses_one_blas_thread_and_limits_are_restored():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    with thread_pool(2) as pool:
+        inside = pool.submit(
+            lambda: (torch.get_num_threads(), [pool["num_threads"] for pool in threadpool_info()])
+        ).result()
+        assert inside[0] == 1 and set(inside[1]) == {1}
+    assert torch.get_num_threads() == 3
+    assert max(pool["num_threads"] for pool in threadpool_info()) > 1 or available_cores() == 1
+    torch.set_num_threads(before)
+
+
+def test_a_failure_cancels_threads_that_have_not_begun_and_waits_for_none():
+    started, release, ran = threading.Event(), threading.Event(), []
+
+    def job(number):
+        ran.append(number)
+        started.set()
+        release.wait(30)
+
+    with pytest.raises(KeyboardInterrupt), thread_pool(1) as pool:
+        jobs = [pool.submit(job, number) for number in range(5)]
+        started.wait(30)
+        raise KeyboardInterrupt
+    assert not jobs[0].done()  # it was not waited for
+    release.set()
+    jobs[0].result(30)
+    assert ran == [0] and all(one.cancelled() for one in jobs[1:])

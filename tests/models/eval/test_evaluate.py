@@ -7,6 +7,7 @@ from models.eval.evaluate import WeightedCodebook, evaluate_rows
 from models.eval.features import Features
 from models.eval.matching import cluster_distances, code_members, euclidean_distances, nearest_codes
 from models.eval.metrics import STANDARD, average_precision, precision_at, precision_at_recall, rank
+from utils.process_pool import thread_pool
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_a_chunk_that_does_not_fit_is_halved_and_said_once(features, codebooks, 
         return euclidean_distances(part, gallery, out=out)
 
     monkeypatch.setattr(evaluation, "euclidean_distances", short_of_memory)
-    monkeypatch.setattr(evaluation, "workers", lambda _: evaluation_workers(1))
+    monkeypatch.setattr(evaluation, "thread_pool", lambda: thread_pool(1))
     same(evaluate_rows(features, codebooks, dtype=torch.float64), expected, 1e-12)
     said = f"note: {tried[0]} sketches at a time do not fit into the device's memory, trying fewer\n"
     assert capsys.readouterr().err == said
@@ -113,9 +114,6 @@ def test_a_chunk_that_does_not_fit_is_halved_and_said_once(features, codebooks, 
     monkeypatch.setattr(evaluation, "euclidean_distances", never)
     with pytest.raises(torch.OutOfMemoryError):
         evaluate_rows(features, codebooks)
-
-
-evaluation_workers = evaluation.workers
 
 
 def test_every_kind_of_gallery_has_an_answer():
