@@ -1,7 +1,7 @@
-"""Images from the file to the network: decoding, the augmentation of training, 8-bit arrays.
+"""Image decoding, augmentation and resizing: from a file to an 8-bit array.
 
-The augmentation is that of the release, an affine warp as scikit-image computes it. Images stay 8-bit until they are on
-the device; there models.networks.normalise makes them the floating-point batch that the networks take.
+The augmentation is that of the release, an affine warp as scikit-image computes it. Images stay uint8 until they are on
+the device, where models.networks.normalise converts them to the floating-point batch of the networks.
 """
 
 import math
@@ -14,24 +14,42 @@ from PIL import Image, ImageOps
 
 from utils.cli import InputError
 
+DRAFT_PIXELS = 1 << 20  # width × height from which a JPEG may be decoded at a reduced scale
+
 
 @contextmanager
 def no_pillow_warnings():
-    """Within this block no warning is printed. Pillow warns of large images, and of damage that does not stop it."""
+    """Suppress warnings: Pillow warns about large images, and about damage that does not stop decoding."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def read_rgb(path):
-    """Decode an image file of any mode as 8-bit RGB (PIL.Image), see `as_rgb`.
+def decode_image(source, *, formats=None, exif_transpose=False, draft_side=None, max_pixels=None, max_side=None):
+    """Decode an image of any mode as 8-bit RGB (PIL.Image), see `as_rgb`; of an animation the first frame.
+
+    source: path or binary file; formats: names of the formats that are decoded (None: all that Pillow knows).
+    exif_transpose: rotate the image upright by its EXIF orientation. draft_side: a JPEG of more than DRAFT_PIXELS is
+    decoded at the smallest scale of which both sides are at least this long, in a fraction of the time.
+    Raises InputError for an image of more than `max_pixels`, or with a side longer than `max_side`, before it is
+    decoded; OSError for a file that cannot be read; any exception of Pillow for a damaged image.
+    """
+    with no_pillow_warnings(), Image.open(source, formats=formats) as image:
+        if draft_side and image.width * image.height > DRAFT_PIXELS and image.format in ("JPEG", "MPO"):
+            image.draft(None, (draft_side, draft_side))
+        if image.width * image.height > (max_pixels or math.inf) or max(image.size) > (max_side or math.inf):
+            raise InputError(f"{image.width} × {image.height} pixels are too many")
+        image.load()
+        return as_rgb(ImageOps.exif_transpose(image) if exif_transpose else image)
+
+
+def read_rgb(path, exif_transpose=False):
+    """Decode an image file as 8-bit RGB (PIL.Image), see `decode_image`; the release ignores the EXIF orientation.
 
     Raises InputError naming the file if it does not exist, may not be read, is damaged or is no image.
     """
     try:
-        with no_pillow_warnings(), Image.open(path) as image:
-            image.load()
-            return as_rgb(image)
+        return decode_image(path, exif_transpose=exif_transpose)
     except FileNotFoundError:
         raise InputError(f"{path}: no such image; unpack the data again, or take it out of its list") from None
     except PermissionError as error:
@@ -45,21 +63,21 @@ def read_rgb(path):
 def as_rgb(image):
     """A loaded PIL.Image of any mode as 8-bit RGB.
 
-    16-bit grey is scaled to 8 bits, and transparent parts become white. Pillow's own conversion would turn both into
-    black or white.
+    16-bit grey is scaled to 8 bits, and transparent pixels become white. Pillow's own conversion would clip the former
+    and make the latter black.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16-bit grey
         grey = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(paper, image).convert("RGB")
+        background = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(background, image).convert("RGB")
     return image.convert("RGB")
 
 
 class Augmentation(NamedTuple):
-    """What training does to an image: flip it, then scale, rotate and shift it."""
+    """Parameters of the augmentation of one image: a horizontal flip, then scale, rotation and translation."""
 
     flip: bool
     sx: float

@@ -23,6 +23,7 @@ from photo_search.cells import BLOCK, CLUSTER_WEIGHT, Cells
 from photo_search.folders import folders_of
 from utils.cli import InputError
 from utils.files import write_json
+from utils.sampling import evenly_spaced
 
 INDEX, FORMAT = "index.json", 1
 RECORD = np.dtype([
@@ -245,7 +246,7 @@ def write_index(folder, facts, photos, rows, codebook):
     every = np.arange(len(paths))
     codes = np.concatenate([search_cells.codes_of(rows(every[start : start + BLOCK]), codebook) for start in blocks])
     order, codes, ends = search_cells.sorted_by_cell(codes)
-    basis = search_cells.basis_of(rows(spread(len(paths), 4 * BLOCK)))
+    basis = search_cells.basis_of(rows(evenly_spaced(len(paths), 4 * BLOCK)))
     with open(names["features"], "wb") as features, open(names["outlines"], "wb") as outlines:
         _write_header(features, (len(paths), facts["width"]))
         _write_header(outlines, (len(paths), len(basis) + 1))
@@ -273,11 +274,6 @@ def write_index(folder, facts, photos, rows, codebook):
 
 def _write_header(file, shape):
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-
-
-def spread(count, most):
-    """At most `most` of the numbers below `count`, evenly spread and ascending."""
-    return np.arange(count) if count <= most else np.linspace(0, count - 1, most).round().astype(np.int64)
 
 
 def tidy(folder, keep=()):

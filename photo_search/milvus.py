@@ -29,8 +29,9 @@ from pymilvus import MilvusClient, MilvusException
 from photo_search import rounds
 from photo_search.cells import CLUSTER_WEIGHT, Cells, codes_of
 from photo_search.folders import Folder
-from photo_search.index import KNOWN, check_table, holds, spread
+from photo_search.index import KNOWN, check_table, holds
 from utils.cli import InputError
+from utils.sampling import evenly_spaced
 
 COLLECTION, FORMAT = "photo_index", 1
 PATIENCE = 10  # seconds that a server may take to answer
@@ -349,7 +350,7 @@ def _check_photos(index):
     server.do("load_collection", index.generation)
     if (count := count_rows(server, index.generation)) != len(index):
         raise ValueError(f"{count:,} photos, not {len(index):,}")
-    features, numbers = index._fetch(spread(len(index), SAMPLE))
+    features, numbers = index._fetch(evenly_spaced(len(index), SAMPLE))
     if (codes_of(features, index.cells.codebook) != index.cells.codes[numbers]).any():
         raise ValueError("its photos are in the cells of another codebook")
 

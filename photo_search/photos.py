@@ -8,12 +8,11 @@ import io
 import os
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from datasets.images import as_rgb, no_pillow_warnings
+from datasets.images import decode_image
 from utils.cli import InputError
 
-LARGE = 1 << 20  # pixels from which a JPEG is decoded at a reduced scale
 MOST = 100_000_000  # pixels that are decoded: 0.3 GB
 THUMBNAIL = 192  # pixels of its longer side
 # Pillow hands EPS to Ghostscript, which runs programs, and knows the others by name only.
@@ -92,14 +91,11 @@ def read_photo(path, side):
     side: of the square that the photo is then resized to. A large JPEG is decoded at a scale that keeps four times as
     many pixels each way, in a fraction of the time. Raises InputError, with the reason alone, if it cannot be decoded.
     """
+    known = sorted(set(formats().values()))
     try:
-        with no_pillow_warnings(), Image.open(path, formats=sorted(set(formats().values()))) as image:
-            if image.width * image.height > LARGE and image.format in ("JPEG", "MPO"):
-                image.draft(None, (max(4 * side, THUMBNAIL), max(4 * side, THUMBNAIL)))
-            if image.width * image.height > MOST:
-                raise InputError(f"{image.width} × {image.height} pixels are too many")
-            image.load()
-            return as_rgb(ImageOps.exif_transpose(image))
+        return decode_image(
+            path, formats=known, exif_transpose=True, draft_side=max(4 * side, THUMBNAIL), max_pixels=MOST
+        )
     except InputError:
         raise
     except OSError as error:

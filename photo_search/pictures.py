@@ -3,9 +3,9 @@
 import io
 import os
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from datasets.images import as_rgb, no_pillow_warnings
+from datasets.images import decode_image
 from photo_search.photos import read_photo
 from utils.cli import InputError
 
@@ -17,12 +17,8 @@ SHOWN = 2048  # pixels of the longer side of a photo that is converted
 def read_drawing(content):
     """A picture that came in (bytes) as an upright RGB PIL.Image. Raises InputError if it is none, or too large."""
     try:
-        with no_pillow_warnings(), Image.open(io.BytesIO(content), formats=DECODED) as image:
-            if max(image.size) > SIDE:
-                raise Image.DecompressionBombError
-            image.load()
-            return as_rgb(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError:
+        return decode_image(io.BytesIO(content), formats=DECODED, exif_transpose=True, max_side=SIDE)
+    except (InputError, Image.DecompressionBombError):
         raise InputError(f"the picture is too large; at most {SIDE} pixels a side work") from None
     except Exception as error:  # a damaged image can fail in any way
         raise InputError("this is not a readable PNG, JPEG, WebP or GIF picture; choose another") from error

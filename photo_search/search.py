@@ -76,7 +76,7 @@ def open_place(place):
 def read_sketch(path):
     """A drawing as an RGB PIL.Image. Raises InputError if it cannot be read, or shows nothing."""
     try:
-        image = read_rgb(path)
+        image = read_rgb(path, exif_transpose=True)
     except InputError as error:
         raise InputError(str(error).split("; ")[0] + "; name a picture of your sketch") from None
     check_drawn(image, path)

@@ -10,12 +10,13 @@ import numpy as np
 
 from models.eval.codebooks import CollapsedComponent
 from photo_search.encoder import add_photos
-from photo_search.index import RECORD, is_index, open_index, spread, tidy, write_index
+from photo_search.index import RECORD, is_index, open_index, tidy, write_index
 from photo_search.photos import Found, find_photos
 from photo_search.unfinished import Unfinished, keeping
 from utils.cli import InputError
 from utils.distributed import log_rank0
 from utils.files import check_writable, folder_lock, sha256_of
+from utils.sampling import evenly_spaced
 
 FEWEST = 200  # photos that clusters are fitted to unasked; fewer may be too few of a class, which does harm
 MOST = 100  # clusters that are fitted unasked
@@ -164,7 +165,7 @@ class _Update:
         none = np.empty((0, 0, 0), np.float32)
         if (few and not asked and old is None) or clusters > photos:
             return none, old is not None
-        features = self.known.rows(np.fromiter(rows.values(), np.int64)[spread(photos, FITTED)])
+        features = self.known.rows(np.fromiter(rows.values(), np.int64)[evenly_spaced(photos, FITTED)])
         try:
             return self.fit(features, subspaces, clusters), True
         except CollapsedComponent as error:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from datasets.images import no_pillow_warnings
 from datasets.lists import LIST_DESCRIPTIONS
-from datasets.prepare.survey import KIND_PLURALS, THUMBNAIL_PX, collect_statistics, evenly_spaced
+from datasets.prepare.survey import KIND_PLURALS, THUMBNAIL_PX, collect_statistics, evenly_sampled
 from utils.files import atomic_write, check_writable
 
 SPLITS = {"train": "training", "test": "validation", "zero": "unseen"}
@@ -242,7 +242,7 @@ def _draw_png(path, found, odd, unseen=30, seen=10, each=4):
     for name, is_seen, most in (("Unseen", False, unseen), ("Seen", True, seen)):
         rows = [row for row in found.classes if row.seen == is_seen]
         some = "" if len(rows) <= most else f", {most} of {len(rows)}: summary.html shows all"
-        shown.append((f"{name} classes{some}", evenly_spaced(rows, most)))
+        shown.append((f"{name} classes{some}", evenly_sampled(rows, most)))
     heights = [1 + 0.21 * len(told), 2.1, *(0.4 + 1.02 * -(-len(rows) // 2) for _, rows in shown)]
     figure = Figure(figsize=(14, sum(heights)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.03, hspace=0, wspace=0)
@@ -293,7 +293,7 @@ def _strip(row, each):
     step, gap = THUMBNAIL_PX + 6, 14
     strip = Image.new("RGB", (2 * each * step + gap, THUMBNAIL_PX), "white")
     for number, kind in enumerate(KIND_PLURALS):
-        for place, sample in enumerate(evenly_spaced(row.samples[kind], each)):
+        for place, sample in enumerate(evenly_sampled(row.samples[kind], each)):
             tile = Image.new("RGB", (THUMBNAIL_PX, THUMBNAIL_PX), "silver")
             if sample.thumbnail:
                 tile = Image.open(io.BytesIO(sample.thumbnail))

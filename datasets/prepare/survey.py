@@ -15,6 +15,7 @@ from datasets.lists import LIST_DESCRIPTIONS, Benchmark
 from datasets.prepare.listed_images import MAX_AREA_PX, MIN_SIDE_PX
 from utils.cli import InputError
 from utils.process_pool import parallel_map
+from utils.sampling import evenly_spaced
 
 THUMBNAIL_PX = 96  # pixels of a thumbnail's longer side
 KIND_PLURALS = {"sketch": "sketches", "photo": "photos"}
@@ -68,14 +69,9 @@ def collect_statistics(benchmark, lists):
     return DatasetStatistics(benchmark, lists, classes, [*_odd_counts(classes), *_odd_images(classes)])
 
 
-def evenly_spaced(items, count):
-    """At most `count` of items, evenly spread: the middle one of each of `count` equal parts.
-
-    >>> evenly(range(10), 2)
-    [2, 7]
-    """
-    count = min(count, len(items))
-    return [items[len(items) * (2 * number + 1) // (2 * count)] for number in range(count)]
+def evenly_sampled(items, count):
+    """At most `count` of a list of items: the middle one of each of `count` equal parts."""
+    return [items[index] for index in evenly_spaced(len(items), count, midpoints=True)]
 
 
 def _look_at_samples(benchmark, lists):
@@ -86,7 +82,7 @@ def _look_at_samples(benchmark, lists):
     for (kind, split), files in lists.items():
         for path, label in zip(files.paths, files.labels.tolist(), strict=True):
             paths.setdefault((split != "zero", label, kind), []).append(path)
-    jobs = [(key, benchmark.root, path) for key in sorted(paths) for path in evenly_spaced(paths[key], each)]
+    jobs = [(key, benchmark.root, path) for key in sorted(paths) for path in evenly_sampled(paths[key], each)]
     samples = {}
     for (key, *_), sample in zip(jobs, parallel_map(_look, jobs, "looking", chunk=4), strict=True):
         samples.setdefault(key, []).append(sample)

@@ -9,6 +9,7 @@ from datasets.images import read_rgb
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import RECALL_LEVELS
 from utils.files import atomic_write
+from utils.sampling import evenly_spaced
 
 
 def main_rows(results):
@@ -54,7 +55,7 @@ def draw_plane(path, features, title, most=60):
     from matplotlib.figure import Figure
     from sklearn.manifold import TSNE
 
-    query, gallery = (_spread_out(labels, most) for labels in (features.query_labels, features.gallery_labels))
+    query, gallery = (_evenly_per_class(labels, most) for labels in (features.query_labels, features.gallery_labels))
     vectors = np.concatenate([features.query[query], features.gallery[gallery]])
     labels = np.concatenate([features.query_labels[query], features.gallery_labels[gallery]])
     perplexity = min(30, (len(vectors) - 1) / 3)
@@ -79,12 +80,12 @@ def draw_plane(path, features, title, most=60):
         figure.savefig(file, format="png", dpi=110)
 
 
-def _spread_out(labels, most):
-    """Indices of at most `most` of each label, evenly spread."""
+def _evenly_per_class(labels, most):
+    """Indices of at most `most` of each label, evenly spaced."""
     chosen = []
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
-        chosen.append(own[np.linspace(0, len(own) - 1, min(most, len(own))).round().astype(int)])
+        chosen.append(own[evenly_spaced(len(own), most)])
     return np.concatenate(chosen)
 
 

@@ -1,9 +1,11 @@
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from datasets.images import Augmentation, draw_augmentation, read_rgb, resize, stack, warp
+from datasets.images import Augmentation, decode_image, draw_augmentation, read_rgb, resize, stack, warp
 from models.networks import normalise
 from utils.cli import InputError
 
@@ -102,3 +104,23 @@ def test_a_broken_image_is_named(tmp_path):
             read_rgb(tmp_path / name)
     with pytest.raises(InputError, match=r"gone\.png: no such image"):
         read_rgb(tmp_path / "gone.png")
+
+
+def test_exif_orientation_is_obeyed_only_where_asked_for(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate clockwise
+    Image.new("L", (60, 20)).save(tmp_path / "photo.jpg", exif=exif)
+    assert read_rgb(tmp_path / "photo.jpg").size == (60, 20)
+    assert read_rgb(tmp_path / "photo.jpg", exif_transpose=True).size == (20, 60)
+
+
+def test_formats_and_sizes_are_checked_before_an_image_is_decoded(tmp_path, monkeypatch):
+    file = io.BytesIO()
+    Image.new("RGB", (60, 40)).save(file, "PNG")
+    with pytest.raises(OSError, match="cannot identify"):
+        decode_image(file, formats=["JPEG"])
+    assert decode_image(file, formats=["PNG"], max_pixels=2400, max_side=60).size == (60, 40)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    for limit in ({"max_pixels": 2399}, {"max_side": 59}):
+        with pytest.raises(InputError, match="60 × 40 pixels are too many"):
+            decode_image(file, **limit)

@@ -9,7 +9,7 @@ from scipy import ndimage
 from datasets.images import resize, stack
 from photo_search.clean_sketch import DRAWN, FINE, SIDE, WIDTH, WORK, clean_up, framed, ink_of, peeled, thinned
 from photo_search.index import open_index
-from photo_search.search import Finder
+from photo_search.search import Finder, read_sketch
 from utils.cli import InputError
 
 
@@ -231,3 +231,12 @@ class Seeing(FakeNetwork):
     def features(self, images):
         self.images += images
         return self.embed(stack([resize(image, 32) for image in images]))
+
+
+def test_a_photographed_sketch_is_rotated_upright(tmp_path):
+    image, exif = Image.new("L", (60, 20), "white"), Image.Exif()
+    image.paste(0, (0, 0, 20, 20))
+    exif[0x0112] = 6  # rotate clockwise
+    image.save(tmp_path / "sketch.jpg", exif=exif)
+    upright = np.asarray(read_sketch(tmp_path / "sketch.jpg").convert("L"))
+    assert upright.shape == (60, 20) and upright[:18].mean() < 20 and upright[22:].mean() > 235

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageOps
 from datasets.lists import LIST_DESCRIPTIONS, open_benchmark, write_list
 from datasets.prepare import __main__ as prepare
 from datasets.prepare.summary import write_summary
-from datasets.prepare.survey import collect_statistics, evenly_spaced
+from datasets.prepare.survey import collect_statistics, evenly_sampled
 from utils.cli import InputError
 
 SKETCHES, PHOTOS = "sketch_tx_000000000000_ready_filelist_{}.txt", "all_photo_filelist_{}.txt"
@@ -92,13 +92,13 @@ def add_lines(root, name, *rows):
 
 def test_samples_are_spread_evenly_and_never_come_twice():
     assert (
-        evenly_spaced(range(10), 2) == [2, 7]
-        and evenly_spaced("abc", 3) == list("abc")
-        and evenly_spaced("ab", 5) == list("ab")
+        evenly_sampled(range(10), 2) == [2, 7]
+        and evenly_sampled("abc", 3) == list("abc")
+        and evenly_sampled("ab", 5) == list("ab")
     )
-    assert evenly_spaced([], 3) == []
+    assert evenly_sampled([], 3) == []
     for length in range(1, 40):
-        picked = evenly_spaced(range(length), 6)
+        picked = evenly_sampled(range(length), 6)
         assert len(set(picked)) == min(6, length)
         assert max(np.diff(picked), default=0) - min(np.diff(picked), default=0) <= 1
 
