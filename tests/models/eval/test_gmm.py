@@ -60,7 +60,7 @@ def test_em_equals_the_golden_fit(golden, fit):
 
 @both
 @pytest.mark.parametrize("start", ["one empty", "empty, with points where it begins", "one point each"])
-def test_components_that_hold_almost_nothing_are_computed_in_full(start, fit, monkeypatch):
+def test_components_of_almost_no_weight_are_computed_in_full(start, fit, monkeypatch):
     rng = np.random.default_rng(5)
     points = rng.normal(size=(400, 8)) + 4 * rng.integers(2, size=(400, 1))
     if start == "empty, with points where it begins":
@@ -129,9 +129,9 @@ def test_narrow_clusters_far_from_each_other_keep_their_digits():
     assert screened.lower_bound == pytest.approx(dense.lower_bound, abs=1e-9)
 
 
-def test_an_empty_component_feels_many_negligible_shares():
-    # Component 2 begins empty at the origin. The points of component 0 lie so that its share of each is just below
-    # what is left out elsewhere; together they are what moves it.
+def test_many_negligible_responsibilities_move_an_empty_component():
+    # Component 2 begins empty at the origin. The points of component 0 lie so that its responsibility for each is just
+    # below what is left out elsewhere; together they move it.
     rng = np.random.default_rng(0)
     points = np.concatenate([1e-5 * rng.normal(size=(4000, 2)), 5 + rng.normal(size=(100, 2))])
     points[:4000, 0] += 0.0041
@@ -145,21 +145,22 @@ def test_dense_em_in_small_blocks_equals_dense_em_at_once(monkeypatch):
     points, components = cloud("overlapping", np.random.default_rng(0))
     points, start = torch.from_numpy(points), torch.arange(len(points)) % components
     whole = fit_dense(points, start, components)
-    monkeypatch.setattr(gmm, "MEMORY", 8 * components * points.shape[1] * 7)  # 7 points at a time
+    monkeypatch.setattr(gmm, "DENSE_BYTES", 8 * components * points.shape[1] * 7)  # 7 points at a time
     parts = fit_dense(points, start, components)
     assert parts.iterations == whole.iterations
     torch.testing.assert_close(parts.means, whole.means, rtol=0, atol=1e-11)
 
 
-def test_steps_of_dense_em_never_wait_for_a_gpu():
+def test_iterations_of_dense_em_never_synchronise_with_a_gpu():
     # Tensors without data: whatever asks for a value, or has a shape that depends on one, fails.
-    points, shares, centre = (torch.empty(shape, dtype=torch.float64, device="meta") for shape in ((50, 4), (3, 50), 4))
-    totals, means, roots, failed = gmm._maximise(points, centre, shares)
-    shares, evidence = gmm._expect(points, totals, means, roots)
-    assert (shares.shape, evidence.shape, failed.shape) == ((3, 50), (), (3,))
+    shapes = (50, 4), (3, 50), 4
+    points, responsibilities, centre = (torch.empty(shape, dtype=torch.float64, device="meta") for shape in shapes)
+    totals, means, inverses, failed = gmm._maximise(points, centre, responsibilities)
+    responsibilities, log_likelihood = gmm._expect(points, totals, means, inverses)
+    assert (responsibilities.shape, log_likelihood.shape, failed.shape) == ((3, 50), (), (3,))
 
 
-def test_other_devices_than_a_cpu_get_dense_em(monkeypatch):
+def test_devices_other_than_the_cpu_use_dense_em(monkeypatch):
     monkeypatch.setattr(gmm, "fit_dense", lambda points, start, count: (points.device.type, start, count))
     assert fit_mixture(torch.empty(8, 2, device="meta"), "start", 3) == ("meta", "start", 3)
 
@@ -194,7 +195,7 @@ def computed_in(monkeypatch):
     return counts
 
 
-def test_what_the_screen_leaves_out_is_below_the_last_bit(monkeypatch):
+def test_distances_that_are_skipped_change_nothing_above_the_last_bit(monkeypatch):
     points, components = cloud("far apart", np.random.default_rng(1))
     points, start = torch.from_numpy(points), torch.arange(len(points)) % components
     screened = fit_mixture(points, start, components)
@@ -207,7 +208,7 @@ def test_what_the_screen_leaves_out_is_below_the_last_bit(monkeypatch):
     assert screened.lower_bound == pytest.approx(full.lower_bound, abs=1e-12)
 
 
-def test_settled_points_cost_nothing(monkeypatch):
+def test_hard_assigned_points_cost_nothing(monkeypatch):
     points, components = cloud("far apart", np.random.default_rng(1))
     start = KMeans(components, n_init=1, random_state=0).fit(points).labels_
     monkeypatch.setattr(gmm, "TOLERANCE", 0)
@@ -220,7 +221,7 @@ def test_settled_points_cost_nothing(monkeypatch):
     assert sorted(factorised) == list(range(components))
 
 
-def test_points_that_found_their_component_cost_less(monkeypatch):
+def test_fewer_distances_are_computed_as_points_become_hard_assigned(monkeypatch):
     points, components = cloud("far from the origin", np.random.default_rng(1))
     monkeypatch.setattr(gmm, "TOLERANCE", 0)
     counts = computed_in(monkeypatch)
@@ -229,14 +230,14 @@ def test_points_that_found_their_component_cost_less(monkeypatch):
     assert counts[-1] < counts[0] / 3
 
 
-def test_little_change_is_added_and_much_is_summed_anew():
+def test_small_changes_are_added_and_large_ones_summed_anew():
     points, generator = torch.from_numpy(cloud("one cloud", np.random.default_rng(0))[0]), torch.Generator()
-    shares = torch.zeros(2, 700, dtype=torch.float64)
-    shares[0, :300] = shares[1, 300:] = 1
+    responsibilities = torch.zeros(2, 700, dtype=torch.float64)
+    responsibilities[0, :300] = responsibilities[1, 300:] = 1
     fitted = gmm._Components(points, points.mean(dim=0), 2)
-    fitted.maximise(shares)
+    fitted.maximise(responsibilities)
     assert torch.equal(fitted.origins, points[[0, 300]])
-    some = shares.clone()
+    some = responsibilities.clone()
     some[:, 300:310] = 0.5
     fitted.maximise(some)
     assert torch.equal(fitted.origins, points[[0, 300]])
@@ -250,19 +251,19 @@ def test_little_change_is_added_and_much_is_summed_anew():
     assert torch.equal(fitted.origins, points[much.argmax(dim=1)])
 
 
-def test_what_a_step_did_to_distances_is_measured(monkeypatch):
+def test_scale_change_and_mean_shift_are_those_of_the_m_step(monkeypatch):
     points, components = cloud("one cloud", np.random.default_rng(0))
     maximise, measured = gmm._Components.maximise, []
 
-    def check(fitted, shares):
-        means, roots = fitted.means.clone(), fitted.roots.clone()
-        maximise(fitted, shares)
-        if roots.any():
-            step = fitted.roots @ roots.inverse() - torch.eye(points.shape[1])
-            shifts = (fitted.roots @ (fitted.means - means)[:, :, None]).norm(dim=(1, 2))
-            torch.testing.assert_close(fitted.drifts, step.norm(dim=(1, 2)), rtol=1e-9, atol=1e-9)
-            torch.testing.assert_close(fitted.shifts, shifts, rtol=1e-9, atol=1e-9)
-            measured.append(fitted.drifts.min().item())
+    def check(fitted, responsibilities):
+        means, inverses = fitted.means.clone(), fitted.precisions_cholesky.clone()
+        maximise(fitted, responsibilities)
+        if inverses.any():
+            step = fitted.precisions_cholesky @ inverses.inverse() - torch.eye(points.shape[1])
+            shifts = (fitted.precisions_cholesky @ (fitted.means - means)[:, :, None]).norm(dim=(1, 2))
+            torch.testing.assert_close(fitted.scale_change, step.norm(dim=(1, 2)), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(fitted.mean_shift, shifts, rtol=1e-9, atol=1e-9)
+            measured.append(fitted.scale_change.min().item())
 
     monkeypatch.setattr(gmm._Components, "maximise", check)
     fit_mixture(torch.from_numpy(points), torch.arange(len(points)) % components, components)
