@@ -23,11 +23,15 @@ RANK0_PRINT_TIMEOUT_S = 30  # seconds
 def run_command(module, *arguments):
     """Call `main` of a module of ours with `arguments`: all that a script does.
 
-    Before the module is imported, NumPy's sort kernel is chosen. Ends in one line where a requirement is not installed.
+    Before the module is imported, NumPy's sort kernel is chosen. Ends in one line if a requirement is not installed.
     """
     numpy_sort.choose_sort_kernel()
     try:
-        command = importlib.import_module(module).main
+        with signals_blocked():  # an import that Ctrl-C interrupts can fail in any way
+            command = importlib.import_module(module).main
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         if error.name.split(".")[0] in ("utils", "datasets", "models", "photo_search"):
             raise
@@ -64,6 +68,9 @@ def sigterm_as_exception():
 @contextmanager
 def signals_blocked():
     """Within this block Ctrl-C and SIGTERM have no effect; they take effect at its end."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield

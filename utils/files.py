@@ -74,6 +74,14 @@ def stat_error(path):
     return None
 
 
+def is_regular_file(entry):
+    """Whether an os.DirEntry is a file or a link to one; False for a link that leads to itself."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
 def check_stat(path):
     """Raise InputError if the system does not tell whether there is something at `path`; see `why_unknown`."""
     if why := stat_error(path):

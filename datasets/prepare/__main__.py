@@ -7,17 +7,12 @@ python -m datasets.prepare summary <root>                       write a page: cl
 python -m datasets.prepare miniature <root>                     draw the built-in miniature benchmark
 """
 
-from utils import cli
+from utils.cli import run_command
 
 
-@cli.one_line_errors()
 def main(argv=None):
-    """Command line."""
-    with cli.sigterm_as_exception():
-        with cli.signals_blocked():  # because an interrupted import can fail in any way
-            from datasets.prepare.commands import create_parser
-        options = create_parser().parse_args(argv)
-        options.run(options)
+    """Command line. The commands are a module of their own, which run_command imports with signals blocked."""
+    run_command("datasets.prepare.commands", argv)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,14 @@ from utils.cli import InputError, signals_blocked
 from utils.files import atomic_write, check_writable, write_json
 
 
+@cli.one_line_errors()
+def main(argv=None):
+    """Command line of `python -m datasets.prepare`."""
+    with cli.sigterm_as_exception():
+        options = create_parser().parse_args(argv)
+        options.run(options)
+
+
 def create_parser():
     """The commands and their options."""
     parser = cli.OneLineParser(

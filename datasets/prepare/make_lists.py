@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from datasets.lists import CLASS_NAME_FILES, normalise_class_name, read_class_names, read_list
-from datasets.prepare.listed_images import is_file
 from datasets.protocols import PROTOCOLS
 from utils.cli import InputError
-from utils.files import check_stat
+from utils.files import check_stat, is_regular_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
@@ -115,7 +114,7 @@ def _images(folder, notes):
     """Sorted names of the images in `folder`."""
     names, others, entries = [], [], _entries(folder)
     for entry in entries:
-        if not entry.name.lower().endswith(SUFFIXES) or not is_file(entry):
+        if not entry.name.lower().endswith(SUFFIXES) or not is_regular_file(entry):
             others.append(entry.name)
             continue
         _check_name(entry.name, folder)
@@ -140,11 +139,18 @@ def _entries(folder):
 
 
 def _note_links(entries, folder, notes):
-    links = [entry for entry in entries if entry.is_symlink()]
-    if links:
-        more = f", and {len(links) - 1} more links there" if len(links) > 1 else ""
-        target = os.path.realpath(links[0].path)
-        notes.append(f"note: {folder / links[0].name}: a link to {target}{more}; the images must stay there")
+    if links := [entry.name for entry in entries if entry.is_symlink()]:
+        notes.append(f"note: {link_note(folder / links[0], more=len(links) - 1)}")
+
+
+def link_note(path, more=0, outside=None):
+    """Note on the symbolic link `path` beside `more` others; outside: a folder within which a target needs no note."""
+    target = os.path.realpath(path)
+    if outside and os.path.join(target, "").startswith(outside):
+        return None
+    what = "leads out of the data folder, to" if outside else "a link to"
+    others = f", and {more} more links there" if more else ""
+    return f"{path}: {what} {target}{others}; the images must stay there"
 
 
 def lists_from_lists(protocol, root, source):

@@ -1,7 +1,7 @@
 """A page (HTML and PNG) that shows a benchmark folder, to look at before using it.
 
-It shows counts, image sizes, samples of every class and oddities, as `datasets.prepare.survey` finds them. The HTML is
-one file without scripts. The same folder gives the same bytes.
+It shows the counts, image sizes, samples of every class and oddities of datasets.prepare.statistics. The HTML is one
+file without scripts. The same folder gives the same bytes.
 """
 
 import base64
@@ -16,7 +16,7 @@ from PIL import Image
 
 from datasets.images import no_pillow_warnings
 from datasets.lists import LIST_DESCRIPTIONS
-from datasets.prepare.survey import KIND_PLURALS, THUMBNAIL_PX, collect_statistics, evenly_sampled
+from datasets.prepare.statistics import KIND_PLURALS, THUMBNAIL_PX, collect_statistics, evenly_sampled
 from utils.files import atomic_write, check_writable
 
 SPLITS = {"train": "training", "test": "validation", "zero": "unseen"}

@@ -1,7 +1,7 @@
 """Worker processes never outlive the process that started them, and signals end in one word."""
 
-import builtins
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
@@ -104,17 +104,16 @@ def test_sigterm_ends_a_command_in_one_word(tmp_path, monkeypatch, capsys):
 
 
 def test_ctrl_c_waits_until_all_is_imported(tmp_path, monkeypatch, capsys):
-    plain = builtins.__import__
+    plain = importlib.import_module
 
-    def interrupted(name, *arguments, **options):
-        if name == "datasets.prepare.commands":
-            try:
-                signal.raise_signal(signal.SIGINT)
-            except KeyboardInterrupt as error:
-                raise ImportError("what NumPy makes of Ctrl-C") from error
-        return plain(name, *arguments, **options)
+    def interrupted(name):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ImportError("what NumPy makes of Ctrl-C") from error
+        return plain(name)
 
-    monkeypatch.setattr(builtins, "__import__", interrupted)
+    monkeypatch.setattr(importlib, "import_module", interrupted)
     with pytest.raises(SystemExit) as end:
         prepare.main(["miniature", str(tmp_path)])
     assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"

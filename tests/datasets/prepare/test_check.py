@@ -310,7 +310,7 @@ def test_a_shut_folder_beside_the_data_is_no_fault(shut):
 
 
 def test_an_image_that_may_not_be_read_is_told_without_a_number(benchmark, monkeypatch):
-    def refuse(path, *_):
+    def refuse(path, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr("PIL.Image.open", refuse)
@@ -329,7 +329,7 @@ def test_a_folder_that_may_not_be_read_is_told_without_a_number(benchmark, fails
 
 def test_large_images_are_noted_in_our_own_words(benchmark, monkeypatch):
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1000)  # Pillow warns of more pixels than these
-    monkeypatch.setattr("datasets.prepare.listed_images.MAX_AREA_PX", 1599)
+    monkeypatch.setattr("datasets.prepare.check.MAX_AREA_PX", 1599)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         faults, notes = findings(benchmark)
@@ -455,7 +455,7 @@ def test_of_several_folders_of_lists_the_usual_one_is_found(benchmark, tmp_path)
 
 
 def test_a_killed_process_is_told_in_one_line(benchmark, fails, monkeypatch):
-    monkeypatch.setattr("datasets.prepare.listed_images._size", _end)
+    monkeypatch.setattr("datasets.prepare.check._size", _end)
     assert "was killed, perhaps for memory" in fails(prepare.main, "check", benchmark, "--custom", "--images")
 
 

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 from datasets.lists import LIST_DESCRIPTIONS, open_benchmark, write_list
 from datasets.prepare import __main__ as prepare
+from datasets.prepare.statistics import collect_statistics, evenly_sampled
 from datasets.prepare.summary import write_summary
-from datasets.prepare.survey import collect_statistics, evenly_sampled
 from utils.cli import InputError
 
 SKETCHES, PHOTOS = "sketch_tx_000000000000_ready_filelist_{}.txt", "all_photo_filelist_{}.txt"
@@ -229,7 +229,7 @@ def test_odd_images_are_named(drawn, name, image, line):
 
 
 def test_huge_images_are_named(drawn, monkeypatch):
-    monkeypatch.setattr("datasets.prepare.survey.MAX_AREA_PX", 64 * 64)
+    monkeypatch.setattr("datasets.prepare.statistics.MAX_AREA_PX", 64 * 64)
     photo(0).resize((80, 80)).save(drawn / "photo of zero/2.png")
     (found,) = odd_of(drawn)
     assert found.startswith("Over 50 million pixels: 1 of the 8 photos looked at (photo of zero/2.png). ")

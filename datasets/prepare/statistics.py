@@ -12,7 +12,7 @@ from PIL import Image
 
 from datasets.images import no_pillow_warnings, read_rgb
 from datasets.lists import LIST_DESCRIPTIONS, Benchmark
-from datasets.prepare.listed_images import MAX_AREA_PX, MIN_SIDE_PX
+from datasets.prepare.check import MAX_AREA_PX, MIN_SIDE_PX
 from utils.cli import InputError
 from utils.process_pool import parallel_map
 from utils.sampling import evenly_spaced
