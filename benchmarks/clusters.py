@@ -33,11 +33,11 @@ from sklearn.mixture import GaussianMixture  # noqa: E402
 
 from datasets.lists import open_benchmark  # noqa: E402
 from datasets.loaders import LoaderOptions, evaluation_loader  # noqa: E402
+from models.checkpoints import load_student  # noqa: E402
 from models.eval.codebooks import fit_codebook  # noqa: E402
 from models.eval.evaluate import evaluate_rows  # noqa: E402
 from models.eval.features import Features, extract  # noqa: E402
 from models.eval.metrics import class_means  # noqa: E402
-from photo_search.trained import load_student  # noqa: E402
 from utils.files import atomic_write, sha256_of  # noqa: E402
 
 GRID = (2, 5, 10, 20, 40, 80)  # of K, for the rules that fit mixtures

@@ -21,7 +21,7 @@ from models.weights import create_pair
 benchmark = open_benchmark("sketchy", sys.argv[1] if len(sys.argv) > 1 else "demo/data")
 torch.manual_seed(0)
 student, _ = create_pair("convnextv2_atto", len(benchmark.seen_names), finetune="none")
-# A trained one: student, _ = models.checkpoints.load_student(file, "convnextv2_atto", len(benchmark.seen_names))
+# A trained one: student = models.checkpoints.load_student(file).student
 features = extract_all(student, benchmark.read_query_gallery(), LoaderOptions(size=48))
 print(f"{len(features.query)} sketches, {len(features.gallery)} photos, features of {student.width} values")
 codebooks, _ = fit_codebooks(features.gallery, [(2, len(benchmark.unseen_names))])

@@ -13,18 +13,23 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from datasets.lists import MASK_FILE
 from models.losses import LOSS_NAMES
+from models.networks import Student
 from models.saved import check_saved, plain_options
 from models.train_step import MEASURES
 from models.weights import (
     UnreadableFile,
+    fit_input_size,
     gist,
+    is_plain_tensor,
     is_whole,
     load_published,
+    other_split,
     published_state,
     read_torch,
     safetensors_metadata,
@@ -36,6 +41,7 @@ from utils.distributed import log_rank0
 from utils.files import atomic_write, sha256_of, write_json
 
 LAST, BEST, BEST_AFTER_WARMUP = "checkpoint.pth.tar", "model_best.pth.tar", "best_after_warmup.pth.tar"
+AUTHORS_MODEL = "convnextv2_tiny", 224, 1000  # model, input size and ImageNet classes of the authors' checkpoints
 PREVIOUS = "checkpoint.previous.pth.tar"  # what LAST was before, for a disk that tears it
 NAMES = (LAST, PREVIOUS, BEST, BEST_AFTER_WARMUP)
 
@@ -154,15 +160,93 @@ def save_checkpoint(path, student, teacher=None, **rest):
             raise OSError(f"{gist(error)}; is the disk full?") from error
 
 
-def load_student(path, model, classes, imagenet_classes=1000):
-    """(student of a checkpoint, options it was trained with; {} for the authors').
+class LoadedStudent(NamedTuple):
+    """A student network from a checkpoint, and what the checkpoint records about it."""
 
-    Raises InputError if the checkpoint is of another model or split.
+    student: Student  # on the CPU, in evaluation mode
+    metadata: dict  # see student_metadata
+    class_names: list[str] | None  # of the seen classes by label; None where the checkpoint does not record them
+
+
+def load_student(path, model=None, input_size=None, imagenet_classes=None):
+    """Build the student of a checkpoint and load its weights: LoadedStudent.
+
+    path: a training checkpoint, ours or the authors', or a state dict (.pt, .safetensors) with its classifier `linear`.
+    The other arguments: see student_metadata. Raises InputError.
     """
-    student = student_of(model, classes, imagenet_classes)
     checkpoint = read_checkpoint(path)
+    metadata = student_metadata(path, checkpoint, model, input_size, imagenet_classes)
+    seen_classes, source = metadata["seen_classes"], _source_of_model(checkpoint, path)
+    student = student_of(metadata["model"], seen_classes, metadata["imagenet_classes"], source=source)
     load_published(student, checkpoint["state_dict"], path)
-    return student, trained_with(checkpoint)
+    names = checkpoint.get("classes")
+    fits = isinstance(names, list) and len(names) == seen_classes and all(isinstance(name, str) for name in names)
+    return LoadedStudent(student.eval(), metadata | {"width": student.width}, names if fits else None)
+
+
+def student_metadata(path, checkpoint=None, model=None, input_size=None, imagenet_classes=None):
+    """What a checkpoint records about its student: a dict that is ready for JSON, read without building a network.
+
+    "checkpoint" (its path), "sha256", "model", "imagenet_classes", "input_size" (side of the images, pixels) and
+    "seen_classes" (how many).
+    checkpoint: the content of the file, as read_checkpoint gives it (default: it is read); model, input_size,
+    imagenet_classes: values for what the file does not record, by default convnextv2_tiny, 224 (or the model's own
+    size) and 1000, as the authors' files have them. Another input_size than the recorded one is used, with a note.
+    Raises InputError if model or imagenet_classes contradict the record, or there is no classifier of seen classes.
+    """
+    checkpoint = read_checkpoint(path) if checkpoint is None else checkpoint
+    recorded = trained_with(checkpoint)
+    known = {
+        "model": _recorded(recorded, "model", str),
+        "imagenet_classes": _recorded(recorded, "imagenet_classes", int),
+        "input_size": _recorded(recorded, "input_size", int),
+    }
+    for name, given in (("model", model), ("imagenet_classes", imagenet_classes)):
+        if None not in (given, known[name]) and given != known[name]:
+            raise InputError(f"--{name} {given}: {path} was trained with {known[name]}; leave --{name} out")
+    if None not in (input_size, known["input_size"]) and input_size != known["input_size"]:
+        log_rank0(f"note: {path} was trained with --input_size {known['input_size']}, not {input_size}")
+    default_model, _, default_classes = AUTHORS_MODEL
+    model = model or known["model"] or default_model
+    size = fit_input_size(model, input_size or known["input_size"], _source_of_model(checkpoint, path))
+    return {
+        "checkpoint": str(path),
+        "sha256": sha256_of(path),
+        "model": model,
+        "imagenet_classes": imagenet_classes or known["imagenet_classes"] or default_classes,
+        "input_size": size,
+        "seen_classes": _count_seen_classes(checkpoint["state_dict"], path),
+    }
+
+
+def check_seen_classes(path, found, expected):
+    """Raise InputError if a checkpoint was trained on another number of seen classes than the benchmark has."""
+    if found != expected:
+        raise InputError(f"{path}: {other_split(found, expected)}")
+
+
+def _recorded(options, name, kind):
+    """The value of an option of a checkpoint; None where there is none, or not of its kind."""
+    value = options.get(name)
+    fits = type(value) is kind and (kind is str or 1 <= value <= 10**6)
+    return value if fits else None
+
+
+def _source_of_model(checkpoint, path):
+    """How messages begin that name the model: the option, or the checkpoint that records it and its version of timm."""
+    if "model" not in trained_with(checkpoint):
+        return "--model"
+    versions = checkpoint.get("versions")
+    version = versions.get("timm", "") if isinstance(versions, dict) else ""
+    return f"{path}: needs timm {version} as in its training, for --model".replace("  ", " ")
+
+
+def _count_seen_classes(state, path):
+    """Number of rows of `linear`, the classifier of the seen classes, in a state dict."""
+    for name, value in state.items():
+        if re.fullmatch(r"(module\.)*linear\.weight", str(name)) and is_plain_tensor(value) and value.ndim == 2:
+            return max(1, len(value))
+    raise InputError(f"{path}: holds no classifier of seen classes; take a checkpoint that a train script wrote")
 
 
 def trained_with(checkpoint):

@@ -22,10 +22,10 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
+from models.checkpoints import load_student
 from models.eval.features import embed
 from models.weights import check_size, gist, published_state
 from photo_search.exported import FORMAT
-from photo_search.trained import load_student
 from utils.cli import InputError, OneLineParser, image_side, one_line_errors, positive_int
 from utils.files import atomic_write
 
@@ -55,11 +55,11 @@ def create_parser():
 def main(argv=None):
     """Command line; returns the path that was written."""
     options = create_parser().parse_args(argv)
-    student, facts, content = load_student(
+    student, facts, classes = load_student(
         options.checkpoint, options.model, options.input_size, options.imagenet_classes
     )
     check_size(student, facts["model"], facts["input_size"])
-    metadata = describe(student, facts, content.get("classes"))
+    metadata = describe(student, facts, classes)
     to_bytes = onnx_bytes if options.to.suffix == ".onnx" else safetensors_bytes
     data = to_bytes(student, facts, metadata)
     with atomic_write(options.to) as file:

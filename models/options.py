@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoints import SaveSchedule
+from models.checkpoints import AUTHORS_MODEL, SaveSchedule, student_metadata
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import get_metric
 from models.losses import LOSS_NAMES, PAPER_WEIGHTS
-from models.networks import PRECISIONS, facts_of
+from models.networks import PRECISIONS
+from models.weights import fit_input_size
 from utils import distributed
 from utils.cli import (
     InputError,
@@ -94,7 +95,7 @@ def test_parser(protocol):
         f"{' and '.join(protocol.metrics)}."
     )
     _add_data(parser, protocol)
-    _add_model(parser, protocol)
+    _add_model(parser, protocol, recorded=True)
     add = parser.add_argument
     add("--resume_dir", "-s", type=_path, metavar="DIR|FILE", help="checkpoint to test, or its folder, which also "
         f"takes the results and may hold features_zero.pickle (default: {_checkpoint_folder(protocol)})")  # fmt: skip
@@ -148,12 +149,15 @@ def test_parser(protocol):
 def resolve(options, protocol, folder):
     """Fill in what depends on other options: the checkpoint folder (option `folder`), the input size and the device.
 
+    Where a test has no --model, its checkpoint gives model, input size and ImageNet classes (`resolve_network`).
+
     Raises InputError if the model takes images of another size, the device is not there or has not the --precision, or
     the protocol names an unknown metric.
     """
     if getattr(options, folder) is None:
         setattr(options, folder, Path(_checkpoint_folder(protocol, options.zero_version)))
-    options.input_size = input_size(options.model, options.input_size)
+    if options.model is not None:
+        options.input_size = fit_input_size(options.model, options.input_size)
     options.device = distributed.local_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_device("--device", options.device)
     if getattr(options, "mixture_device", None) is not None:
@@ -169,17 +173,18 @@ def resolve(options, protocol, folder):
     return options
 
 
-def input_size(model, asked):
-    """The side of the images for `model`: `asked`, or what fits it where that is None. Raises InputError if none do."""
-    if model.startswith("convnextv2_"):
-        return asked or 224  # without timm, which takes seconds to load
-    try:
-        own = facts_of(model).size
-    except ValueError as error:
-        raise InputError(f"--model {model}: {error}") from None
-    if own and asked not in (None, own):
-        raise InputError(f"--input_size {asked}: {model} takes images of {own} pixels only; leave --input_size out")
-    return asked or own or 224
+def resolve_network(options, checkpoint):
+    """Fill in the model, the input size and the ImageNet classes of a test that --model and the like leave open.
+
+    checkpoint: its path, or None where stored features are tested. Raises InputError as student_metadata does.
+    """
+    given = {"model": options.model, "input_size": options.input_size, "imagenet_classes": options.imagenet_classes}
+    if checkpoint is not None:
+        known = student_metadata(checkpoint, **given)
+    else:
+        known = {name: value or default for (name, value), default in zip(given.items(), AUTHORS_MODEL, strict=True)}
+    options.model, options.input_size, options.imagenet_classes = (known[name] for name in given)
+    return options
 
 
 def check_device(option, device):
@@ -222,14 +227,19 @@ def _add_data(parser, protocol):
     )
 
 
-def _add_model(parser, protocol):
-    parser.add_argument("--model", type=_text, default="convnextv2_tiny",
-        help="any image classifier of timm with an ImageNet head, tf_efficientnet_lite0, say")  # fmt: skip
+def _add_model(parser, protocol, recorded=False):
+    """recorded: whether a checkpoint records model, input size and ImageNet classes, so that none has a default."""
+    model, size, classes = AUTHORS_MODEL
+    known = "what the checkpoint was trained with, else {}" if recorded else "{}"
+    parser.add_argument("--model", type=_text, default=None if recorded else model,
+        help="any image classifier of timm with an ImageNet head, such as tf_efficientnet_lite0"
+        + (f" (default: {known.format(model)})" if recorded else ""))  # fmt: skip
     parser.add_argument("--nb_classes", type=positive_int, metavar="C", help="seen classes; refused if cname_cid.txt "
         f"lists another number ({protocol.title} has {protocol.seen_classes}; default: what it lists)")  # fmt: skip
-    parser.add_argument("--imagenet_classes", type=positive_int, default=1000, help="outputs of the ImageNet head")
-    parser.add_argument("--input_size", type=image_side,
-        help="side of an input image, in pixels (default: 224, or what the model takes)")  # fmt: skip
+    parser.add_argument("--imagenet_classes", type=positive_int, default=None if recorded else classes,
+        help="outputs of the ImageNet head" + (f" (default: {known.format(classes)})" if recorded else ""))  # fmt: skip
+    parser.add_argument("--input_size", type=image_side, help="side of an input image, in pixels (default: "
+        f"{known.format(size)}, or what the model takes)")  # fmt: skip
 
 
 def _add_compile(parser):

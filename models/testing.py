@@ -11,14 +11,14 @@ import torch
 from datasets.lists import Benchmark, QueryGallery, open_benchmark
 from datasets.loaders import LoaderOptions
 from datasets.protocols import PROTOCOLS, protocol_of
-from models.checkpoints import find_checkpoint, load_student
+from models.checkpoints import check_seen_classes, find_checkpoint, load_student
 from models.eval.codebooks import fit_codebooks, mixture_device
 from models.eval.evaluate import WeightedCodebook, evaluate_rows
 from models.eval.features import FEATURES, compute_features, extract_all, features_record, source_of, stored_features
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import DEFINED, STANDARD, by_definition, class_means
 from models.eval.report import print_classes, print_definitions, print_table, summarise, write_report
-from models.options import resolve, run_record, test_parser
+from models.options import resolve, resolve_network, run_record, test_parser
 from models.weights import check_size
 from utils import distributed
 from utils.cli import InputError, one_line_errors, sigterm_as_exception
@@ -41,6 +41,7 @@ def main(protocol_name, argv=None):
     eval_input = find_input(protocol, options.resume_dir, options.data_root, options.zero_version)
     if eval_input.benchmark:
         eval_input.benchmark.check_seen_classes(options.nb_classes)
+    options = resolve_network(options, eval_input.checkpoint)
     with sigterm_as_exception(), distributed.folder_lock_and_group(eval_input.folder, "testing"):
         loading = LoaderOptions(options.input_size, options.batch_size, options.workers, options.device)
         network = Network(options.model, options.imagenet_classes, options.compile)
@@ -133,11 +134,8 @@ def features_of(eval_input, network, loading, precision="fp32", recompute=False)
     if features is not None:
         distributed.init_process_group(loading.device)
         return features
-    seen_classes = len(eval_input.benchmark.seen_names)
-    student, trained_with = load_student(checkpoint, network.model, seen_classes, network.imagenet_classes)
-    size = trained_with.get("input_size", loading.size)
-    if size != loading.size:
-        log_rank0(f"note: {checkpoint} was trained with --input_size {size}, not {loading.size}")
+    student, metadata, _ = load_student(checkpoint, network.model, imagenet_classes=network.imagenet_classes)
+    check_seen_classes(checkpoint, metadata["seen_classes"], len(eval_input.benchmark.seen_names))
     check_size(student, network.model, loading.size)
     images.check()
     if network.compiled:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from models.networks import Student, Teacher, create_backbone, takes_size
+from models.networks import Student, Teacher, create_backbone, facts_of, takes_size
 from utils.cli import InputError
 
 _TO_PUBLISHED = [  # timm's name of a parameter, published name
@@ -114,12 +114,31 @@ def check_size(student, model, size):
         raise InputError(f"--input_size {size}: {model} takes no images of that size; try 224, or leave it out")
 
 
-def student_of(model, classes, imagenet_classes=1000, drop_path=0.0, pretrained=False):
-    """A new Student of `classes` seen classes on a user's --model. Raises InputError if it cannot be had."""
+def fit_input_size(model, size=None, source="--model"):
+    """`size`, the side of the images for timm's `model`, or the model's own where that is None.
+
+    source: how the message about an unknown model begins. Raises InputError.
+    """
+    if model.startswith("convnextv2_"):
+        return size or 224  # without timm, which takes seconds to import
+    try:
+        own = facts_of(model).size
+    except ValueError as error:
+        raise InputError(f"{source} {model}: {error}") from None
+    if own and size not in (None, own):
+        raise InputError(f"--input_size {size}: {model} takes images of {own} pixels only; leave --input_size out")
+    return size or own or 224
+
+
+def student_of(model, classes, imagenet_classes=1000, drop_path=0.0, pretrained=False, source="--model"):
+    """A new Student of `classes` seen classes on timm's `model`.
+
+    source: how the message about an unknown model begins. Raises InputError if the model or its weights cannot be had.
+    """
     try:
         return Student(create_backbone(model, imagenet_classes, drop_path, pretrained), classes)
     except ValueError as error:
-        raise InputError(f"--model {model}: {error}") from None
+        raise InputError(f"{source} {model}: {error}") from None
     except Exception as error:
         if not pretrained:
             raise
@@ -162,15 +181,20 @@ def _state_in(content):
 def _other_shape(name, found, expected):
     """Why a parameter is not of the expected shape, and the way out."""
     if found and name.startswith("linear.") and found[1:] == expected[1:]:
-        return (
-            f"trained on {found[0]} seen classes, but cname_cid.txt lists {expected[0]}: "
-            "they belong to different splits; see --zero_version"
-        )
+        return other_split(found[0], expected[0])
     if found and re.fullmatch(r"(head\.)?(head|fc|classifier)\.(weight|bias)", name) and found[1:] == expected[1:]:
         return f"its head has {found[0]} classes, not {expected[0]}; set --imagenet_classes {found[0]}"
     size = _STEM_WIDTHS.get(found[0]) if found and name.startswith("downsample_layers.0.") else None
     holds = f"the file holds a convnextv2_{size}" if size else "the file holds another network"
     return f"{name} is {found}, expected {expected}: {holds}, see --model"
+
+
+def other_split(found, expected):
+    """Why a network with `found` seen classes is not one of a benchmark with `expected`."""
+    return (
+        f"trained on {found} seen classes, but cname_cid.txt lists {expected}: "
+        "they belong to different splits; see --zero_version"
+    )
 
 
 class UnreadableFile(InputError):

@@ -18,9 +18,8 @@ from models.checkpoints import LAST, Keeper, load_student, read_checkpoint, save
 from models.eval.features import extract
 from models.losses import Batch
 from models.networks import Student, Teacher, create_backbone, normalise
-from models.options import input_size
 from models.train_step import Run, create_optimizers, train_step
-from models.weights import create_pair, load_published, published_state
+from models.weights import create_pair, fit_input_size, load_published, published_state
 from utils.cli import InputError
 
 
@@ -135,7 +134,8 @@ def test_train_resume_and_test_end_to_end(tiny, tmp_path, monkeypatch, model, si
 def test_checkpoints_and_weights_of_other_backbones_move(tmp_path):
     student = Student(shaken(create_backbone("resnet10t", 7)), 5)
     save_checkpoint(tmp_path / "c.pth.tar", student)
-    again, _ = load_student(tmp_path / "c.pth.tar", "resnet10t", 5, 7)
+    again, metadata, names = load_student(tmp_path / "c.pth.tar", "resnet10t", None, 7)
+    assert metadata["seen_classes"] == 5 and metadata["input_size"] == 224 and names is None
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in student.state_dict().items())
     state = published_state(student.backbone)
     save_file({name: value for name, value in state.items() if "num_batches" not in name}, tmp_path / "r.safetensors")
@@ -163,13 +163,13 @@ def test_weights_of_another_network_are_named(tmp_path):
 
 
 def test_a_network_of_a_fixed_size_takes_no_other():
-    assert input_size("vit_tiny_patch16_224", None) == input_size("vit_tiny_patch16_224", 224) == 224
-    assert input_size("vit_base_patch16_384", None) == 384
-    assert input_size("resnet10t", None) == 224 and input_size("resnet10t", 96) == 96
+    assert fit_input_size("vit_tiny_patch16_224", None) == fit_input_size("vit_tiny_patch16_224", 224) == 224
+    assert fit_input_size("vit_base_patch16_384", None) == 384
+    assert fit_input_size("resnet10t", None) == 224 and fit_input_size("resnet10t", 96) == 96
     with pytest.raises(InputError, match="--input_size 128: vit_tiny_patch16_224 takes images of 224 pixels only"):
-        input_size("vit_tiny_patch16_224", 128)
+        fit_input_size("vit_tiny_patch16_224", 128)
     with pytest.raises(InputError, match="--model resnet5: timm knows no 'resnet5'"):
-        input_size("resnet5", 128)
+        fit_input_size("resnet5", 128)
 
 
 def test_images_too_small_for_a_network_are_told_before_training(tiny, tmp_path, fails):
@@ -190,3 +190,31 @@ def test_statistics_are_the_networks_own():
     student = Student(create_backbone("tf_efficientnet_lite0", 7), 5)
     assert student.statistics == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     torch.testing.assert_close(normalise(images, *student.statistics), images / 127.5 - 1)
+
+
+def test_a_checkpoint_gives_its_network(tmp_path):
+    options = {"model": "resnet10t", "input_size": 64, "imagenet_classes": 7}
+    student, path = Student(create_backbone("resnet10t", 7), 3), tmp_path / "c.pth.tar"
+    save_checkpoint(path, student, options=options, classes=["a", "b", "c"])
+    again, metadata, names = load_student(path)
+    assert {name: metadata[name] for name in options} == options and metadata["width"] == 512
+    assert names == ["a", "b", "c"] and metadata["seen_classes"] == 3 and not again.training
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in student.state_dict().items())
+    assert load_student(path, "resnet10t", 96, 7).metadata["input_size"] == 96  # convolutions take images of any size
+    with pytest.raises(
+        InputError, match=r"--model resnet18: .*c.pth.tar was trained with resnet10t; leave --model out"
+    ):
+        load_student(path, "resnet18")
+    with pytest.raises(InputError, match=r"--imagenet_classes 9: .*c.pth.tar was trained with 7; leave"):
+        load_student(path, imagenet_classes=9)
+
+
+@pytest.mark.parametrize("model", ["resnet5", "convnextv2_giant"])
+def test_a_recorded_model_that_timm_does_not_know_is_named_with_the_version_of_timm(tmp_path, model):
+    student, path = Student(create_backbone("resnet10t", 7), 3), tmp_path / "c.pth.tar"
+    save_checkpoint(path, student, options={"model": model}, versions={"timm": "0.9"})
+    with pytest.raises(InputError, match=rf"c.pth.tar: needs timm 0.9 .* --model {model}: timm knows no '{model}'"):
+        load_student(path)
+    save_checkpoint(path, student)
+    with pytest.raises(InputError, match=rf"^--model {model}: timm knows no"):
+        load_student(path, model)

@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from models import export
-from models.checkpoints import read_checkpoint, save_checkpoint
+from models.checkpoints import load_student, read_checkpoint, save_checkpoint
 from models.networks import Student, create_backbone
 from models.weights import create_pair, published_state
 from photo_search.exported import FORMAT
-from photo_search.trained import load_student
 from utils.files import sha256_of
 
 OPTIONS = {"model": "convnextv2_atto", "input_size": 40, "imagenet_classes": 7}
@@ -99,9 +98,9 @@ def test_safetensors_hold_the_weights_and_what_they_are(student, checkpoint, tmp
     assert all(np.array_equal(value, state[name].numpy()) for name, value in held.items())
     assert json.loads(metadata["classes"]) == CLASSES and metadata["sha256"] == sha256_of(checkpoint)
     assert metadata["seen_classes"] == "4" and metadata["width"] == "320"
-    again, facts, content = load_student(path)
+    again, facts, classes = load_student(path)
     assert (facts["model"], facts["input_size"], facts["imagenet_classes"]) == ("convnextv2_atto", 40, 7)
-    assert content["classes"] == CLASSES
+    assert classes == CLASSES
     images = np.random.default_rng(1).integers(0, 256, (2, 3, 40, 40), np.uint8)
     np.testing.assert_array_equal(expected(again, images), expected(student, images))
     for network in create_pair("convnextv2_atto", 9, str(path), 7):  # --finetune
@@ -134,9 +133,9 @@ def test_class_names_are_told_only_where_they_are_known(student, classes):
     ("weights.pt --to s.onnx", "weights.pt: holds no classifier of seen classes"),
     ("c.pth.tar --to s.pt", "--to: 's.pt' ends neither in .onnx nor in .safetensors"),
     ("c.pth.tar", "required: --to"),
-    ("c.pth.tar --to s.onnx --model resnet10t", "c.pth.tar: "),
+    ("c.pth.tar --to s.onnx --model resnet10t", "c.pth.tar was trained with convnextv2_atto; leave --model out"),
     ("c.pth.tar --to s.onnx --model resnet5", "--model resnet5: timm knows no"),
-    ("c.pth.tar --to s.onnx --imagenet_classes 9", "set --imagenet_classes 7"),
+    ("c.pth.tar --to s.onnx --imagenet_classes 9", "was trained with 7; leave --imagenet_classes out"),
     ("c.pth.tar --to s.onnx --input_size 7", "argument --input_size"),
     ("c.pth.tar --to text/s.safetensors", "s.safetensors cannot be written"),
 ])  # fmt: skip
