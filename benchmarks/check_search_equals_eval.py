@@ -32,6 +32,7 @@ from datasets.lists import open_benchmark  # noqa: E402
 from models.checkpoints import read_checkpoint, trained_with  # noqa: E402
 from models.eval.evaluate import evaluate_rows  # noqa: E402
 from models.eval.features import FEATURES, read_features  # noqa: E402
+from models.eval.matching import CLUSTER_WEIGHT  # noqa: E402
 from photo_search.index import open_index  # noqa: E402
 from photo_search.search import MATCHINGS  # noqa: E402
 
@@ -84,7 +85,8 @@ def found(folder, images, matching):
     """[files of the photos, nearest first] of each sketch, by search."""
     sketches = [images.query.root / path for path in images.query.paths]
     out = folder / "found.json"
-    how = ["--as_drawn", "--matching", matching, "-k", len(images.gallery)]
+    weight = ["--cluster_weight", CLUSTER_WEIGHT] if matching == "one-to-many" else []
+    how = ["--as_drawn", "--matching", matching, *weight, "-k", len(images.gallery)]
     search("find", *sketches, *how, "--index", folder / "index", "--json", out)
     return [[photo["photo"] for photo in each["found"]] for each in json.loads(out.read_text())]
 

@@ -70,8 +70,10 @@ class Door:
         if not self.key:
             return None
         if visit.scope["path"] == "/" and _same(_digest(visit.query_params.get("token", "")), self.key):
-            answer = RedirectResponse("/", 303)
-            answer.set_cookie(self.cookie, self.key, httponly=True, samesite="strict")
+            answer = RedirectResponse("./", 303)  # relative, for a page that a proxy serves under a path
+            answer.set_cookie(
+                self.cookie, self.key, httponly=True, samesite="lax"
+            )  # a link in a message opens it; requests of other pages are refused
             return answer
         if _same(visit.cookies.get(self.cookie, ""), self.key):
             return None

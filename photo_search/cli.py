@@ -9,7 +9,7 @@ from photo_search.clean_sketch import clean_up
 from photo_search.encoder import BACKENDS, backend_of, check_checkpoint, fit_codebook, load_network, network_of
 from photo_search.figure import PHOTOS, draw_found
 from photo_search.index import is_index, open_index
-from photo_search.search import MATCHINGS, ONE_TO_ONE, is_lost, open_finder, read_sketch
+from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, ONE_TO_ONE, is_lost, open_finder, read_sketch
 from utils.cli import InputError, OneLineParser, image_side, number_type, one_line_errors, positive_int
 from utils.distributed import get_rank, get_world_size, log_rank0
 from utils.files import write_json
@@ -78,6 +78,9 @@ def create_parser():
     add("--as_drawn", action="store_true", help="compare sketches as they are (default: bring paper, size and lines to "
         "what networks learn from)")  # fmt: skip
     add("--matching", choices=MATCHINGS, help="(default: one-to-many where the index has clusters)")
+    add("--cluster_weight", type=number_type(float, 0, 1, "a number from 0 to 1"), metavar="W",
+        help="weight of the cluster distance in one-to-many matching, 0 to 1; the paper's is 0.8 "
+        f"(default: {DEFAULT_CLUSTER_WEIGHT})")  # fmt: skip
     add("--json", type=_path, metavar="FILE", help="write what was found to FILE")
     add("--picture", type=_path, metavar="FILE", help="where the picture goes (default: found.png in the index; of "
         "Milvus, here)")  # fmt: skip
@@ -209,20 +212,28 @@ def find_photos(options):
     if not options.as_drawn:
         sketches = [clean_up(sketch, path) for sketch, path in zip(sketches, options.sketches, strict=True)]
     finder = open_finder(_place(options), options.checkpoint, options.device)
-    matching = finder.matching(options.matching)
+    matching, weight = (
+        finder.matching(options.matching),
+        finder.cluster_weight(options.matching, options.cluster_weight),
+    )
     if matching != options.matching and matching == ONE_TO_ONE:
         log_rank0(f"note: {finder.index.name} has no clusters, so matching is one-to-one")
     if options.k > len(finder.index):
         log_rank0(f"note: the index has only {len(finder.index):,} photos; all are shown")
     found = []
     for path, features in zip(options.sketches, _features(finder.network, sketches), strict=True):
-        matches = finder.find_features(features, options.k, matching)
+        matches = finder.find_features(features, options.k, matching, weight=weight)
         _print_table(path, matching, matches)
         found.append(matches)
     if gone := len({match.path for matches in found for match in matches if is_lost(match)}):
         log_rank0(f"note: no longer there: {gone:,} of the photos found; index again")
     result = [
-        {"sketch": path, "matching": matching, "found": [_as_json(match) for match in matches]}
+        {
+            "sketch": path,
+            "matching": matching,
+            "cluster_weight": weight,
+            "found": [_as_json(match) for match in matches],
+        }
         for path, matches in zip(options.sketches, found, strict=True)
     ]
     if options.json:

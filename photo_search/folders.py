@@ -1,4 +1,4 @@
-"""The folders that a search can be kept to: those of an index, and the folders directly in them."""
+"""The folders that a search can be kept to: those of an index, and all folders in them that have photos."""
 
 import os
 from bisect import bisect_left
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-MOST = 500  # folders that are offered
+MOST, DEEPEST = 2000, 40  # folders that are offered, and how deep they lie at most
 _SEPARATOR = os.fsencode(os.sep)
 
 
@@ -14,7 +14,7 @@ class Folder(NamedTuple):
     """A folder with photos. Photos have places in the order of their paths, so a folder's follow one another."""
 
     name: str
-    depth: int  # 0 for a folder of the index, 1 for one in it
+    depth: int  # 0 for a folder of the index, 1 for one directly in it, and so on
     first: int  # its photos have places from first to last - 1
     last: int
 
@@ -24,27 +24,29 @@ class Folder(NamedTuple):
 
 
 def folders_of(index):
-    """The Folders of an Index, in the order of their paths, MOST at most."""
+    """The Folders of an Index, in the order of their paths, a folder before those in it, MOST at most."""
     rows = np.argsort(index.cells.places)
     found = []
 
     def path(place):
         return os.fsencode(index.path(rows[place]))
 
-    def add(prefix, depth):
+    def add(prefix, depth, among):
+        """Add the folder with this path, if it has photos `among` these places, and those in it; returns its end."""
         after = prefix[:-1] + bytes([prefix[-1] + 1])
-        first, last = (bisect_left(range(len(rows)), edge, key=path) for edge in (prefix, after))
-        if first < last:
+        first, last = (bisect_left(among, edge, key=path) + among.start for edge in (prefix, after))
+        if first < last and len(found) < MOST:
             found.append(Folder(readable(os.path.basename(prefix[:-1]) or prefix), depth, first, last))
-        return first, last
+            place = first
+            while place < last and len(found) < MOST:
+                name, inside, _ = path(place).removeprefix(prefix).partition(_SEPARATOR)
+                deeper = inside and depth < DEEPEST
+                place = add(prefix + name + inside, depth + 1, range(place, last)) if deeper else place + 1
+        return last
 
     for root in filter(os.path.isabs, index.facts["folders"]):
-        prefix = os.path.join(os.fsencode(root), b"")
-        place, last = add(prefix, 0)
-        while place < last and len(found) < MOST:
-            name, inside, _ = path(place).removeprefix(prefix).partition(_SEPARATOR)
-            place = max(place + 1, add(prefix + name + inside, 1)[1] if inside else 0)
-    return found[:MOST]
+        add(os.path.join(os.fsencode(root), b""), 0, range(len(rows)))
+    return found
 
 
 def readable(path):

@@ -91,6 +91,10 @@ class Index:
         """Photos as small JPEGs: [bytes, ...]."""
         return [self.thumbnail(row) for row in rows]
 
+    def digests_of(self, rows):
+        """What photos that are copies of each other have in common, and no others: [text, ...]."""
+        return [self.records["digest"][row].tobytes().hex()[:32] for row in rows]
+
     def features_of(self, rows):
         """Features (n, D) of photos."""
         return self.cells.features[rows]

@@ -210,6 +210,10 @@ class MilvusIndex:
         """A photo as a small JPEG (bytes)."""
         return self.thumbnails_of([row])[0]
 
+    def digests_of(self, rows):
+        """As Index.digests_of; None each, since Milvus holds no digests."""
+        return [None for _ in rows]
+
     def features_of(self, rows):
         """Features (n, D) float32 of rows (n,)."""
         with _as_data(self.server):

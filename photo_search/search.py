@@ -11,6 +11,7 @@ from photo_search.index import Index, open_index
 from utils.cli import InputError
 
 ONE_TO_ONE, ONE_TO_MANY = MATCHINGS = ("one-to-one", "one-to-many")
+DEFAULT_CLUSTER_WEIGHT = 0.2  # for photos of one's own; the paper's 0.8 shows fewer right photos first
 FLAT = 24  # grey levels, up to which a drawing shows nothing: paper and its noise
 
 
@@ -42,19 +43,36 @@ class Finder:
             )
         return asked or (ONE_TO_MANY if self.index.clusters else ONE_TO_ONE)
 
-    def find(self, image, k=20, matching=None, allowed=None, as_drawn=False):
+    def cluster_weight(self, matching=None, weight=None):
+        """The weight of D in the score: 0 in one-to-one matching; in one-to-many, DEFAULT_CLUSTER_WEIGHT or `weight`.
+
+        Raises InputError as `matching` does, and where the two contradict each other.
+        """
+        if matching == ONE_TO_ONE and weight:
+            raise InputError(
+                f"--cluster_weight {weight:g}: --matching {ONE_TO_ONE} has no cluster distance; leave one out"
+            )
+        if weight and not self.index.clusters:
+            raise InputError(
+                f"--cluster_weight {weight:g}: {self.index.name} has no clusters; index again with --clusters"
+            )
+        if self.matching(matching) == ONE_TO_ONE:
+            return 0
+        return DEFAULT_CLUSTER_WEIGHT if weight is None else weight
+
+    def find(self, image, k=20, matching=None, allowed=None, as_drawn=False, weight=None):
         """The k nearest photos of a drawing (PIL.Image, RGB): [Match, ...], nearest first, ties by path.
 
         The drawing is cleaned up unless `as_drawn`. Raises InputError where no line can be told from the paper.
         allowed: the rows that may be found, one at least, see Index.between; None for all.
+        weight: of the cluster distance, from 0 to 1; see `cluster_weight`.
         """
         image = image if as_drawn else clean_up(image)
-        return self.find_features(self.network.features([image])[0], k, matching, allowed)
+        return self.find_features(self.network.features([image])[0], k, matching, allowed, weight)
 
-    def find_features(self, features, k=20, matching=None, allowed=None):
+    def find_features(self, features, k=20, matching=None, allowed=None, weight=None):
         """As `find`, for features (D,) of length 1: those of another drawing, or of a photo of the index."""
-        more = {"weight": 0} if self.matching(matching) == ONE_TO_ONE else {}
-        nearest = self.index.nearest(features, k, allowed=allowed, **more)
+        nearest = self.index.nearest(features, k, self.cluster_weight(matching, weight), allowed)
         columns = [values.tolist() for values in nearest[:4]]
         return [
             Match(row, path, score, distance, cluster if self.index.clusters else None)

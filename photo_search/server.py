@@ -1,27 +1,33 @@
 """The drawing page: what it answers, from an index that may be replaced while it is open."""
 
 import asyncio
+import mimetypes
 import os
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from photo_search.access import Door, policy_of, read_body, refusal
+from photo_search.clean_sketch import clean_up
 from photo_search.encoder import share_cores
 from photo_search.folders import Folder, readable
 from photo_search.index import INDEX
 from photo_search.pictures import BYTES, open_photo, read_drawing
-from photo_search.search import MATCHINGS, Finder, check_drawn, open_finder, open_place
+from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, Finder, check_drawn, open_finder, open_place
 from utils.cli import InputError
 
 HTML = Path(__file__).with_name("page.html")
+# What belongs to the page, in this order, and goes into it: it stays one file under one policy.
+STYLES, SCRIPTS = ("page.css",), ("page.js",)
 MOST = 200  # photos that are shown
 SEARCHES = 2  # at a time
 WAITING = 32  # requests that wait for one, each with a picture in memory
@@ -80,7 +86,7 @@ class Page:
 
     def __init__(self, shelf, patience=PATIENCE):
         self.shelf, self.patience = shelf, patience
-        self.html = HTML.read_text(encoding="utf-8")
+        self.html = page_html()
         self.turns, self.waiting = asyncio.Semaphore(SEARCHES), 0
         checkpoint = shelf.album.finder.network.facts["checkpoint"]
         self.threads = ThreadPoolExecutor(SEARCHES, "search", share_cores, (checkpoint, SEARCHES))
@@ -94,11 +100,15 @@ class Page:
         index = album.finder.index
         return JSONResponse({
             "index": album.stamp, "photos": len(index), "matchings": MATCHINGS if index.clusters else MATCHINGS[:1],
-            "folders": [{"name": folder.name, "depth": folder.depth} for folder in album.folders],
+            "cluster_weight": DEFAULT_CLUSTER_WEIGHT if index.clusters else 0,
+            "folders": [
+                {"name": folder.name, "depth": folder.depth, "photos": folder.last - folder.first}
+                for folder in album.folders
+            ],
         })  # fmt: skip
 
     async def find(self, request):
-        """Photos for the picture in the body, or for the photo that the query names."""
+        """Photos for the picture in the body, for the photo that the query names, or for what is between the two."""
         if self.waiting >= WAITING:
             raise HTTPException(503, "too many searches at once; try again")
         self.waiting += 1
@@ -113,10 +123,14 @@ class Page:
 
     async def photo(self, request):
         """A photo as it is, or converted to JPEG."""
-        kind, file = await self._in_a_thread(self._opened_photo, request.path_params)
+        kind, file, name = await self._in_a_thread(self._opened_photo, request.path_params)
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        return StreamingResponse(_chunks(file), media_type=kind, headers={"Content-Length": str(size)})
+        headers = {
+            "Content-Length": str(size),
+            "Content-Disposition": f"inline; filename*=UTF-8''{quote(name, safe='')}",
+        }
+        return StreamingResponse(_chunks(file), media_type=kind, headers=headers)
 
     def thumbnail(self, request):
         """A photo as a small JPEG."""
@@ -134,26 +148,36 @@ class Page:
         matching = query.get("matching") or None
         if matching not in (None, *MATCHINGS):
             raise HTTPException(400, f"matching: it is one of {', '.join(MATCHINGS)}")
+        weight = _share(query["weight"], "weight") if query.get("weight") else None
         allowed = None
         if query.get("folder"):
             place = _whole(query["folder"], "folder", 0, len(album.folders) - 1)
             allowed = album.folders[place].rows(finder.index)
+        features, left_out = [], None
         if "photo" in query:
-            features = finder.index.features_of([_whole(query["photo"], "photo", 0, count - 1)])[0]
-            matches = finder.find_features(features, k, matching, allowed)
-        else:
+            left_out = _whole(query["photo"], "photo", 0, count - 1)
+            features.append(finder.index.features_of([left_out])[0])
+        if body or not features:
             drawing = read_drawing(body)
             check_drawn(drawing, "drawing")
             as_drawn = _whole(query.get("as_drawn") or "0", "as_drawn", 0, 1) == 1
-            matches = finder.find(drawing, k, matching, allowed, as_drawn)
+            features.append(finder.network.features([drawing if as_drawn else clean_up(drawing)])[0])
+        features = _between(features)
+        matches = finder.find_features(features, k + (left_out is not None), matching, allowed, weight)
+        matches = [match for match in matches if match.row != left_out][:k]
+        digests = finder.index.digests_of([match.row for match in matches])
         return {
-            "index": album.stamp, "matching": finder.matching(matching), "found": [_as_json(match) for match in matches]
+            "index": album.stamp, "matching": finder.matching(matching),
+            "cluster_weight": finder.cluster_weight(matching, weight),
+            "found": [_as_json(match, digest) for match, digest in zip(matches, digests, strict=True)],
         }  # fmt: skip
 
     def _opened_photo(self, names):
         index, row = self._named(names)
         try:
-            return open_photo(index, row)
+            kind, file = open_photo(index, row)
+            name = readable(os.path.basename(index.path(row)))
+            return kind, file, name if kind == _kind_of(name) else f"{name}.{kind.removeprefix('image/')}"
         except FileNotFoundError:
             raise HTTPException(404, "this photo is no longer there; index again to leave it out") from None
         except InputError as error:
@@ -196,10 +220,38 @@ def _whole(text, name, low, high, status=400):
     return int(text)
 
 
-def _as_json(match):
+def _share(text, name):
+    """A number from 0 to 1 in a request. Raises HTTPException if it is none."""
+    if not re.fullmatch(r"0|1|0?\.[0-9]{1,6}|[01]\.0{1,6}", text):
+        raise HTTPException(400, f"{name}: it is a number from 0 to 1")
+    return float(text)
+
+
+def _between(features):
+    """Features (D,) of length 1 halfway between those in a list of one or two."""
+    between = sum(features)
+    length = np.linalg.norm(between)
+    return between / length if len(features) > 1 and length else features[0]
+
+
+def _kind_of(name):
+    """The media type that the ending of a file name stands for, or None."""
+    return mimetypes.guess_type(name)[0]
+
+
+def page_html():
+    """The page: page.html with STYLES and SCRIPTS in the elements for them."""
+    read = {name: HTML.with_name(name).read_text(encoding="utf-8") for name in (*STYLES, *SCRIPTS)}
+    html = HTML.read_text(encoding="utf-8")
+    for element, names in (("style", STYLES), ("script", SCRIPTS)):
+        html = html.replace(f"<{element}></{element}>", f"<{element}>\n{''.join(map(read.get, names))}</{element}>", 1)
+    return html
+
+
+def _as_json(match, digest=None):
     return {
         "photo": match.row, "name": readable(os.path.basename(match.path)), "path": readable(match.path),
-        "score": match.score, "distance": match.distance, "cluster_distance": match.cluster_distance,
+        "score": match.score, "distance": match.distance, "cluster_distance": match.cluster_distance, "digest": digest,
     }  # fmt: skip
 
 

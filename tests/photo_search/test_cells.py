@@ -10,6 +10,8 @@ from models.eval import matching
 from photo_search import cells as search_cells
 from photo_search.cells import Cells, Nearest, search
 
+WEIGHTS = (0, 0.2, 0.8, 1)  # of the cluster distance
+
 
 def unit(values):
     return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
@@ -38,7 +40,7 @@ def brute_force(features, codebook, query, k, weight, photos=None):
         query = query.astype(np.float64).reshape(len(codebook), 1, -1)
         squares = ((words - query) ** 2).sum(axis=2)
         cluster = sum(own[codes] for own, codes in zip(squares, nearest, strict=True))
-        scores = 0.8 * cluster + 0.2 * scores
+        scores = weight * cluster + round(1 - weight, 12) * scores
     order = np.lexsort([np.arange(len(scores)), scores])
     order = order[:k] if photos is None else order[np.isin(order, photos)][:k]
     return order, scores[order]
@@ -86,7 +88,7 @@ def test_search_equals_brute_force(name, features, subspaces, clusters):
     codebook = drawn_codebook(features, subspaces, clusters, rng)
     cells, order = build(features, codebook)
     for query in queries(features, rng):
-        for weight in (0, 0.8) if subspaces else (0,):
+        for weight in WEIGHTS if subspaces else (0,):
             for k in (1, 20, 2 * len(features)):
                 found = search(cells, query, k, weight)
                 photos, scores = brute_force(features, codebook, query, k, weight)
@@ -105,7 +107,7 @@ def test_search_among_some_photos_equals_brute_force_over_them(name, features, s
     allowed[: cells.ends[0]] |= share == "a cell"
     allowed[rng.integers(len(features))] = True
     for query in queries(features, rng):
-        for weight in (0, 0.8):
+        for weight in WEIGHTS:
             for k in (1, 20, len(features)):
                 found = search(cells, query, k, weight, allowed)
                 photos, scores = brute_force(features, codebook, query, k, weight, order[allowed])

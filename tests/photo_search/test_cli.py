@@ -86,7 +86,8 @@ def test_the_ranking_is_that_of_the_test_script(miniature, student, checkpoint, 
     measured = evaluate_rows(features, codebooks, nearest=every, dtype=torch.float64)
     sketches = [images.query.root / path for path in images.query.paths]
     for matching in codebooks:
-        how = ["--as_drawn", "--matching", matching, "-k", 48]
+        weight = ["--cluster_weight", 0.8] if matching == "one-to-many" else []
+        how = ["--as_drawn", "--matching", matching, *weight, "-k", 48]
         run("find", *sketches, *how, "--json", tmp_path / "found.json", *HERE)
         found = json.loads((tmp_path / "found.json").read_text())
         assert len(found) == len(sketches) == 32
@@ -109,7 +110,7 @@ def test_index_find_and_index_again(photos, checkpoint, sketch, tmp_path, capsys
     assert "note: photo_index has no clusters, so matching is one-to-one" in said.err
     assert "note: the index has only 5 photos; all are shown" in said.err
     assert json.loads((tmp_path / "out.json").read_text()) == found
-    assert [list(each) for each in found] == [["sketch", "matching", "found"]]
+    assert [list(each) for each in found] == [["sketch", "matching", "cluster_weight", "found"]]
     assert [list(each) for each in found[0]["found"]] == [["photo", "score", "distance", "cluster_distance"]] * 5
     scores = [photo["score"] for photo in found[0]["found"]]
     assert scores == sorted(scores) and all(photo["cluster_distance"] is None for photo in found[0]["found"])
@@ -130,7 +131,7 @@ def test_photos_that_are_gone_are_told(photos, checkpoint, sketch, capsys, tmp_p
     assert found["matching"] == "one-to-many" and len(found["found"]) == 5
     assert "note: no longer there: 1 of the photos found; index again" in capsys.readouterr().err
     for photo in found["found"]:
-        score = 0.8 * photo["cluster_distance"] + 0.2 * photo["distance"]
+        score = 0.2 * photo["cluster_distance"] + 0.8 * photo["distance"]
         assert photo["score"] == pytest.approx(score, abs=1e-12)
     one = run("find", sketch, "--matching", "one-to-one", *HERE)[0]
     assert [photo["score"] for photo in one["found"]] == [photo["distance"] for photo in one["found"]]
@@ -201,6 +202,9 @@ def bad_sketches(folder):
     ("find sketch.png --index sketch.png", "sketch.png: no index of photos"),
     ("find sketch.png --index", "expected one"),
     ("find sketch.png --matching one-to-many", "has no clusters; index again with --clusters"),
+    ("find sketch.png --cluster_weight 0.5", "--cluster_weight 0.5: photo_index has no clusters"),
+    ("find sketch.png --matching one-to-one --cluster_weight 0.5", "one-to-one has no cluster distance"),
+    ("find sketch.png --cluster_weight 1.1", "'1.1' is not a number from 0 to 1"),
     ("find sketch.png --device abacus", "--device abacus: there is no such device"),
     ("find sketch.png --json sketch.png/x.json", "x.json cannot be written"),
     ("find sketch.png --json empty", "empty cannot be written (Is a directory); choose another name or folder"),

@@ -130,7 +130,7 @@ def test_find_needs_no_torch(tmp_path):
     assert [photo["photo"] for photo in found["found"]] == [photo["photo"] for photo in before["found"]]
     for photo, other in zip(found["found"], before["found"], strict=True):
         assert photo["score"] == pytest.approx(other["score"], abs=1e-6)
-        assert photo["score"] == pytest.approx(0.8 * photo["cluster_distance"] + 0.2 * photo["distance"], abs=1e-12)
+        assert photo["score"] == pytest.approx(0.2 * photo["cluster_distance"] + 0.8 * photo["distance"], abs=1e-12)
 
 
 def test_the_page_needs_no_torch():

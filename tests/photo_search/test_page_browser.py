@@ -195,7 +195,7 @@ def test_a_drawn_bell_finds_bells(visit):
     shown = visit.run("return [...list.querySelectorAll('img')].every(image => image.naturalWidth > 0)")
     parts = visit.driver.find_element(By.CLASS_NAME, "parts").text.replace("\u00a0", " ")
     score, distance, cluster = (float(part.split()[-1]) for part in parts.replace(" d", " · d").split("·"))
-    assert shown and score == pytest.approx(0.8 * cluster + 0.2 * distance, abs=2e-3)
+    assert shown and score == pytest.approx(0.2 * cluster + 0.8 * distance, abs=2e-3)
 
 
 def test_the_page_without_pytorch_finds_the_same(visit, index, tmp_path):

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_cells import brute_force, build, clustered, drawn_codebook, galleries, queries
+from test_cells import WEIGHTS, brute_force, build, clustered, drawn_codebook, galleries, queries
 
 from photo_search import rounds
 
@@ -52,7 +52,7 @@ def test_rounds_equal_brute_force(name, features, subspaces, clusters, monkeypat
     codebook = drawn_codebook(features, subspaces, clusters, rng)
     cells, _ = build(features, codebook)
     for query in queries(features, rng):
-        for weight in (0, 0.8) if subspaces else (0,):
+        for weight in WEIGHTS if subspaces else (0,):
             for k in (1, 20, 2 * len(features)):
                 holder = Holder(cells, query)
                 found = rounds.search(without_photos(cells), query, k, holder.ask, holder.fetch, weight)
@@ -73,7 +73,7 @@ def test_only_photos_that_are_allowed_are_found(share, monkeypatch):
     features, codebook, cells = gallery(2000)
     allowed = np.random.default_rng(4).random(len(features)) < share
     rows = np.flatnonzero(allowed)
-    for weight in (0, 0.8):
+    for weight in WEIGHTS:
         holder = Holder(cells, features[5], allowed=allowed)
         found = rounds.search(cells, features[5], 30, holder.ask, holder.fetch, weight, len(rows))
         photos, _ = brute_force(features[rows], codebook, features[5], 30, weight)
@@ -96,7 +96,7 @@ def test_more_ties_than_asked_for_are_all_looked_at(monkeypatch):
     features, codebook, _ = gallery(1000)
     features[100:] = features[100]
     cells, _ = build(features, codebook)
-    for weight in (0, 0.8):
+    for weight in WEIGHTS:
         holder = Holder(cells, features[100], error=0)
         found = rounds.search(cells, features[100], 20, holder.ask, holder.fetch, weight)
         np.testing.assert_array_equal(found.rows, np.arange(100, 120))
@@ -106,6 +106,6 @@ def test_more_ties_than_asked_for_are_all_looked_at(monkeypatch):
 def test_photos_that_do_not_come_are_an_error():
     features, _, cells = gallery(500)
     holder = Holder(cells, features[0], allowed=np.arange(500) < 10)
-    for weight in (0, 0.8):
+    for weight in WEIGHTS:
         with pytest.raises(ValueError, match="10 photos came where there are 20"):
             rounds.search(cells, features[0], 20, holder.ask, holder.fetch, weight)

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,11 @@ from PIL import Image
 
 import search_photos
 from photo_search import server as pages
+from photo_search.clean_sketch import clean_up
 from photo_search.folders import folders_of
 from photo_search.index import open_index
 from photo_search.pictures import BYTES, open_photo, read_drawing
+from photo_search.search import DEFAULT_CLUSTER_WEIGHT
 
 
 @pytest.fixture
@@ -100,20 +103,52 @@ def test_a_photo_finds_photos_like_it(client, shelf):
     finder = shelf.now().finder
     for row in (0, 11, 23):
         answer = find(client, photo=row, k=5)
-        assert told(answer) == as_found(finder.find_features(finder.index.cells.features[row], 5))
-        assert answer["found"][0]["photo"] == row or answer["found"][0]["distance"] < 1e-6
+        matches = finder.find_features(finder.index.cells.features[row], 6)
+        assert matches[0].row == row  # which is left out
+        assert told(answer) == as_found(matches[1:])
+    assert len(find(client, photo=3, k=200)["found"]) == len(finder.index) - 1
+
+
+def test_a_photo_and_a_drawing_find_what_is_between_them(client, shelf):
+    finder = shelf.now().finder
+    one, other = finder.index.features_of([5])[0], finder.network.features([clean_up(read_drawing(drawing()))])[0]
+    middle = (one + other) / np.linalg.norm(one + other)
+    expected = [match for match in finder.find_features(middle, 8) if match.row != 5][:7]
+    answer = find(client, drawing(), photo=5, k=7)
+    assert [each["photo"] for each in answer["found"]] == [match.row for match in expected]
+    assert [each["score"] for each in answer["found"]] == pytest.approx([match.score for match in expected], abs=1e-6)
+
+
+def test_the_weight_of_the_cluster_distance_is_chosen(client, shelf):
+    finder = shelf.now().finder
+    assert client.get("/about").json()["cluster_weight"] == DEFAULT_CLUSTER_WEIGHT
+    for weight in ("0", "0.2", ".45", "0.8", "1"):
+        answer = find(client, drawing(), k=9, weight=weight)
+        assert told(answer) == as_found(finder.find(read_drawing(drawing()), 9, weight=float(weight)))
+        assert answer["cluster_weight"] == float(weight)
+        for each in answer["found"]:
+            score = float(weight) * each["cluster_distance"] + (1 - float(weight)) * each["distance"]
+            assert each["score"] == pytest.approx(score, abs=1e-6)
+
+
+def test_copies_of_a_photo_have_one_digest(client, shelf, album, index):
+    shutil.copy(shelf.now().finder.index.path(0), album / "b" / "a copy.png")
+    update(index, FakeNetwork(), album)
+    digests = [each["digest"] for each in find(client, drawing(), k=200)["found"]]
+    assert len(digests) == 25 and len(set(digests)) == 24
 
 
 def test_a_search_can_be_kept_to_a_folder(client, shelf, album):
     finder, about = shelf.now().finder, client.get("/about").json()
     assert about["photos"] == 24 and about["matchings"] == ["one-to-one", "one-to-many"]
-    assert [(each["name"], each["depth"]) for each in about["folders"]] == [("album", 0), ("a", 1), ("b", 1)]
+    folders = [(each["name"], each["depth"], each["photos"]) for each in about["folders"]]
+    assert folders == [("album", 0, 24), ("a", 1, 8), ("b", 1, 8), ("c", 2, 8)]
     every = finder.find(read_drawing(drawing()), 24)
-    for place, folder in enumerate((album, album / "a", album / "b")):
+    for place, folder in enumerate((album, album / "a", album / "b", album / "b/c")):
         inside = [match for match in every if match.path.startswith(f"{folder}{os.sep}")]
         assert inside and told(find(client, drawing(), k=24, folder=place)) == as_found(inside)
         among = {each["path"] for each in find(client, photo=every[0].row, k=24, folder=place)["found"]}
-        assert among == {match.path for match in inside}
+        assert among == {match.path for match in inside} - {every[0].path}
 
 
 def test_folders_hold_the_photos_whose_paths_begin_with_them(tmp_path):
@@ -124,11 +159,12 @@ def test_folders_hold_the_photos_whose_paths_begin_with_them(tmp_path):
     update(tmp_path / "index", FakeNetwork(), tmp_path / "some", tmp_path / "something")
     index = open_index(tmp_path / "index")
     found = folders_of(index)
-    expected = ["some", "x-y", "x.d", "x", "xx", "é", "something", "else"]
+    expected = ["some", "x-y", "x.d", "x", "z", "xx", "é", "something", "else"]
     assert [folder.name for folder in found] == expected
-    assert [folder.depth for folder in found] == [0, 1, 1, 1, 1, 1, 0, 1]
+    assert [folder.depth for folder in found] == [0, 1, 1, 1, 2, 1, 1, 0, 1]
     for folder in found:
-        root = {"something": tmp_path / "something", "else": tmp_path / "something/else", "some": tmp_path / "some"}
+        root = {"something": tmp_path / "something", "else": tmp_path / "something/else", "some": tmp_path / "some",
+                "z": tmp_path / "some/x/z"}  # fmt: skip
         prefix = f"{root.get(folder.name, tmp_path / 'some' / folder.name)}{os.sep}"
         inside = [index.path(row).startswith(prefix) for row in range(len(index))]
         assert folder.rows(index).tolist() == inside and any(inside)
@@ -183,7 +219,7 @@ def test_a_new_index_is_taken_while_the_page_is_open(client, shelf, album, index
         assert client.get(path).status_code == 410
     assert client.post("/find", params={"index": before["index"]}, content=drawing()).status_code == 410
     after = client.get("/about").json()
-    assert after["photos"] == 25 and {"name": "new", "depth": 1} in after["folders"]
+    assert after["photos"] == 25 and {"name": "new", "depth": 1, "photos": 1} in after["folders"]
     assert len(find(client, drawing(), k=99, index=after["index"])["found"]) == 25
     os.remove(index / "index.json")
     answer = client.get("/about")
@@ -244,7 +280,8 @@ def test_a_picture_of_a_phone_is_looked_at_upright():
     ({"k": "0"}, "k: it is a whole number from 1 to 200"), ({"k": "201"}, "k: it is"), ({"k": "x"}, "k: it is"),
     ({"matching": "both"}, "matching: it is one of one-to-one, one-to-many"),
     ({"as_drawn": "yes"}, "as_drawn: it is a whole number from 0 to 1"),
-    ({"folder": "3"}, "folder: it is a whole number from 0 to 2"), ({"folder": "-1"}, "folder: it is"),
+    ({"folder": "4"}, "folder: it is a whole number from 0 to 3"), ({"folder": "-1"}, "folder: it is"),
+    ({"weight": "1.01"}, "weight: it is a number from 0 to 1"), ({"weight": "nan"}, "weight: it is a number"),
     ({"photo": "24"}, "photo: it is a whole number from 0 to 23"), ({"photo": ""}, "photo: it is"),
 ])  # fmt: skip
 def test_wrong_options_are_told(client, options, said):
