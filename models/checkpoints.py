@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from datasets.lists import MASK_FILE
+from models.export import EXPORT_FORMAT, parse_metadata
 from models.losses import LOSS_NAMES
 from models.networks import Student
 from models.saved import check_saved, plain_options
@@ -35,7 +36,6 @@ from models.weights import (
     safetensors_metadata,
     student_of,
 )
-from photo_search.exported import FORMAT, parsed
 from utils.cli import InputError
 from utils.distributed import log_rank0
 from utils.files import atomic_write, sha256_of, write_json
@@ -138,10 +138,10 @@ def read_checkpoint(path):
 def _exported_with(path):
     """What models.export wrote beside weights, under the names of a training checkpoint; {} for files of others."""
     metadata = safetensors_metadata(path) if str(path).endswith(".safetensors") else {}
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != EXPORT_FORMAT:
         return {}
     try:
-        told = parsed(metadata)
+        told = parse_metadata(metadata)
         options = {name: told[name] for name in ("model", "input_size", "imagenet_classes")}
         return {"options": options, "classes": json.loads(metadata.get("classes", "null"))}
     except (KeyError, ValueError, RecursionError):

@@ -1,155 +1,231 @@
-"""Trained students for other programs: as ONNX with all that the features need, or their weights as safetensors.
+"""Exports trained students as ONNX (with normalisation of inputs and outputs) or as safetensors, and reads such files.
 
     python -m models.export checkpoint/sketchy/zeroshot1/model_best.pth.tar --to student.onnx
     python -m models.export checkpoint/sketchy/zeroshot1/model_best.pth.tar --to student.safetensors
 
     student.onnx          images (n, 3, size, size) uint8, RGB, for any n → features (n, D) float32 of length 1
-    student.safetensors   weights by their published names, the classifier of seen classes among them
+    student.safetensors   weights by their published names, including the classifier of the seen classes
 
-Both hold the metadata of `describe`, as texts.
+Both carry the metadata of `export_metadata`, as strings. Only writing needs PyTorch; reading does not.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import os
 import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.torch import save
-from torch import nn
-from torch.nn import functional as F
 
-from models.checkpoints import load_student
-from models.eval.features import embed
-from models.weights import check_size, gist, published_state
-from photo_search.exported import FORMAT
-from utils.cli import InputError, OneLineParser, image_side, one_line_errors, positive_int
+from utils.cli import InputError, OneLineParser, image_side, one_line_errors, positive_int, run_command
 from utils.files import atomic_write
 
-CLOSE = 1e-4  # how far a value of a feature may be from PyTorch's
-LARGEST = (1 << 31) - (1 << 24)  # bytes of weights in one ONNX file, a message of at most 2 GiB
-PACKAGES = "pip install -r requirements-onnx.txt"
+EXPORT_FORMAT = "sbka student 1"  # value of the metadata entry "format"
+METADATA_TYPES = {"sha256": str, "model": str, "imagenet_classes": int, "input_size": int, "width": int}
+MAX_DIFFERENCE = 1e-4  # between a value of a feature of ONNX Runtime and of PyTorch
+MAX_ONNX_BYTES = (1 << 31) - (1 << 24)  # of weights: an ONNX file is one protobuf message of at most 2 GiB
+INSTALL = "pip install -r requirements-onnx.txt"
+WAY_OUT = "python -m models.export writes one from a checkpoint"
+
+
+def import_onnxruntime():
+    """The module onnxruntime, with its telemetry off. Every import of it in this project goes through here.
+
+    Its wheels report use to their maker unless the environment variable is set before the import; without it the
+    import alone writes a device id below the home folder. Raises ImportError.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    if hasattr(onnxruntime, "disable_telemetry_events"):
+        onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
+def onnx_session(model, threads=0, optimize=True):
+    """An InferenceSession on the CPU for a path or bytes. threads: 0 for ONNX Runtime's default.
+
+    optimize: False leaves the graph as it is. Optimising computes constant parts of the graph, so it must not be done
+    before a file is metadata to be ours. External weights are only read from the folder of the file.
+    """
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # errors are raised; do not also print them
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # Its fallback would print a failure, and try the same again.
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+
+
+def read_onnx_metadata(path):
+    """METADATA_TYPES by name, of a file that `main` wrote as ONNX; nothing of the file is computed.
+
+    "sha256" is that of the exported checkpoint. Raises OSError, ImportError, and InputError for any other file.
+    """
+    open(path, "rb").close()  # raises the OSError, which ONNX Runtime would hide
+    try:
+        metadata = onnx_session(str(path), optimize=False).get_modelmeta().custom_metadata_map
+    except ImportError:
+        raise
+    except Exception as error:  # ONNX Runtime raises classes of its own
+        raise InputError(f"{path}: damaged, or not an ONNX file ({_reason(error)}); {WAY_OUT}") from error
+    if metadata.get("format") != EXPORT_FORMAT:
+        raise InputError(f"{path}: an ONNX file of another program, or of another version of this one; {WAY_OUT}")
+    try:
+        return parse_metadata(metadata)
+    except (KeyError, ValueError):
+        raise InputError(f"{path}: its metadata do not describe a student; {WAY_OUT}") from None
+
+
+def parse_metadata(metadata):
+    """METADATA_TYPES by name, of exported metadata {name: string}. Raises KeyError, ValueError."""
+    return {name: kind(metadata[name]) for name, kind in METADATA_TYPES.items()}
+
+
+def _reason(error):
+    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__
 
 
 def create_parser():
     """The options."""
     parser = OneLineParser(prog="python -m models.export", description="Export a trained student to other programs.")
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="what a train script wrote, ours or the authors'")
-    add("--to", type=_target, required=True, metavar="FILE", help="where it goes: FILE.onnx or FILE.safetensors")
-    add("--model", help="of a checkpoint that does not tell (default: convnextv2_tiny)")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint of a train script, ours or the authors'")
+    add("--to", type=_target, required=True, metavar="FILE", help="file to write: FILE.onnx or FILE.safetensors")
+    add("--model", help="timm model, for a checkpoint that does not record it (default: convnextv2_tiny)")
     add("--input_size", type=image_side,
         help="side of an input image, in pixels (default: what the checkpoint was trained with, else 224)")  # fmt: skip
-    add(
-        "--imagenet_classes",
-        type=positive_int,
-        help="outputs of the ImageNet head (default: what the checkpoint tells)",
-    )
+    add("--imagenet_classes", type=positive_int,
+        help="outputs of the ImageNet head (default: what the checkpoint records, else 1000)")  # fmt: skip
     return parser
 
 
 @one_line_errors()
 def main(argv=None):
     """Command line; returns the path that was written."""
+    from models.checkpoints import load_student
+    from models.weights import check_size
+
     options = create_parser().parse_args(argv)
-    student, facts, classes = load_student(
+    student, metadata, classes = load_student(
         options.checkpoint, options.model, options.input_size, options.imagenet_classes
     )
-    check_size(student, facts["model"], facts["input_size"])
-    metadata = describe(student, facts, classes)
+    check_size(student, metadata["model"], metadata["input_size"])
+    strings = export_metadata(student, metadata, classes)
     to_bytes = onnx_bytes if options.to.suffix == ".onnx" else safetensors_bytes
-    data = to_bytes(student, facts, metadata)
+    data = to_bytes(student, metadata, strings)
     with atomic_write(options.to) as file:
         file.write(data)
-    size = facts["input_size"]
-    print(f"{options.to}: {facts['model']} at {size} × {size}, features of {facts['width']} values")
+    size = metadata["input_size"]
+    print(f"{options.to}: {metadata['model']} at {size} × {size}, features of {metadata['width']} values")
     return options.to
 
 
-def describe(student, facts, classes=None):
-    """Metadata {name: text} of an exported student.
+def export_metadata(student, metadata, classes=None):
+    """Metadata {name: string} of an exported student.
 
-    format: marks our files; model, imagenet_classes, input_size, width: as in `facts`; sha256: of the checkpoint;
-    seen_classes: how many; classes: their names by label, JSON, if `classes` tells them; torch: its version.
+    format: EXPORT_FORMAT; model, imagenet_classes, input_size, width, sha256 (of the checkpoint): as in `metadata`,
+    which models.checkpoints.load_student gives; seen_classes: how many; classes: their names by label, as JSON, unless
+    `classes` is None; torch: its version.
     """
+    import torch
+
+    named = {name: metadata[name] for name in ("model", "imagenet_classes", "input_size", "width", "sha256")}
     count = student.linear.out_features
-    named = {name: facts[name] for name in ("model", "imagenet_classes", "input_size", "width", "sha256")}
-    metadata = {"format": FORMAT, **named, "seen_classes": count, "torch": torch.__version__}
-    fits = isinstance(classes, list) and len(classes) == count and all(isinstance(each, str) for each in classes)
-    return {name: str(value) for name, value in metadata.items()} | ({"classes": json.dumps(classes)} if fits else {})
+    strings = {"format": EXPORT_FORMAT, **named, "seen_classes": count, "torch": torch.__version__}
+    more = {} if classes is None else {"classes": json.dumps(classes)}
+    return {name: str(value) for name, value in strings.items()} | more
 
 
-def safetensors_bytes(student, facts, metadata):
+def safetensors_bytes(student, metadata, strings):
     """A student as a safetensors file (bytes), which models.weights.load_published reads."""
+    import torch
+    from safetensors.torch import save
+
+    from models.weights import published_state
+
     state = {name: value.detach().clone(memory_format=torch.contiguous_format)
              for name, value in published_state(student).items()}  # fmt: skip
-    return save(state, metadata)
+    return save(state, strings)
 
 
-def onnx_bytes(student, facts, metadata):
-    """A student as an ONNX file (bytes), whose features ONNX Runtime has found within CLOSE of PyTorch's.
+def onnx_bytes(student, metadata, strings):
+    """A student as an ONNX file (bytes), with features of ONNX Runtime within MAX_DIFFERENCE of PyTorch's.
 
-    student: on the CPU, in evaluation mode. Raises InputError if it cannot be one, or packages are missing.
+    student: on the CPU, in evaluation mode; metadata: "checkpoint", "model" and "input_size".
+    Raises InputError if the student cannot be written as ONNX, or packages are missing.
     """
+    import torch
+
+    from models.weights import gist
+
     try:
+        import_onnxruntime()
         import onnx
-        import onnxruntime
         import onnxscript  # noqa: F401, torch.onnx needs it
     except ImportError as error:
-        raise InputError(f"--to FILE.onnx: needs {error.name}; {PACKAGES}") from None
-    checkpoint, size = facts["checkpoint"], facts["input_size"]
-    if sum(value.nbytes for value in student.state_dict().values()) > LARGEST:
+        raise InputError(f"--to FILE.onnx: needs {error.name}; {INSTALL}") from None
+    checkpoint, size = metadata["checkpoint"], metadata["input_size"]
+    if sum(value.nbytes for value in student.state_dict().values()) > MAX_ONNX_BYTES:
         raise InputError(f"{checkpoint}: too large for an ONNX file, which holds 2 GiB; use --to FILE.safetensors")
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, size, size), np.uint8))
     try:
         model = _traced(student, images)
-        onnx.helper.set_model_props(model, metadata)
+        onnx.helper.set_model_props(model, strings)
         onnx.checker.check_model(model, full_check=True)
         data = model.SerializeToString()
-        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-        apart = max(_apart(session, student, images[:count]) for count in (1, 3))
-    except Exception as error:  # every part of a backbone can be one that torch.onnx or ONNX Runtime does not know
-        reason = f"{facts['model']} cannot be written as ONNX ({gist(error)})"
+        session = onnx_session(data)
+        difference = max(_difference(session, student, images[:count]) for count in (1, 3))
+    except Exception as error:  # torch.onnx or ONNX Runtime may not know an operator of the backbone
+        reason = f"{metadata['model']} cannot be written as ONNX ({gist(error)})"
         raise InputError(f"{checkpoint}: {reason}; use --to FILE.safetensors") from error
-    if not apart <= CLOSE:
-        raise InputError(f"{checkpoint}: its ONNX features differ by {apart:.1g}; use --to FILE.safetensors")
+    if not difference <= MAX_DIFFERENCE:
+        raise InputError(f"{checkpoint}: its ONNX features differ by {difference:.1g}; use --to FILE.safetensors")
     return data
-
-
-class _Features(nn.Module):
-    """What models.eval.features.embed computes, as one network."""
-
-    def __init__(self, student):
-        super().__init__()
-        self.student = student
-        # networks.normalise keeps such tensors for later calls, where those of a tracing are of no use.
-        for name, values in zip(("mean", "std"), student.statistics, strict=True):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
-
-    def forward(self, images):
-        return F.normalize(self.student.features((images / 255 - self.mean) / self.std), dim=1)
 
 
 def _traced(student, images):
     """onnx.ModelProto of a student, for any number of images."""
-    network = _Features(student).eval()
+    import torch
+
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            network, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=["features"],
-            dynamic_shapes={"images": {0: torch.export.Dim("n")}},
+            _feature_module(student), (images,), dynamo=True, verbose=False, input_names=["images"],
+            output_names=["features"], dynamic_shapes={"images": {0: torch.export.Dim("n")}},
         )  # fmt: skip
     model = program.model_proto
     for each in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
-        del each.metadata_props[:]  # where in this machine's files each step came from
+        del each.metadata_props[:]  # paths of source files on this machine
     return model
 
 
-def _apart(session, student, images):
-    """How far the ONNX features of images are from PyTorch's, at most."""
+def _feature_module(student):
+    """What models.eval.features.embed computes, as one nn.Module from uint8 images to features."""
+    import torch
+    from torch.nn import functional as F
+
+    class FeatureModule(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student = student
+            # networks.normalise caches such tensors, which must not hold those of a tracing.
+            for name, values in zip(("mean", "std"), student.statistics, strict=True):
+                self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
+
+        def forward(self, images):
+            return F.normalize(self.student.features((images / 255 - self.mean) / self.std), dim=1)
+
+    return FeatureModule().eval()
+
+
+def _difference(session, student, images):
+    """The largest difference between features of ONNX Runtime and of PyTorch."""
+    from models.eval.features import embed
+
     (features,) = session.run(["features"], {"images": images.numpy()})
     return float(np.abs(features - embed(student, images, "cpu")).max())
 
@@ -162,4 +238,4 @@ def _target(text):
 
 
 if __name__ == "__main__":
-    main()
+    run_command("models.export")

@@ -25,6 +25,7 @@ def run_command(module, *arguments):
 
     Before the module is imported, NumPy's sort kernel is chosen. Ends in one line if a requirement is not installed.
     """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # timm loads huggingface_hub
     numpy_sort.choose_sort_kernel()
     try:
         with signals_blocked():  # an import that Ctrl-C interrupts can fail in any way

@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -15,9 +14,9 @@ from torch.nn import functional as F
 
 from models import export
 from models.checkpoints import load_student, read_checkpoint, save_checkpoint
+from models.export import EXPORT_FORMAT
 from models.networks import Student, create_backbone
 from models.weights import create_pair, published_state
-from photo_search.exported import FORMAT
 from utils.files import sha256_of
 
 OPTIONS = {"model": "convnextv2_atto", "input_size": 40, "imagenet_classes": 7}
@@ -71,10 +70,10 @@ def test_onnx_features_are_those_of_pytorch(model, size):
     student = new_student(model)
     facts = {"checkpoint": "c.pth.tar", "sha256": "ab" * 32, "imagenet_classes": 7, "input_size": size, "model": model}
     facts["width"] = student.width
-    data = export.onnx_bytes(student, facts, export.describe(student, facts))
+    data = export.onnx_bytes(student, facts, export.export_metadata(student, facts))
     onnx.checker.check_model(onnx.load_from_string(data), full_check=True)
     assert b"site-packages" not in data and b"networks.py" not in data  # nothing of this machine
-    session = onnxruntime.InferenceSession(data)
+    session = export.onnx_session(data)
     random = np.random.default_rng(0)
     for count in (1, 2, 7):
         images = random.integers(0, 256, (count, 3, size, size), np.uint8)
@@ -107,12 +106,12 @@ def test_safetensors_hold_the_weights_and_what_they_are(student, checkpoint, tmp
         assert all(torch.equal(value, state[name]) for name, value in published_state(network.backbone).items())
 
 
-TOLD = {"model": "m", "input_size": "40", "imagenet_classes": "7", "width": "3", "sha256": "ab" * 32}
+META = {"model": "m", "input_size": "40", "imagenet_classes": "7", "width": "3", "sha256": "ab" * 32}
 
 
 @pytest.mark.parametrize("metadata", [
-    None, TOLD, TOLD | {"format": FORMAT, "input_size": "x"}, TOLD | {"format": FORMAT, "classes": "["},
-    {"format": FORMAT, "model": "m", "input_size": "40"},
+    None, META, META | {"format": EXPORT_FORMAT, "input_size": "x"}, META | {"format": EXPORT_FORMAT, "classes": "["},
+    {"format": EXPORT_FORMAT, "model": "m", "input_size": "40"},
 ])  # fmt: skip
 def test_safetensors_of_others_are_bare_weights(metadata, tmp_path):
     save_file({"a": torch.zeros(3)}, tmp_path / "s.safetensors", metadata)
@@ -120,9 +119,9 @@ def test_safetensors_of_others_are_bare_weights(metadata, tmp_path):
 
 
 @pytest.mark.parametrize("classes", [None, CLASSES[:3], [*CLASSES[:3], 5], "abcd"])
-def test_class_names_are_told_only_where_they_are_known(student, classes):
-    facts = {"sha256": "", "imagenet_classes": 7, "input_size": 40, "model": "m", "width": 320}
-    metadata = export.describe(student, facts, classes)
+def test_class_names_are_exported_only_if_there_is_one_for_each_class(classes, student, tmp_path):
+    save_checkpoint(tmp_path / "c.pth.tar", student, options=OPTIONS, classes=classes)
+    metadata = export.export_metadata(*load_student(tmp_path / "c.pth.tar"))
     assert "classes" not in metadata and metadata["seen_classes"] == "4"
 
 
@@ -168,7 +167,7 @@ def refuse(*_, **__):
 @pytest.mark.parametrize(("patch", "told"), [
     (("torch.onnx.export", refuse), "cannot be written as ONNX (an operator that ONNX lacks); use --to"),
     (("models.export._traced", another_network), "its ONNX features differ by"),
-    (("models.export.LARGEST", 10**6), "too large for an ONNX file, which holds 2 GiB; use --to FILE.safetensors"),
+    (("models.export.MAX_ONNX_BYTES", 10**6), "too large for an ONNX file, which holds 2 GiB; use --to FILE"),
 ])  # fmt: skip
 def test_a_network_that_onnx_cannot_hold_is_told(patch, told, checkpoint, tmp_path, monkeypatch, fails):
     monkeypatch.setattr(*patch)

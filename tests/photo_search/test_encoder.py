@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from albums import write_photo
@@ -21,7 +20,6 @@ import search_photos
 from models import export
 from models.checkpoints import save_checkpoint
 from models.networks import Student, create_backbone
-from photo_search.exported import told_by
 from photo_search.index import open_index
 from utils.files import sha256_of
 
@@ -157,9 +155,9 @@ def test_an_index_of_torch_goes_on_with_what_was_exported(place):
 
 
 def test_an_exported_file_tells_what_it_is(place):
-    told = told_by("s.onnx")
+    told = export.read_onnx_metadata("s.onnx")
     assert told == {**OPTIONS, "sha256": sha256_of("c.pth.tar"), "width": 320}
-    metadata = onnxruntime.InferenceSession("s.onnx").get_modelmeta().custom_metadata_map
+    metadata = export.onnx_session("s.onnx").get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == CLASSES
     assert {name: type(told[name])(metadata[name]) for name in told} == told
 
@@ -188,7 +186,7 @@ def bad_files(place, tmp_path_factory):
     middle = len(content) // 2  # weights
     for name, damaged in {
         "torn": content[:-2000], "short": content[:3], "zeros": bytes(10**6), "text": b"no network " * 99, "empty": b"",
-        "spoilt": content.replace(b"Conv", b"Cunv"),
+        "spoilt": content.replace(b"Conv", b"Cunv"), "encoding": content.replace(b"sbka student", b"sbka\xffstudent"),
         "nan": content[:middle] + b"\xff" * 4000 + content[middle + 4000 :],
     }.items():  # fmt: skip
         (folder / f"{name}.onnx").write_bytes(damaged)
@@ -197,13 +195,13 @@ def bad_files(place, tmp_path_factory):
     return folder
 
 
+WITHOUT_METADATA = ("torn", "short", "zeros", "text", "empty", "spoilt", "encoding")
 NEW = "index album --index new --workers 0 --checkpoint"
-BAD = [(f"{NEW} {name}.onnx", f"{name}.onnx: {told}") for name, told in [
-    ("foreign", "an ONNX file of others, or of another version of this program; python -m models.export writes"),
-    ("later", "an ONNX file of others, or of another version"), ("unsized", "does not tell what network it holds"),
-    ("stolen", "holds another network than it tells"), ("small", "holds another network than it tells"),
-    ("torn", "torn, or no ONNX file"), ("short", "torn, or no ONNX file"), ("zeros", "torn, or no ONNX file"),
-    ("text", "torn, or no ONNX file"), ("empty", "an ONNX file of others"), ("spoilt", "damaged ("),
+FOREIGN = "an ONNX file of another program, or of another version of this one; python -m models.export writes one"
+DAMAGED, OTHER = "damaged, or not an ONNX file", "its network is not the one of its metadata"
+BAD = [(f"{NEW} {name}.onnx", f"{name}.onnx: {message}") for name, message in [
+    ("foreign", FOREIGN), ("later", FOREIGN), ("unsized", "its metadata do not describe a student"),
+    ("stolen", OTHER), ("small", OTHER), *((name, DAMAGED) for name in WITHOUT_METADATA),
     ("nan", "its features are not finite"), ("none", "cannot be read (No such file"),
     ("folder", "cannot be read (Is a directory)"),
 ]]  # fmt: skip
