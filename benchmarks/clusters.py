@@ -57,7 +57,7 @@ RULES = {  # of photos (N, D) and classes: K
 }
 
 
-class Album(NamedTuple):
+class OpenIndex(NamedTuple):
     """Features and labels of photos, and of sketches of the same classes."""
 
     photos: np.ndarray  # (N, D) float32
@@ -93,32 +93,32 @@ def main():
 
 
 def albums(root, options):
-    """(Album of the unseen classes, Album of all classes) of a benchmark folder."""
+    """(OpenIndex of the unseen classes, OpenIndex of all classes) of a benchmark folder."""
     path = options.cache / f"{Path(root).name}-{sha256_of(options.checkpoint)[:12]}.npz"
     if not path.is_file():
         options.cache.mkdir(parents=True, exist_ok=True)
-        (student, facts, _), benchmark = load_student(options.checkpoint), open_benchmark("sketchy", root)
+        (student, metadata, _), benchmark = load_student(options.checkpoint), open_benchmark("sketchy", root)
         arrays = {}
         for kind in ("photo", "sketch"):
             for split in ("train", "zero"):
                 files = benchmark.read(kind, split)
-                loader = evaluation_loader(files, LoaderOptions(facts["input_size"]))
+                loader = evaluation_loader(files, LoaderOptions(metadata["input_size"]))
                 arrays[f"{kind} {split}"] = np.concatenate(list(extract(student, loader, "cpu")))
                 arrays[f"{kind} {split} labels"] = files.labels
         with atomic_write(path) as file:
             np.savez(file, **arrays)
     with np.load(path) as arrays:
         zero, train = (
-            Album(arrays[f"photo {split}"], arrays[f"photo {split} labels"],
+            OpenIndex(arrays[f"photo {split}"], arrays[f"photo {split} labels"],
                   arrays[f"sketch {split}"], arrays[f"sketch {split} labels"])
             for split in ("zero", "train")
         )  # fmt: skip
     shifted = train._replace(labels=train.labels + 1000, sketch_labels=train.sketch_labels + 1000)
-    return zero, Album(*map(np.concatenate, zip(zero, shifted, strict=True)))
+    return zero, OpenIndex(*map(np.concatenate, zip(zero, shifted, strict=True)))
 
 
 def galleries(name, unseen, everything):
-    """{name of a gallery: a function of a NumPy generator and a number of sketches that gives its Album}."""
+    """{name of a gallery: a function of a NumPy generator and a number of sketches that gives its OpenIndex}."""
     classes, every = (len(np.unique(album.labels)) for album in (unseen, everything))
     found = {f"{count} classes": of_classes(unseen, count) for count in (5, 10, 15, classes) if count <= classes}
     found[f"{every} classes"] = of_classes(everything, every)
@@ -148,16 +148,16 @@ def of_classes(album, count, photos=None, uneven=False):
 
 
 def part(album, photos, random, most):
-    """An Album of some photos (N,) bool, and of at most `most` sketches of their classes."""
+    """An OpenIndex of some photos (N,) bool, and of at most `most` sketches of their classes."""
     classes = np.unique(album.labels[photos])
     sketches = np.flatnonzero(np.isin(album.sketch_labels, classes))
     sketches = np.sort(random.permutation(sketches)[:most])
     labels, sketch_labels = classes.searchsorted(album.labels[photos]), album.sketch_labels[sketches]
-    return Album(album.photos[photos], labels, album.sketches[sketches], classes.searchsorted(sketch_labels))
+    return OpenIndex(album.photos[photos], labels, album.sketches[sketches], classes.searchsorted(sketch_labels))
 
 
 def measure(changes, name, album, seed, options):
-    """Add what each rule gives for an Album to `changes`."""
+    """Add what each rule gives for an OpenIndex to `changes`."""
     photos, classes = len(album.labels), len(np.unique(album.labels))
     most = min(options.largest, photos // 2)
     chosen = {rule: max(2, min(round(function(album.photos, classes)), most)) for rule, function in RULES.items()}

@@ -50,7 +50,7 @@ def main():
     try:
         make(options.folder / "index", clustered, options.photos, options.clusters)
         index = open_index(options.folder / "index")
-        sizes = np.diff(index.cells.ends, prepend=0)
+        sizes = np.diff(index.cells.cell_ends, prepend=0)
         print(f"{len(index):,} photos in {len(sizes):,} cells, {sizes.mean():.1f} a cell, {sizes.max():,} at most")
         if options.counts:
             search, asked = counting(index)
@@ -89,13 +89,13 @@ def published(index, uri):
     written = time.perf_counter()
     there = open_milvus(uri, "engines")
     print(f"copied to Milvus in {written - began:.1f} s, opened in {time.perf_counter() - written:.2f} s")
-    asked, ask = [], there.server.ask
+    asked, ask = [], there.server.call
 
     def counted(method, *arguments, **more):
         asked.append(method)
         return ask(method, *arguments, **more)
 
-    there.server.ask = counted
+    there.server.call = counted
 
     def search(query, k, weight):
         found = there.nearest(query, k, weight)
@@ -106,8 +106,8 @@ def published(index, uri):
 
 def counting(index):
     """As `published`, for features in memory; the list has each question, and one for what is then read."""
-    asked, places = [], np.argsort(index.cells.places)
-    numbers = index.cells.ends.searchsorted(places, side="right")
+    asked, places = [], np.argsort(index.cells.path_order)
+    numbers = index.cells.cell_ends.searchsorted(places, side="right")
     features = index.cells.features[places]
 
     def answer(squares, chosen, limit):
@@ -147,7 +147,7 @@ def compare(name, index, search, asked, queries, k, weight):
         times[1].append(time.perf_counter() - began)
         if paths != others or np.abs(one.scores - other.scores).max() > 1e-12:
             raise SystemExit(f"{name}: the engines differ")
-        came.append(other.outlined)
+        came.append(other.projected)
         requests.append(len(asked))
     local, there = (1e3 * np.median(each) for each in times)
     share = 100 * np.mean(came) / len(index)

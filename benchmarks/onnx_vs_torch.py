@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw  # noqa: E402
 from models import export  # noqa: E402
 from models.checkpoints import save_checkpoint  # noqa: E402
 from models.weights import student_of  # noqa: E402
-from photo_search.encoder import load_network  # noqa: E402
+from photo_search.encoder import load_encoder  # noqa: E402
 from utils.process_pool import available_cores  # noqa: E402
 
 # A process begins with the most memory that its parent held, as getrusage tells it; its own is in /proc.
@@ -105,7 +105,7 @@ def images_a_second(files, options):
     """{backend: images a second}."""
     size = options.input_size
     images = np.random.default_rng(0).integers(0, 256, (options.batch_size, size, size, 3), np.uint8)
-    networks = {name: load_network(file, device="cpu") for name, file in files.items()}
+    networks = {name: load_encoder(file, device="cpu") for name, file in files.items()}
     best = dict.fromkeys(files, 0.0)
     for turn in range(options.rounds + 1):  # the first warms up
         for name, network in networks.items():

@@ -71,7 +71,7 @@ def _tell(kind, size, job, result):
     if result is None:
         print(f"{kind:14} {size:9,}  {job:12}  not installed")
         return
-    shares = [f"{100 * result[name]:9.1f} %" if name in result else " " * 11 for name in ("scanned", "outlined")]
+    shares = [f"{100 * result[name]:9.1f} %" if name in result else " " * 11 for name in ("scanned", "projected")]
     opened = f"{result['opened']:10.2f}" if "opened" in result else " " * 10
     print(f"{kind:14} {size:9,}  {job:12} {result['ms']:10.1f} {' '.join(shares)} {opened} {result['memory']:11.2f}")
 
@@ -117,12 +117,12 @@ def make(folder, kind, size, clusters):
     records["thumbnail_size"], records["fitted"] = 1, 1
     (folder / "thumbnails-1.bin").write_bytes(b"-")
     paths = [f"/home/somebody/Pictures/{number // 1000:04d}/{number:07d}.jpg".encode() for number in range(size)]
-    facts = {
+    metadata = {
         "checkpoint": "", "sha256": "", "model": "", "imagenet_classes": 0, "input_size": 0, "width": WIDTH,
         "folders": [], "exclude": [], "thumbnails": "thumbnails-1.bin",
     }  # fmt: skip
     codebook = np.stack(fits).astype(np.float32)
-    write_index(folder, facts, (paths, records), lambda chosen: features[chosen], codebook)
+    write_index(folder, metadata, (paths, records), lambda chosen: features[chosen], codebook)
     raw.unlink()
 
 
@@ -160,7 +160,7 @@ def _ours(weight):
         ms, found = _measure(lambda query: search(index.cells, query, 20, weight), queries)
         shares = {
             name: float(np.mean([getattr(each, name) for each in found])) / len(index)
-            for name in ("scanned", "outlined")
+            for name in ("scanned", "projected")
         }
         return {"ms": ms, "opened": opened, "memory": _memory(), **shares}
 

@@ -28,8 +28,8 @@ from models.compare import bootstrap, class_mean  # noqa: E402
 from models.eval.codebooks import fit_codebook  # noqa: E402
 from models.eval.evaluate import evaluate_rows  # noqa: E402
 from models.eval.features import Features  # noqa: E402
-from photo_search import sketch  # noqa: E402
-from photo_search.encoder import load_network  # noqa: E402
+from photo_search import clean_sketch  # noqa: E402
+from photo_search.encoder import load_encoder  # noqa: E402
 from utils.files import atomic_write  # noqa: E402
 
 METRICS, BATCH = ("mAP@all", "Prec@100"), 64
@@ -51,7 +51,7 @@ def main():
     if options.figure:
         draw_figure(options.figure, options.cases, files)
         return
-    network = load_network(options.checkpoint)
+    network = load_encoder(options.checkpoint)
     photos = features_of(network, (read_rgb(images.gallery.root / path) for path in images.gallery.paths))
     classes = len(np.unique(images.gallery.labels))
     codebooks = {"one-to-one": None, "one-to-many": fit_codebook(photos, 2, classes)[0]}
@@ -98,7 +98,7 @@ def by_step(network, case, files):
 
 def steps_of(image):
     """A drawing after each of STEPS."""
-    found, dark = sketch.ink_of(image), 1 - np.asarray(image.convert("L"), np.float32) / 255
+    found, dark = clean_sketch.ink_of(image), 1 - np.asarray(image.convert("L"), np.float32) / 255
     return [image, *(after(*step, found, dark) if step else image for step in list(STEPS.values())[1:])]
 
 
@@ -106,14 +106,14 @@ def after(paper, size, lines, found, dark):
     """A drawing after those steps of clean_up that are asked for; without a line in it, blank."""
     ink = found if paper else dark
     if size and not (ink > 0.5).any():
-        return Image.new("RGB", (sketch.SIDE, sketch.SIDE), "white")
-    ink = sketch.framed(ink) if size else whole(ink)
-    return sketch.picture_of(sketch.thinned(ink) if lines else ink)
+        return Image.new("RGB", (clean_sketch.PAPER_SIDE, clean_sketch.PAPER_SIDE), "white")
+    ink = clean_sketch.framed(ink) if size else whole(ink)
+    return clean_sketch.picture_of(clean_sketch.thinned(ink) if lines else ink)
 
 
 def whole(ink):
-    """Ink of a whole sheet as large as sketch.framed has it."""
-    side = sketch.FINE * sketch.SIDE
+    """Ink of a whole sheet as large as clean_sketch.framed has it."""
+    side = clean_sketch.SUPERSAMPLING * clean_sketch.PAPER_SIDE
     return np.asarray(Image.fromarray(ink).resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)
 
 
@@ -144,7 +144,7 @@ def draw_figure(path, cases, files, side=112):
     sheet = Image.new("RGB", (len(cases) * side, 2 * side), "lightgrey")
     for column, case in enumerate(cases):
         spoilt = CASES[case](np.random.default_rng(column), read_rgb(files[column % len(files)]))
-        for row, image in enumerate((spoilt, sketch.clean_up(spoilt))):
+        for row, image in enumerate((spoilt, clean_sketch.clean_up(spoilt))):
             image.thumbnail((side - 4, side - 4))
             sheet.paste(image, (column * side + 2, row * side + 2))
     with atomic_write(path) as file:

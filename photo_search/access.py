@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, RedirectResponse
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-class Door:
+class AccessMiddleware:
     """An ASGI application around another one.
 
     port: where the page is served; token: what lets visitors of any Host in, None for those of this machine alone;
@@ -51,10 +51,10 @@ class Door:
             await send(message)
 
         visit = HTTPConnection(scope)
-        answer = self._misled(scope, visit.headers) or self._locked(visit) or self.app
+        answer = self._cross_site_refusal(scope, visit.headers) or self._login_answer(visit) or self.app
         await answer(scope, receive, dress)
 
-    def _misled(self, scope, headers):
+    def _cross_site_refusal(self, scope, headers):
         """A refusal of what another page had the browser send; None for others."""
         hosts = headers.getlist("host")
         if len(hosts) != 1 or (not self.key and hosts[0].lower() not in self.hosts):
@@ -65,7 +65,7 @@ class Door:
             own = False
         return None if own else refusal(403, "another page asked for this, and only this page may")
 
-    def _locked(self, visit):
+    def _login_answer(self, visit):
         """What a visitor gets instead of the page, where there is a token; None for one who has shown it."""
         if not self.key:
             return None
@@ -85,31 +85,31 @@ def refusal(status, why, headers=None):
     return JSONResponse({"error": why}, status, headers)
 
 
-async def read_body(request, most, patience):
-    """The body of a request: bytes, `most` at most, that came within `patience` seconds.
+async def read_body(request, max_bytes, timeout):
+    """The body of a request: bytes, `max_bytes` at max_bytes, that came within `timeout` seconds.
 
     Raises HTTPException 413 or 408 without reading on, and 400 if the sender went away.
     """
-    too_large = HTTPException(413, f"that is too large; at most {most >> 20} MB work")
+    too_large = HTTPException(413, f"that is too large; at most {max_bytes >> 20} MB work")
     length = request.headers.get("content-length", "0")
-    if int(length) > most:  # the server has checked that it is a number
+    if int(length) > max_bytes:  # the server has checked that it is a number
         raise too_large
     parts, size = [], 0
     try:
-        with anyio.fail_after(patience):
+        with anyio.fail_after(timeout):
             async for part in request.stream():
                 parts.append(part)
                 size += len(part)
-                if size > most:
+                if size > max_bytes:
                     raise too_large
     except TimeoutError:
-        raise HTTPException(408, f"the picture did not come within {patience:g} seconds; try again") from None
+        raise HTTPException(408, f"the picture did not come within {timeout:g} seconds; try again") from None
     except ClientDisconnect:
         raise HTTPException(400, "the picture broke off; try again") from None
     return b"".join(parts)
 
 
-def policy_of(page):
+def content_security_policy(page):
     """The Content-Security-Policy of a page (text) with one inline script and one inline style: these, and no other."""
     script, style = (_source(page, name) for name in ("script", "style"))
     return (

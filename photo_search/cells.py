@@ -22,12 +22,12 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 CLUSTER_WEIGHT = 0.8  # as in models.eval.matching
-DIRECTIONS = 63  # of an outline
+PCA_DIRECTIONS = 63  # of an outline
 BLOCK = 8192  # features at a time
 GROUP = 8 * BLOCK  # photos of cells that are looked at together
-FEW = 0.25  # share of features that is gathered rather than read through
-MANY = 0.25  # share of photos that is read through rather than cell by cell
-SLACK = 4e-6  # rounding of a score in float32
+GATHER_SHARE = 0.25  # share of features that is gathered rather than read through
+SCAN_SHARE = 0.25  # share of photos that is read through rather than cell by cell
+ROUNDING = 4e-6  # rounding of a score in float32
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Cells:
     """Photos sorted by cell. N photos of D values, C cells, codes in M sub-spaces."""
 
     features: np.ndarray  # (N, D) float32, of length 1
-    places: np.ndarray  # (N,) int32, which decides ties: the lower comes first
+    path_order: np.ndarray  # (N,) int32, which decides ties: the lower comes first
     codebook: np.ndarray  # (M, K, D/M) float32; M is 0 without one
     codes: np.ndarray  # (C, M) int32
-    ends: np.ndarray  # (C,) int64, where each cell ends
+    cell_ends: np.ndarray  # (C,) int64, where each cell ends
     centres: np.ndarray  # (C, P + 1) float32, of the balls around the outlines of each cell
     radii: np.ndarray  # (C,) float32
-    basis: np.ndarray  # (P, D) float32, orthonormal
-    outlines: np.ndarray  # (N, P + 1) float32
+    pca_basis: np.ndarray  # (P, D) float32, orthonormal
+    pca_projection: np.ndarray  # (N, P + 1) float32
 
 
 class Nearest(NamedTuple):
@@ -53,10 +53,10 @@ class Nearest(NamedTuple):
     distances: np.ndarray  # (k,) float64, d
     cluster_distances: np.ndarray  # (k,) float64, D; NaN without a codebook
     scanned: int  # photos whose features were looked at
-    outlined: int  # photos whose outlines were looked at
+    projected: int  # photos whose outlines were looked at
 
 
-def codes_of(features, codebook):
+def assign_codes(features, codebook):
     """The nearest code word of each part of features (N, D), as matching.nearest_codes gives it: (N, M) int32."""
     codes = np.empty((len(features), len(codebook)), np.int32)
     means = codebook.astype(np.float64)
@@ -68,7 +68,7 @@ def codes_of(features, codebook):
     return codes
 
 
-def sorted_by_cell(codes):
+def sort_by_cell(codes):
     """The order of photos by their codes (N, M), and then as they are: (permutation (N,), codes (C, M), ends (C,)).
 
     A cell has at most BLOCK photos; larger ones are cut.
@@ -81,7 +81,7 @@ def sorted_by_cell(codes):
     return permutation, codes[ends - 1], ends.astype(np.int64)
 
 
-def balls_of(outlines, ends):
+def bounding_spheres(outlines, ends):
     """(centres, radii) of Cells."""
     centres, radii = np.empty((len(ends), outlines.shape[1]), np.float32), np.empty(len(ends), np.float32)
     for cells in _blocks(ends):
@@ -95,13 +95,13 @@ def balls_of(outlines, ends):
     return centres, radii
 
 
-def basis_of(features):
+def fit_pca_basis(features):
     """The directions (P, D) float32 that hold most of features (n, D)."""
     _, vectors = np.linalg.eigh(features.T.astype(np.float64) @ features)
-    return np.ascontiguousarray(vectors[:, ::-1][:, :DIRECTIONS].T.astype(np.float32))
+    return np.ascontiguousarray(vectors[:, ::-1][:, :PCA_DIRECTIONS].T.astype(np.float32))
 
 
-def outlines_of(features, basis):
+def project_features(features, basis):
     """Outlines (n, P + 1) float32 of features (n, D)."""
     inside = features @ basis.T
     rest = np.sqrt(np.clip((features**2).sum(axis=1) - (inside**2).sum(axis=1), 0, None))
@@ -118,7 +118,7 @@ def search(cells, query, k, weight=CLUSTER_WEIGHT, allowed=None):
     count = len(cells.features) if allowed is None else int(allowed.sum())
     # Waiting for each other in every product, as BLAS's own threads do, takes longer than the product.
     with _blas().limit(limits=1, user_api="blas"):
-        return _search(_Scan(cells, query, min(k, count), weight, allowed), cells)
+        return _search(_LocalSearch(cells, query, min(k, count), weight, allowed), cells)
 
 
 def _search(scan, cells):
@@ -127,8 +127,8 @@ def _search(scan, cells):
     done, wanted = 0, max(2 * scan.k, 1024)
     while done < (within := bounds.searchsorted(scan.best, side="right")):
         before = counts[done - 1] if done else 0
-        if done and counts[within - 1] - before > MANY * len(cells.features):
-            scan.sweep(order[done:within])
+        if done and counts[within - 1] - before > SCAN_SHARE * len(cells.features):
+            scan.scan_all(order[done:within])
             break
         stop = min(within, counts.searchsorted(before + wanted) + 1)
         scan.add(np.sort(order[done:stop]))
@@ -136,7 +136,7 @@ def _search(scan, cells):
     return scan.result()
 
 
-class Sketch:
+class QueryState:
     """A sketch in search of its k nearest photos. best: no photo with a higher score can be among them.
 
     cells: Cells, of which this takes what belongs to cells, and nothing that belongs to photos; query: (D,) float32.
@@ -145,34 +145,42 @@ class Sketch:
     def __init__(self, cells, query, k, weight):
         self.cells, self.k = cells, k
         self.query = np.ascontiguousarray(query, np.float32)
-        self.outline = outlines_of(self.query[None], cells.basis)[0]
+        self.projection = project_features(self.query[None], cells.pca_basis)[0]
         self.weight, self.rest = weight, round(1 - weight, 12)
-        self.sizes = np.diff(cells.ends, prepend=0)
+        self.sizes = np.diff(cells.cell_ends, prepend=0)
         # A product of D terms may be off by D roundings of numbers that add up to 1 at most.
         self.margin = 4 * (len(query) + 8) * 2.0**-24
         self.cluster = _cluster_distances(cells, self.query)
-        self.base = (weight * self.cluster if weight else np.zeros(len(cells.ends))).astype(np.float32)
+        self.base = (weight * self.cluster if weight else np.zeros(len(cells.cell_ends))).astype(np.float32)
         self.bounds = self.scores_from(self._least_distances())
         self.best = np.inf
-        self.rows, self.lows, self.highs = np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.float32)
+        self.rows, self.lower_bounds, self.upper_bounds = (
+            np.empty(0, np.int64),
+            np.empty(0, np.float32),
+            np.empty(0, np.float32),
+        )
 
     def _least_distances(self):
         """What no photo of each cell is nearer than: (C,)."""
-        apart = np.sqrt(((self.cells.centres - self.outline) ** 2).sum(axis=1))
+        apart = np.sqrt(((self.cells.centres - self.projection) ** 2).sum(axis=1))
         return np.sqrt(np.maximum(np.maximum(apart - self.cells.radii, 0) ** 2 - self.margin, 0))
 
     def scores_from(self, distances, chosen=slice(None)):
         """What scores in cells `chosen` are at least, where d is at least `distances`."""
-        return self.base[chosen] + self.rest * distances - SLACK
+        return self.base[chosen] + self.rest * distances - ROUNDING
 
-    def keep(self, rows, lows, highs):
-        """Keep photos that may be among the k; their scores are at least `lows`, and at most `highs`."""
-        self.rows, self.lows = np.append(self.rows, rows), np.append(self.lows, lows)
-        self.highs = np.append(self.highs, highs)
-        if len(self.highs) >= self.k:
-            self.best = np.partition(self.highs, self.k - 1)[self.k - 1]
-            kept = self.lows <= self.best
-            self.rows, self.lows, self.highs = self.rows[kept], self.lows[kept], self.highs[kept]
+    def keep(self, rows, lower_bounds, upper_bounds):
+        """Keep photos that may be among the k; their scores are at least `lower_bounds`, and at most `upper_bounds`."""
+        self.rows, self.lower_bounds = np.append(self.rows, rows), np.append(self.lower_bounds, lower_bounds)
+        self.upper_bounds = np.append(self.upper_bounds, upper_bounds)
+        if len(self.upper_bounds) >= self.k:
+            self.best = np.partition(self.upper_bounds, self.k - 1)[self.k - 1]
+            kept = self.lower_bounds <= self.best
+            self.rows, self.lower_bounds, self.upper_bounds = (
+                self.rows[kept],
+                self.lower_bounds[kept],
+                self.upper_bounds[kept],
+            )
 
     def rounded(self, squares, sign):
         """d of squared distances, less (sign 1) or more (sign −1) what rounding may have done."""
@@ -186,46 +194,48 @@ class Sketch:
         return (self.weight * cluster + self.rest * distances if self.weight else distances), distances, cluster
 
 
-class _Scan(Sketch):
+class _LocalSearch(QueryState):
     """A search in features that are at hand."""
 
     def __init__(self, cells, query, k, weight, allowed):
         super().__init__(cells, query, k, weight)
         self.allowed = allowed
         if allowed is not None:
-            self.bounds[~np.logical_or.reduceat(allowed, cells.ends - self.sizes)] = np.inf
-        self.scanned, self.outlined = 0, 0
+            self.bounds[~np.logical_or.reduceat(allowed, cells.cell_ends - self.sizes)] = np.inf
+        self.scanned, self.projected = 0, 0
 
     def add(self, chosen):
         """Look at the photos of cells `chosen`, ascending, cell by cell."""
-        ends, sizes = self.cells.ends[chosen], self.sizes[chosen]
+        ends, sizes = self.cells.cell_ends[chosen], self.sizes[chosen]
         rows = np.repeat(ends - sizes.cumsum(), sizes) + np.arange(sizes.sum())
         base, runs = self._among(np.repeat(self.base[chosen], sizes), rows), _joined(ends - sizes, ends)
         if self.best < np.inf:
-            self.outlined += len(rows)
-            kept = np.flatnonzero(self._outlined(base, runs) <= self.best)
-            if len(kept) < FEW * len(rows):
+            self.projected += len(rows)
+            kept = np.flatnonzero(self._score_bounds(base, runs) <= self.best)
+            if len(kept) < GATHER_SHARE * len(rows):
                 rows, base, runs = rows[kept], base[kept], None
         self._score(rows, base, runs)
 
-    def sweep(self, chosen):
+    def scan_all(self, chosen):
         """Look at the photos of cells `chosen`, reading through all outlines: faster where they are many."""
         base = np.full(len(self.base), np.inf, np.float32)
         base[chosen] = self.base[chosen]
         base = self._among(np.repeat(base, self.sizes), slice(None))
         parts = [(start, min(start + GROUP, len(base))) for start in range(0, len(base), GROUP)]
-        lows = np.concatenate(list(_threads().map(lambda part: self._outlined(base[slice(*part)], [part]), parts)))
-        self.outlined += len(lows)
-        first = np.argpartition(lows, min(16 * self.k, len(lows) - 1))[: 16 * self.k]
+        lower_bounds = np.concatenate(
+            list(_threads().map(lambda part: self._score_bounds(base[slice(*part)], [part]), parts))
+        )
+        self.projected += len(lower_bounds)
+        first = np.argpartition(lower_bounds, min(16 * self.k, len(lower_bounds) - 1))[: 16 * self.k]
         first.sort()
         self._score(first, base[first])  # which lowers `best` for all the others
-        lows[first] = np.inf
-        kept = np.flatnonzero(lows <= self.best)
-        if len(kept) < FEW * len(lows):
+        lower_bounds[first] = np.inf
+        kept = np.flatnonzero(lower_bounds <= self.best)
+        if len(kept) < GATHER_SHARE * len(lower_bounds):
             for start in range(0, len(kept), BLOCK):
                 self._score(kept[start : start + BLOCK], base[kept[start : start + BLOCK]])
             return
-        base[lows > self.best] = np.inf
+        base[lower_bounds > self.best] = np.inf
         products = _threads().map(lambda part: _products(self.cells.features, self.query, [part]), parts)
         for (start, end), product in zip(parts, products, strict=True):
             self._settle(np.arange(start, end), base[start:end], product)
@@ -236,9 +246,13 @@ class _Scan(Sketch):
             base[~self.allowed[rows]] = np.inf
         return base
 
-    def _outlined(self, base, runs):
+    def _score_bounds(self, base, runs):
         """What the scores of photos are at least, by their outlines. runs: (start, end); base: weight · D of each."""
-        return base + self.rest * self._distances(_products(self.cells.outlines, self.outline, runs), 1) - SLACK
+        return (
+            base
+            + self.rest * self._distances(_products(self.cells.pca_projection, self.projection, runs), 1)
+            - ROUNDING
+        )
 
     def _score(self, rows, base, runs=None):
         """Look at the features of photos `rows`, which are those in `runs`, if that is given."""
@@ -248,11 +262,11 @@ class _Scan(Sketch):
     def _settle(self, rows, base, products):
         """Keep those of `rows` that may be among the k, by their products with the query."""
         self.scanned += len(rows)
-        lows = base + self.rest * self._distances(products, 1) - SLACK
-        kept = np.flatnonzero(lows <= self.best)
+        lower_bounds = base + self.rest * self._distances(products, 1) - ROUNDING
+        kept = np.flatnonzero(lower_bounds <= self.best)
         kept = kept[np.isfinite(base[kept])]
-        highs = base[kept] + self.rest * self._distances(products[kept], -1) + SLACK
-        self.keep(rows[kept], lows[kept], highs)
+        upper_bounds = base[kept] + self.rest * self._distances(products[kept], -1) + ROUNDING
+        self.keep(rows[kept], lower_bounds[kept], upper_bounds)
 
     def _distances(self, products, sign):
         return self.rounded(2 - 2 * products, sign)
@@ -263,12 +277,12 @@ class _Scan(Sketch):
             raise ValueError("features are not finite")
         parts = [self._exact(self.rows[start : start + BLOCK]) for start in range(0, len(self.rows), BLOCK)]
         scores, distances, cluster = (np.concatenate(values) for values in zip(*parts, strict=True))
-        order = np.lexsort([self.cells.places[self.rows], scores])[: self.k]
+        order = np.lexsort([self.cells.path_order[self.rows], scores])[: self.k]
         values = (values[order] for values in (self.rows, scores, distances, cluster))
-        return Nearest(*values, self.scanned, self.outlined)
+        return Nearest(*values, self.scanned, self.projected)
 
     def _exact(self, rows):
-        return self.exact(self.cells.features[rows], self.cells.ends.searchsorted(rows, side="right"))
+        return self.exact(self.cells.features[rows], self.cells.cell_ends.searchsorted(rows, side="right"))
 
 
 @functools.cache
@@ -284,7 +298,7 @@ def _threads():
 def _cluster_distances(cells, query):
     """D of each cell, (C,) float64; NaN without a codebook."""
     if not len(cells.codebook):
-        return np.full(len(cells.ends), np.nan)
+        return np.full(len(cells.cell_ends), np.nan)
     parts = query.astype(np.float64).reshape(len(cells.codebook), 1, -1)
     squares = ((cells.codebook - parts) ** 2).sum(axis=2)
     return sum(own[codes] for own, codes in zip(squares, cells.codes.T, strict=True))

@@ -13,22 +13,22 @@ from scipy import ndimage
 
 from utils.cli import InputError
 
-SIDE = 256  # pixels of the paper
-DRAWN = 200  # pixels that the longer side of a drawing takes
-WIDTH = 2.8  # pixels of a line
-FINE = 2  # lines are made this many times as large as they end
-FILLED = 1 / 8  # of a drawing's longer side, from which a line is no line but a filled shape
-PEELS = 40  # of a line at most
-WORK = 1024  # pixels of the longer side that is looked at
-DIMMEST = 0.25  # how bright paper in a shadow is at least, beside the brightest
-SPECK = 1 / 16  # pixels in a line at least, of those of the longer side
-FAINT = 0.08  # contrast to the paper up to which nothing is a line
+PAPER_SIDE = 256  # pixels of the paper
+DRAWING_SIDE = 200  # pixels that the longer side of a drawing takes
+LINE_WIDTH = 2.8  # pixels of a line
+SUPERSAMPLING = 2  # lines are made this many times as large as they end
+FILLED_SHARE = 1 / 8  # of a drawing's longer side, from which a line is no line but a filled shape
+MAX_THINNING_STEPS = 40  # of a line at most
+WORK_SIDE = 1024  # pixels of the longer side that is looked at
+MIN_PAPER_BRIGHTNESS = 0.25  # how bright paper in a shadow is at least, beside the brightest
+MIN_LINE_SHARE = 1 / 16  # pixels in a line at least, of those of the longer side
+MIN_CONTRAST = 0.08  # contrast to the paper up to which nothing is a line
 
 
 def clean_up(image, name="the sketch"):
-    """Bring a drawing to white paper, to the size and to lines that networks know: a PIL.Image, RGB, SIDE × SIDE.
+    """Normalise a drawing's paper, size and line width: PIL.Image, RGB, PAPER_SIDE × PAPER_SIDE.
 
-    image: PIL.Image, RGB, of any size. The time does not grow with it beyond WORK pixels. Raises InputError, which
+    image: PIL.Image, RGB, of any size. The time does not grow with it beyond WORK_SIDE pixels. Raises InputError, which
     calls the drawing `name`, where no line can be told from the paper.
     """
     ink = ink_of(image)
@@ -40,21 +40,24 @@ def clean_up(image, name="the sketch"):
 def ink_of(image):
     """How far each pixel of a drawing (PIL.Image, RGB) is from the paper to the lines: (H, W) float32, 0 to 1.
 
-    The paper may be of any colour, unevenly lit, or dark with light lines. The longer side has at most WORK pixels.
+    The paper may have any colour, be lit unevenly, or be dark with light lines. The longer side has at most WORK_SIDE
+    pixels.
     """
     image = image.copy()
-    image.thumbnail((WORK, WORK), Image.Resampling.BOX)
+    image.thumbnail((WORK_SIDE, WORK_SIDE), Image.Resampling.BOX)
     grey = np.asarray(image, np.float32).mean(axis=2)
     # Closing fills in what is narrower than its window, lines, and leaves slopes and edges of shadows where they are.
     window = max(grey.shape) // 8 | 1
     grey = 255 - grey if _is_dark(grey, 2 * window + 1) else grey
     blurred = np.pad(ndimage.gaussian_filter(grey, 2), window, mode="edge")
     paper = ndimage.grey_closing(blurred, (window, window))[window:-window, window:-window]
-    paper = np.maximum(paper, DIMMEST * np.percentile(grey, 95))  # a filled shape may be wider than the window
+    paper = np.maximum(
+        paper, MIN_PAPER_BRIGHTNESS * np.percentile(grey, 95)
+    )  # a filled shape may be wider than the window
     darker = paper - ndimage.gaussian_filter(grey, 0.5)
     noise = 1.5 * np.median(np.abs(darker))  # its deviation, where less than half of the sheet is drawn on
     contrast = (darker - 3 * noise).clip(min=0) / np.maximum(paper, 1)
-    lines = contrast[contrast > FAINT]
+    lines = contrast[contrast > MIN_CONTRAST]
     if not lines.size:
         return contrast * 0
     # Noise and ruling are far from half as dark as lines are.
@@ -68,13 +71,18 @@ def _is_dark(grey, window):
 
 
 def framed(ink):
-    """The drawing in ink (H, W), its longer side DRAWN of SIDE pixels, in the middle: (FINE · SIDE)² float32."""
+    """The drawing in ink (H, W) cropped and centred: (SUPERSAMPLING · PAPER_SIDE)² float32.
+
+    Its longer side is DRAWING_SIDE of PAPER_SIDE pixels.
+    """
     rows, columns = ndimage.find_objects(_drawn(ink).astype(np.int8))[0]
-    half = max(rows.stop - rows.start, columns.stop - columns.start) * SIDE / DRAWN / 2
+    half = max(rows.stop - rows.start, columns.stop - columns.start) * PAPER_SIDE / DRAWING_SIDE / 2
     middle = (columns.start + columns.stop) / 2, (rows.start + rows.stop) / 2
     pad = int(half) + 1
     box = [pad + each + sign * half for sign in (-1, 1) for each in middle]
-    image = Image.fromarray(np.pad(ink, pad)).resize((FINE * SIDE, FINE * SIDE), Image.Resampling.BICUBIC, box=box)
+    image = Image.fromarray(np.pad(ink, pad)).resize(
+        (SUPERSAMPLING * PAPER_SIDE, SUPERSAMPLING * PAPER_SIDE), Image.Resampling.BICUBIC, box=box
+    )
     return np.asarray(image).clip(0, 1)
 
 
@@ -84,19 +92,19 @@ def _drawn(ink):
     sizes = np.bincount(parts.ravel(), minlength=count + 1)
     sizes[0] = 0
     largest = sizes.max()
-    return (sizes >= largest / 50)[parts] & (largest >= SPECK * max(ink.shape)) & (parts > 0)
+    return (sizes >= largest / 50)[parts] & (largest >= MIN_LINE_SHARE * max(ink.shape)) & (parts > 0)
 
 
 def thinned(ink):
-    """`framed` ink with lines of WIDTH, where they are thicker. Thin ones stay: networks know them as well."""
+    """`framed` ink with lines of LINE_WIDTH, where they are thicker. Thin ones stay: networks know them as well."""
     drawn = ink > 0.5
     depth = ndimage.distance_transform_edt(np.pad(drawn, 1))[1:-1, 1:-1]
     width = 2 * np.median(depth[drawn & (depth == ndimage.maximum_filter(depth, 3))]) - 1
-    if not FINE * (WIDTH + 1) < width < FINE * DRAWN * FILLED:
+    if not SUPERSAMPLING * (LINE_WIDTH + 1) < width < SUPERSAMPLING * DRAWING_SIDE * FILLED_SHARE:
         return ink
     # Lines shrink to one pixel, and what is thicker by as much as they do.
-    left = peeled(drawn, min(PEELS, round(1.5 * width))) | (depth > width / 2 + 1)
-    return (ndimage.distance_transform_edt(~left) <= (FINE * WIDTH - 1) / 2).astype(np.float32)
+    left = peeled(drawn, min(MAX_THINNING_STEPS, round(1.5 * width))) | (depth > width / 2 + 1)
+    return (ndimage.distance_transform_edt(~left) <= (SUPERSAMPLING * LINE_WIDTH - 1) / 2).astype(np.float32)
 
 
 def peeled(drawn, times):
@@ -125,5 +133,5 @@ def _peels():
 
 
 def picture_of(ink):
-    """Ink (FINE · SIDE)², 0 to 1, as black on white: PIL.Image, RGB, SIDE × SIDE."""
-    return Image.fromarray((255 - 255 * ink).round().astype(np.uint8)).reduce(FINE).convert("RGB")
+    """Ink (SUPERSAMPLING · PAPER_SIDE)², 0 to 1, as black on white: PIL.Image, RGB, PAPER_SIDE × PAPER_SIDE."""
+    return Image.fromarray((255 - 255 * ink).round().astype(np.uint8)).reduce(SUPERSAMPLING).convert("RGB")

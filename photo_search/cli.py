@@ -6,10 +6,10 @@ from pathlib import Path
 
 from photo_search import update
 from photo_search.clean_sketch import clean_up
-from photo_search.encoder import BACKENDS, backend_of, check_checkpoint, fit_codebook, load_network, network_of
-from photo_search.figure import PHOTOS, draw_found
+from photo_search.encoder import BACKENDS, backend_of, check_checkpoint, encoder_of, fit_codebook, load_encoder
+from photo_search.figure import MAX_DRAWN_PHOTOS, draw_found
 from photo_search.index import is_index, open_index
-from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, ONE_TO_ONE, is_lost, open_finder, read_sketch
+from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, ONE_TO_ONE, is_missing, open_searcher, read_sketch
 from utils.cli import InputError, OneLineParser, image_side, number_type, one_line_errors, positive_int
 from utils.distributed import get_rank, get_world_size, log_rank0
 from utils.files import write_json
@@ -17,7 +17,7 @@ from utils.memory import keep_freed_memory
 from utils.process_pool import available_cores
 
 LOCAL, MILVUS = ENGINES = ("local", "milvus")
-TOLD = 10  # unreadable files that are named
+MAX_LISTED_UNREADABLE = 10  # unreadable files that are named
 
 
 @one_line_errors(should_print=lambda: get_rank() == 0)
@@ -64,7 +64,7 @@ def create_parser():
         help="outputs of the ImageNet head (default: what the checkpoint tells)",
     )
     add("--clusters", type=positive_int, metavar="K", help="clusters (default: a 25th of the photos, at "
-        f"most {update.MOST}; none for fewer than {update.FEWEST} photos)")  # fmt: skip
+        f"most {update.MAX_DEFAULT_CLUSTERS}; none below {update.MIN_PHOTOS_FOR_CLUSTERS} photos)")  # fmt: skip
     add("--subspaces", type=positive_int, metavar="M", help="parts of a feature (default: 2)")
     add("--refit", action="store_true", help="fit the clusters to the photos there are now")
     add("--batch_size", type=positive_int, default=64, help="photos at a time")
@@ -96,13 +96,13 @@ def create_parser():
 
 
 def make_index(options):
-    """Make or update an index; returns update.Totals. Of several processes the first does; the others help it."""
+    """Make or update an index; returns update.UpdateStats. Of several processes the first does; the others help it."""
     _check_backend(options)
     if get_rank():
         from photo_search import distributed_indexing
 
         return distributed_indexing.follow(options.checkpoint, options.device, options.workers)
-    folder, old = options.index, open_index(options.index).facts if is_index(options.index) else None
+    folder, old = options.index, open_index(options.index).metadata if is_index(options.index) else None
     if old:
         _check_same(old, options)
     elif not options.folders or not options.checkpoint:
@@ -114,14 +114,14 @@ def make_index(options):
     @functools.cache
     def network():
         if old:
-            return network_of(old, options.checkpoint, options.device)
+            return encoder_of(old, options.checkpoint, options.device)
         own = (options.model, options.input_size, options.imagenet_classes)
-        return load_network(options.checkpoint, *own, options.device)
+        return load_encoder(options.checkpoint, *own, options.device)
 
     folders = [os.path.realpath(each) for each in options.folders] or old["folders"]
     exclude = old["exclude"] if old and options.exclude is None else options.exclude or []
     checkpoint = str(options.checkpoint.absolute()) if options.checkpoint else None
-    plan = update.Plan(folders, exclude, options.clusters, options.subspaces, options.refit, options.batch_size,
+    plan = update.IndexOptions(folders, exclude, options.clusters, options.subspaces, options.refit, options.batch_size,
                        options.workers, checkpoint)  # fmt: skip
     fit = functools.partial(fit_codebook, checkpoint or old["checkpoint"])
     with keep_freed_memory():
@@ -155,9 +155,9 @@ def _publisher(options):
 
 
 def _place(options):
-    """Where the index is that options name, see find.open_place. Raises InputError."""
+    """Where the index is that options name, see find.open_location. Raises InputError."""
     milvus = _milvus(options)
-    return milvus.existing(options.uri, options.collection) if milvus else options.index
+    return milvus.existing_server(options.uri, options.collection) if milvus else options.index
 
 
 def _milvus(options):
@@ -189,10 +189,10 @@ def _check_same(old, options):
 
 
 def _tell(folder, totals):
-    for line in totals.unreadable[:TOLD]:
+    for line in totals.unreadable[:MAX_LISTED_UNREADABLE]:
         log_rank0(f"note: not indexed: {line}")
-    if len(totals.unreadable) > TOLD:
-        log_rank0(f"note: not indexed: {len(totals.unreadable) - TOLD:,} more that cannot be read")
+    if len(totals.unreadable) > MAX_LISTED_UNREADABLE:
+        log_rank0(f"note: not indexed: {len(totals.unreadable) - MAX_LISTED_UNREADABLE:,} more that cannot be read")
     index = open_index(folder)
     kinds = ("new", "changed", "moved", "removed")
     parts = [f"{getattr(totals, kind):,} {kind}" for kind in kinds] + [f"{len(totals.unreadable):,} unreadable"]
@@ -200,8 +200,8 @@ def _tell(folder, totals):
     clusters = "M {}, K {}".format(*index.clusters) if index.clusters else "one-to-one matching alone"
     print(f"{folder}: {totals.photos:,} photos ({', '.join(parts)}), {clusters}; {totals.seconds:.1f} s{rate}")
     if not index.clusters:
-        log_rank0(f"note: clusters are fitted from {update.FEWEST} photos on, or with --clusters")
-    if index.share_new > update.DUE:
+        log_rank0(f"note: clusters are fitted from {update.MIN_PHOTOS_FOR_CLUSTERS} photos on, or with --clusters")
+    if index.share_new > update.REFIT_SHARE:
         log_rank0(f"note: {index.share_new:.0%} of the photos are newer than the clusters; --refit fits them anew")
 
 
@@ -211,7 +211,7 @@ def find_photos(options):
     sketches = [read_sketch(path) for path in options.sketches]
     if not options.as_drawn:
         sketches = [clean_up(sketch, path) for sketch, path in zip(sketches, options.sketches, strict=True)]
-    finder = open_finder(_place(options), options.checkpoint, options.device)
+    finder = open_searcher(_place(options), options.checkpoint, options.device)
     matching, weight = (
         finder.matching(options.matching),
         finder.cluster_weight(options.matching, options.cluster_weight),
@@ -225,7 +225,7 @@ def find_photos(options):
         matches = finder.find_features(features, options.k, matching, weight=weight)
         _print_table(path, matching, matches)
         found.append(matches)
-    if gone := len({match.path for matches in found for match in matches if is_lost(match)}):
+    if gone := len({match.path for matches in found for match in matches if is_missing(match)}):
         log_rank0(f"note: no longer there: {gone:,} of the photos found; index again")
     result = [
         {
@@ -266,7 +266,7 @@ def _draw(options, finder, sketches, found):
     path = options.picture or (options.index if options.engine == LOCAL else Path()) / "found.png"
     rows = []
     for name, sketch, matches in zip(options.sketches, sketches, found, strict=True):
-        thumbnails = finder.index.thumbnails_of([match.row for match in matches[:PHOTOS]])
+        thumbnails = finder.index.thumbnails_of([match.row for match in matches[:MAX_DRAWN_PHOTOS]])
         scores = [match.score for match in matches]
         rows.append((os.path.basename(name), sketch, list(zip(thumbnails, scores, strict=False))))
     try:
@@ -293,7 +293,7 @@ def _check_backend(options):
         return
     checkpoint = options.checkpoint
     if not checkpoint and options.engine == LOCAL and is_index(options.index):
-        checkpoint = open_index(options.index).facts["checkpoint"]
+        checkpoint = open_index(options.index).metadata["checkpoint"]
     if checkpoint and backend_of(checkpoint) != options.backend:
         wanted = {"onnx": "what models.export wrote from it, as .onnx", "torch": "what it was exported from"}
         raise InputError(

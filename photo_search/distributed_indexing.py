@@ -13,11 +13,11 @@ from utils.cli import InputError, RankError
 from utils.distributed import get_rank, get_world_size
 
 
-def add_photos(network, facts, found, unfinished, batch_size=64, workers=0):
+def add_photos(network, metadata, found, unfinished, batch_size=64, workers=0):
     """As photo_search.encoder.add_photos, for the first process; the others are in `follow`."""
     distributed.init_process_group("cpu")
-    distributed.broadcast_object((facts, found, batch_size))
-    _compute(network, facts, found, unfinished, batch_size, workers)
+    distributed.broadcast_object((metadata, found, batch_size))
+    _compute(network, metadata, found, unfinished, batch_size, workers)
 
 
 @contextmanager
@@ -40,26 +40,26 @@ def follow(checkpoint=None, device=None, workers=0):
     distributed.init_process_group("cpu")
     try:
         if task := distributed.broadcast_object(None):
-            facts, found, batch_size = task
-            network = functools.cache(lambda: networks.network_of(facts, checkpoint, device))
-            _compute(network, facts, found, None, batch_size, workers)
+            metadata, found, batch_size = task
+            network = functools.cache(lambda: networks.encoder_of(metadata, checkpoint, device))
+            _compute(network, metadata, found, None, batch_size, workers)
     except InputError as error:
         raise RankError(str(error)) from error
     finally:
         distributed.destroy_process_group()
 
 
-def _compute(network, facts, found, unfinished, batch_size, workers):
+def _compute(network, metadata, found, unfinished, batch_size, workers):
     batches = [found[start : start + batch_size] for start in range(0, len(found), batch_size)]
     own = batches[get_rank() :: get_world_size()]
     together = _Together(unfinished)
-    networks.add_photos(network, facts, [each for batch in own for each in batch], together, batch_size, workers)
+    networks.add_photos(network, metadata, [each for batch in own for each in batch], together, batch_size, workers)
     if len(own) < -(-len(batches) // get_world_size()):
         together.add()  # the others have one more
 
 
 class _Together:
-    """An Unfinished to which all processes add a batch at a time."""
+    """An PartialIndex to which all processes add a batch at a time."""
 
     def __init__(self, unfinished):
         self.unfinished = unfinished

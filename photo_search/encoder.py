@@ -23,21 +23,21 @@ BACKENDS = ("torch", "onnx")
 
 
 @dataclass(frozen=True)
-class Network:
+class Encoder:
     """A network that is ready to compute features, which several threads may do."""
 
-    facts: dict  # "checkpoint", "sha256", "model", "imagenet_classes", "input_size", "width": ready for JSON
+    metadata: dict  # "checkpoint", "sha256", "model", "imagenet_classes", "input_size", "width": ready for JSON
     compute: Callable  # from (n, 3, size, size) uint8 to L2-normalised features (n, D) float32, both arrays
 
     def features(self, images):
         """L2-normalised features of RGB images (PIL.Image): (n, D) float32."""
-        return self.embed(stack([resize(image, self.facts["input_size"]) for image in images]))
+        return self.embed(stack([resize(image, self.metadata["input_size"]) for image in images]))
 
     def embed(self, images):
         """L2-normalised features of (n, 3, size, size) uint8: (n, D) float32. Raises InputError if not finite."""
         rows = self.compute(images)
         if not np.isfinite(rows).all():
-            raise InputError(f"{self.facts['checkpoint']}: its features are not finite; take another checkpoint")
+            raise InputError(f"{self.metadata['checkpoint']}: its features are not finite; take another checkpoint")
         return rows
 
 
@@ -54,49 +54,51 @@ def _room(checkpoint):
     return room
 
 
-def load_network(checkpoint, model=None, input_size=None, imagenet_classes=None, device=None):
-    """The Network of a checkpoint, ours or the authors', or of one that models.export wrote as .onnx.
+def load_encoder(checkpoint, model=None, input_size=None, imagenet_classes=None, device=None):
+    """The Encoder of a checkpoint, ours or the authors', or of one that models.export wrote as .onnx.
 
     model, input_size, imagenet_classes: what it was trained with, if it does not tell. The authors' do not, and are
     taken for convnextv2_tiny's. device: None for a GPU where there is one. Raises InputError if it is none, or of
     another model, or there is no such device.
     """
     path = Path(checkpoint).absolute()
-    return Network(*_room(path).load(path, model, input_size, imagenet_classes, device))
+    return Encoder(*_room(path).load(path, model, input_size, imagenet_classes, device))
 
 
-def network_of(facts, checkpoint=None, device=None):
-    """The Network that an index was made with; facts: its Index.facts; checkpoint: where that is now, if it has moved.
+def encoder_of(metadata, checkpoint=None, device=None):
+    """The Encoder that an index was made with.
+
+    metadata: of the index; checkpoint: its present path, if the file was moved.
 
     Raises InputError if it is not there, or another one.
     """
-    path = checkpoint or facts["checkpoint"]
+    path = checkpoint or metadata["checkpoint"]
     if not Path(path).is_file():
         raise InputError(f"{path}: the checkpoint of the index is not there; name its place with --checkpoint")
-    check_checkpoint(facts, path)
-    own = {name: facts[name] for name in ("model", "input_size", "imagenet_classes")}
-    network = load_network(path, **own, device=device)
-    if network.facts["width"] != facts["width"]:
-        raise InputError(f"{path}: gives features of {network.facts['width']} values, the index {facts['width']}")
+    check_checkpoint(metadata, path)
+    own = {name: metadata[name] for name in ("model", "input_size", "imagenet_classes")}
+    network = load_encoder(path, **own, device=device)
+    if network.metadata["width"] != metadata["width"]:
+        raise InputError(f"{path}: gives features of {network.metadata['width']} values, the index {metadata['width']}")
     return network
 
 
-def check_checkpoint(facts, path):
-    """Raise InputError unless the file at `path` is the checkpoint of an index with these facts, or its export."""
+def check_checkpoint(metadata, path):
+    """Raise InputError unless the file at `path` is the checkpoint of an index with these metadata, or its export."""
     try:
-        own = _room(path).told_by(path)
+        own = _room(path).read_metadata(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); see --checkpoint") from None
-    if own["sha256"] != facts["sha256"]:
+    if own["sha256"] != metadata["sha256"]:
         raise InputError(
             f"{path}: not the checkpoint that the index was made with, and features of two do not mix; "
             "name that one with --checkpoint, or another index"
         )
     for name, value in own.items():
-        if facts[name] != value:
+        if metadata[name] != value:
             raise InputError(
-                f"{path}: exported with {name} {value}, while the index has {facts[name]}; export it again with "
-                f"--{name} {facts[name]}, or name another index"
+                f"{path}: exported with {name} {value}, while the index has {metadata[name]}; export it again with "
+                f"--{name} {metadata[name]}, or name another index"
             )
 
 
@@ -116,20 +118,20 @@ def share_cores(checkpoint, threads):
     _room(checkpoint).share_cores(threads)
 
 
-def add_photos(network, facts, found, unfinished, batch_size=64, workers=0):
-    """Compute the features of Founds, and add them to an Unfinished batch by batch.
+def add_photos(network, metadata, found, unfinished, batch_size=64, workers=0):
+    """Compute the features of Founds, and add them to an PartialIndex batch by batch.
 
-    network: a function that gives the Network, called where a photo can be read; facts: those of the Network.
+    network: a function that gives the Encoder, called where a photo can be read; metadata: those of the Encoder.
     workers: processes that decode; with 0 the calling process decodes.
     """
-    decode = partial(_decoded, size=facts["input_size"])
+    decode = partial(_decoded, size=metadata["input_size"])
     decoded = parallel_map(decode, found, "photos", workers, -(-batch_size // max(workers, 1)), bar_disabled())
     while items := list(islice(decoded, batch_size)):
         batch, found = list(zip(found[: len(items)], items, strict=True)), found[len(items) :]
         unreadable = {each: item for each, item in batch if isinstance(item, str)}
         good = [(each, *item) for each, item in batch if not isinstance(item, str)]
         own, images, thumbnails, digests = zip(*good, strict=True) if good else ((), (), (), ())
-        rows = network().embed(stack(images)) if good else np.empty((0, facts["width"]), np.float32)
+        rows = network().embed(stack(images)) if good else np.empty((0, metadata["width"]), np.float32)
         unfinished.add(own, rows, digests, thumbnails, unreadable)
 
 

@@ -11,11 +11,11 @@ from utils.process_pool import available_cores
 
 
 def load(path, model, input_size, imagenet_classes, device):
-    """(facts, compute) of a photo_search.encoder.Network; see load_network there."""
+    """(metadata, compute) of a photo_search.encoder.Encoder; see load_encoder there."""
     if device not in (None, "cpu"):
         raise InputError(f"--device {device}: exported networks compute on the cpu; leave --device out")
     try:
-        own = told_by(path)
+        own = read_metadata(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); see --checkpoint") from None
     for name, asked in (("model", model), ("input_size", input_size), ("imagenet_classes", imagenet_classes)):
@@ -29,7 +29,7 @@ def share_cores(threads):
     """See photo_search.encoder: a session's threads compute for all who ask, so there is nothing to share out."""
 
 
-def told_by(path):
+def read_metadata(path):
     """What an exported file records: export.METADATA_TYPES by name. Raises OSError and InputError."""
     try:
         return read_onnx_metadata(path)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from utils.files import atomic_write
 
-SKETCHES, PHOTOS, COLUMNS = 20, 40, 10  # at most in a picture; photos in a row of it
+MAX_DRAWN_SKETCHES, MAX_DRAWN_PHOTOS, COLUMNS = 20, 40, 10  # at most in a picture; photos in a row of it
 
 
 def draw_found(path, rows):
@@ -18,7 +18,7 @@ def draw_found(path, rows):
     """
     from matplotlib.figure import Figure
 
-    lines = [line for row in rows[:SKETCHES] for line in _lines(*row)]
+    lines = [line for row in rows[:MAX_DRAWN_SKETCHES] for line in _lines(*row)]
     columns = 1 + max(len(photos) for _, photos in lines)
     figure = Figure(figsize=(1.25 * columns, 1.5 * len(lines) + 0.2), layout="constrained")
     for axes, (sketch, photos) in zip(figure.subplots(len(lines), columns, squeeze=False), lines, strict=True):
@@ -36,7 +36,7 @@ def _lines(name, sketch, photos):
     """The lines of a sketch: [((picture, caption) or None, [(picture, caption), ...]), ...]."""
     sketch = sketch.copy()
     sketch.thumbnail((160, 160))
-    shown = [(_decoded(photo), f"{score:.3f}") for photo, score in photos[:PHOTOS]]
+    shown = [(_decoded(photo), f"{score:.3f}") for photo, score in photos[:MAX_DRAWN_PHOTOS]]
     parts = [shown[start : start + COLUMNS] for start in range(0, len(shown), COLUMNS)]
     name = name.encode("utf-8", "replace").decode()[:24]  # of any bytes
     return [((sketch, name) if number == 0 else None, part) for number, part in enumerate(parts)]

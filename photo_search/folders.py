@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-MOST, DEEPEST = 2000, 40  # folders that are offered, and how deep they lie at most
+MAX_FOLDERS, MAX_FOLDER_DEPTH = 2000, 40  # folders that are offered, and how deep they lie at most
 _SEPARATOR = os.fsencode(os.sep)
 
 
@@ -24,8 +24,8 @@ class Folder(NamedTuple):
 
 
 def folders_of(index):
-    """The Folders of an Index, in the order of their paths, a folder before those in it, MOST at most."""
-    rows = np.argsort(index.cells.places)
+    """The Folders of an Index, in the order of their paths, a folder before those in it, MAX_FOLDERS at most."""
+    rows = np.argsort(index.cells.path_order)
     found = []
 
     def path(place):
@@ -35,16 +35,16 @@ def folders_of(index):
         """Add the folder with this path, if it has photos `among` these places, and those in it; returns its end."""
         after = prefix[:-1] + bytes([prefix[-1] + 1])
         first, last = (bisect_left(among, edge, key=path) + among.start for edge in (prefix, after))
-        if first < last and len(found) < MOST:
+        if first < last and len(found) < MAX_FOLDERS:
             found.append(Folder(readable(os.path.basename(prefix[:-1]) or prefix), depth, first, last))
             place = first
-            while place < last and len(found) < MOST:
+            while place < last and len(found) < MAX_FOLDERS:
                 name, inside, _ = path(place).removeprefix(prefix).partition(_SEPARATOR)
-                deeper = inside and depth < DEEPEST
+                deeper = inside and depth < MAX_FOLDER_DEPTH
                 place = add(prefix + name + inside, depth + 1, range(place, last)) if deeper else place + 1
         return last
 
-    for root in filter(os.path.isabs, index.facts["folders"]):
+    for root in filter(os.path.isabs, index.metadata["folders"]):
         add(os.path.join(os.fsencode(root), b""), 0, range(len(rows)))
     return found
 

@@ -1,6 +1,6 @@
 """The index of photos on disk: opened with every check, and replaced as a whole.
 
-    index.json           which generation is current, what it holds, and the sizes of its files
+    index.json           which generation is current, what it has_fields, and the sizes of its files
     features-3.npy ...   the arrays of generation 3, see ARRAYS
     thumbnails-1.bin     small JPEGs, one after the other; later generations add to it
 
@@ -25,26 +25,32 @@ from utils.cli import InputError
 from utils.files import write_json
 from utils.sampling import evenly_spaced
 
-INDEX, FORMAT = "index.json", 1
+INDEX_FILE, INDEX_FORMAT = "index.json", 1
 RECORD = np.dtype([
     ("size", "<i8"), ("mtime", "<i8"), ("digest", "u1", 32),  # of the file: bytes, nanoseconds, SHA-256
     ("path_end", "<i8"),  # in `paths`, where the path of a photo begins where that of the one before ends
     ("thumbnail", "<i8"), ("thumbnail_size", "<i4"),  # bytes in the file of thumbnails
     ("fitted", "u1"),  # whether the clusters were fitted to a gallery with this photo
 ])  # fmt: skip
-# Of N photos in C cells; opened at once, or mapped.
+# Arrays of an index by the name of their file: dtype, dimensions, whether it is mapped into memory or read.
 ARRAYS = {
     "features": ("<f4", 2, True), "outlines": ("<f4", 2, True), "centres": ("<f4", 2, False),
     "records": (RECORD, 1, True), "paths": ("u1", 1, True),
     "places": ("<i4", 1, False), "codebook": ("<f4", 3, False), "codes": ("<i4", 2, False),
     "ends": ("<i8", 1, False), "radii": ("<f4", 1, False), "basis": ("<f4", 2, False),
 }  # fmt: skip
-# What an index knows of itself beside its files.
-KNOWN = {
+CELLS_FIELDS = {
+    "outlines": "pca_projection",
+    "places": "path_order",
+    "ends": "cell_ends",
+    "basis": "pca_basis",
+}  # of Cells
+# Keys of index.json beside the files, and their types.
+INDEX_METADATA = {
     "generation": int, "checkpoint": str, "sha256": str, "model": str, "imagenet_classes": int, "input_size": int,
     "width": int, "folders": list, "exclude": list,
 }  # fmt: skip
-_OURS = re.compile(rf"({'|'.join(ARRAYS)})-\d+\.npy|thumbnails-\d+\.bin|\.{re.escape(INDEX)}\..*")
+_OURS = re.compile(rf"({'|'.join(ARRAYS)})-\d+\.npy|thumbnails-\d+\.bin|\.{re.escape(INDEX_FILE)}\..*")
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Index:
     """An index as it was when it was opened. Photos are numbered by row; it may be used by several threads."""
 
     folder: Path
-    facts: dict  # index.json
+    metadata: dict  # index.json
     cells: Cells
     records: np.ndarray  # (N,) of RECORD
     paths: np.ndarray  # bytes
@@ -101,7 +107,7 @@ class Index:
 
     def between(self, first, last):
         """The photos from first to last − 1 in the order of their paths, as `nearest` has them allowed."""
-        return (self.cells.places >= first) & (self.cells.places < last)
+        return (self.cells.path_order >= first) & (self.cells.path_order < last)
 
     def folders(self):
         """The Folders that a search can be kept to."""
@@ -122,18 +128,18 @@ def open_index(folder):
     """The Index in `folder`. Raises InputError if there is none, or it is not as a writer left it."""
     folder = Path(folder)
     while True:
-        facts = _read_facts(folder)
+        metadata = _read_metadata(folder)
         try:
-            return _open(folder, facts)
+            return _open(folder, metadata)
         except (OSError, ValueError, KeyError, TypeError, OverflowError, EOFError, SyntaxError) as error:
-            if _read_facts(folder)["generation"] != facts["generation"]:
+            if _read_metadata(folder)["generation"] != metadata["generation"]:
                 continue  # a writer has just replaced it
             raise _damaged(folder, error) from error
 
 
 def is_index(folder):
     """Whether there is an index in `folder`."""
-    return (Path(folder) / INDEX).is_file()
+    return (Path(folder) / INDEX_FILE).is_file()
 
 
 def _damaged(folder, why):
@@ -141,55 +147,55 @@ def _damaged(folder, why):
     return InputError(f"{folder}: damaged index ({text}); delete the folder, and index the photos again")
 
 
-def _read_facts(folder):
+def _read_metadata(folder):
     """index.json, checked. Raises InputError."""
     try:
-        facts = json.loads((folder / INDEX).read_bytes())
+        metadata = json.loads((folder / INDEX_FILE).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{folder}: no index of photos is there; make one with search_photos.py index, or set --index"
         ) from None
     except OSError as error:
-        raise InputError(f"{folder / INDEX}: {error.strerror}; correct its permissions, or set --index") from None
+        raise InputError(f"{folder / INDEX_FILE}: {error.strerror}; correct its permissions, or set --index") from None
     except (ValueError, RecursionError) as error:
-        raise _damaged(folder, f"{INDEX}: {error}") from None
-    if not holds(facts, {**KNOWN, "format": int, "files": dict, "thumbnails": str}):
-        raise _damaged(folder, f"{INDEX} holds something else")
-    if facts["format"] != FORMAT:
+        raise _damaged(folder, f"{INDEX_FILE}: {error}") from None
+    if not has_fields(metadata, {**INDEX_METADATA, "format": int, "files": dict, "thumbnails": str}):
+        raise _damaged(folder, f"{INDEX_FILE} has_fields something else")
+    if metadata["format"] != INDEX_FORMAT:
         raise InputError(f"{folder}: an index of another version of this program; delete it, and index again")
-    names = {f"{name}-{facts['generation']}.npy" for name in ARRAYS} | {facts["thumbnails"]}
-    if facts["files"].keys() != names or any(not _OURS.fullmatch(name) for name in names):
-        raise _damaged(folder, f"{INDEX} names other files")
-    return facts
+    names = {f"{name}-{metadata['generation']}.npy" for name in ARRAYS} | {metadata["thumbnails"]}
+    if metadata["files"].keys() != names or any(not _OURS.fullmatch(name) for name in names):
+        raise _damaged(folder, f"{INDEX_FILE} names other files")
+    return metadata
 
 
-def holds(facts, wanted):
+def has_fields(metadata, wanted):
     """Whether what was read is a dict with what is wanted of it, {name: type}; its lists hold texts."""
-    return isinstance(facts, dict) and all(
-        type(facts.get(name)) is kind and (kind is not list or all(type(each) is str for each in facts[name]))
+    return isinstance(metadata, dict) and all(
+        type(metadata.get(name)) is kind and (kind is not list or all(type(each) is str for each in metadata[name]))
         for name, kind in wanted.items()
     )
 
 
-def _open(folder, facts):
-    for name, size in facts["files"].items():
+def _open(folder, metadata):
+    for name, size in metadata["files"].items():
         there = (folder / name).stat().st_size
-        if there != size and not (name == facts["thumbnails"] and there > size):  # a writer adds to these
+        if there != size and not (name == metadata["thumbnails"] and there > size):  # a writer adds to these
             raise ValueError(f"{name} has {there} bytes, not {size}")
     arrays = {}
     for name, (kind, dimensions, mapped) in ARRAYS.items():
-        path = folder / f"{name}-{facts['generation']}.npy"
+        path = folder / f"{name}-{metadata['generation']}.npy"
         array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
         if array.dtype != kind or array.ndim != dimensions or not array.flags.c_contiguous:
-            raise ValueError(f"{path.name} holds other values")
+            raise ValueError(f"{path.name} has_fields other values")
         arrays[name] = array.view(np.ndarray)
     records, paths = arrays.pop("records"), arrays.pop("paths")
-    cells = Cells(**arrays)
-    _check_cells(cells, facts["width"])
-    _check_records(records, len(cells.features), len(paths), facts["files"][facts["thumbnails"]])
-    with open(folder / facts["thumbnails"], "rb") as file:
+    cells = Cells(**{cells_field(name): array for name, array in arrays.items()})
+    _check_cells(cells, metadata["width"])
+    _check_records(records, len(cells.features), len(paths), metadata["files"][metadata["thumbnails"]])
+    with open(folder / metadata["thumbnails"], "rb") as file:
         thumbnails = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return Index(folder, facts, cells, records, paths, thumbnails)
+    return Index(folder, metadata, cells, records, paths, thumbnails)
 
 
 def _check_cells(cells, width):
@@ -197,9 +203,9 @@ def _check_cells(cells, width):
     check_table(cells, width)
     count = len(cells.features)
     fit = (
-        cells.ends[-1] == count and cells.features.shape == (count, width)
-        and np.array_equal(np.sort(cells.places), np.arange(count))
-        and cells.outlines.shape == (count, len(cells.basis) + 1)
+        cells.cell_ends[-1] == count and cells.features.shape == (count, width)
+        and np.array_equal(np.sort(cells.path_order), np.arange(count))
+        and cells.pca_projection.shape == (count, len(cells.pca_basis) + 1)
     )  # fmt: skip
     if not fit:
         raise ValueError("its parts do not fit together")
@@ -209,20 +215,25 @@ def check_table(cells, width):
     """Raise ValueError unless what belongs to cells, in Cells, fits together."""
     for name in ("codebook", "codes", "ends", "centres", "radii", "basis"):
         kind, dimensions, _ = ARRAYS[name]
-        if (array := getattr(cells, name)).dtype != kind or array.ndim != dimensions:
-            raise ValueError(f"{name} holds other values")
-    number, (parts, words, own) = len(cells.ends), cells.codebook.shape
+        if (array := getattr(cells, cells_field(name))).dtype != kind or array.ndim != dimensions:
+            raise ValueError(f"{name} has_fields other values")
+    number, (parts, words, own) = len(cells.cell_ends), cells.codebook.shape
     fit = (
-        number > 0 and (np.diff(cells.ends, prepend=0) > 0).all()
+        number > 0 and (np.diff(cells.cell_ends, prepend=0) > 0).all()
         and (parts == 0 or parts * own == width) and cells.codes.shape == (number, parts)
         and (parts == 0 or (cells.codes.min() >= 0 and cells.codes.max() < words))
         and cells.radii.shape == (number,)
-        and cells.centres.shape == (number, len(cells.basis) + 1)
-        and cells.basis.shape[1] == width
-        and all(np.isfinite(each).all() for each in (cells.codebook, cells.centres, cells.radii, cells.basis))
+        and cells.centres.shape == (number, len(cells.pca_basis) + 1)
+        and cells.pca_basis.shape[1] == width
+        and all(np.isfinite(each).all() for each in (cells.codebook, cells.centres, cells.radii, cells.pca_basis))
     )  # fmt: skip
     if not fit:
         raise ValueError("its parts do not fit together")
+
+
+def cells_field(name):
+    """The field of Cells that holds the array of a file."""
+    return CELLS_FIELDS.get(name, name)
 
 
 def _check_records(records, count, paths, thumbnails):
@@ -236,29 +247,31 @@ def _check_records(records, count, paths, thumbnails):
         raise ValueError("its photos do not fit together")
 
 
-def write_index(folder, facts, photos, rows, codebook):
+def write_index(folder, metadata, photos, rows, codebook):
     """Make a new generation the index in `folder`; its writer is this process alone.
 
-    facts: what index.json is to hold, but for "format", "generation" and "files"; "thumbnails" names a file that is
+    metadata: what index.json is to hold, but for "format", "generation" and "files"; "thumbnails" names a file that is
     complete. photos: (paths, records), bytes and RECORDs in the order of the paths. rows: a function that gives the
     features (n, D) of those photos numbered (n,). codebook: (M, K, D/M), M 0 for none.
     """
     paths, records = photos
-    generation = _read_facts(folder)["generation"] + 1 if is_index(folder) else 1
+    generation = _read_metadata(folder)["generation"] + 1 if is_index(folder) else 1
     names = {name: folder / f"{name}-{generation}.npy" for name in ARRAYS}
     blocks = range(0, len(paths), BLOCK)
     every = np.arange(len(paths))
-    codes = np.concatenate([search_cells.codes_of(rows(every[start : start + BLOCK]), codebook) for start in blocks])
-    order, codes, ends = search_cells.sorted_by_cell(codes)
-    basis = search_cells.basis_of(rows(evenly_spaced(len(paths), 4 * BLOCK)))
+    codes = np.concatenate(
+        [search_cells.assign_codes(rows(every[start : start + BLOCK]), codebook) for start in blocks]
+    )
+    order, codes, ends = search_cells.sort_by_cell(codes)
+    basis = search_cells.fit_pca_basis(rows(evenly_spaced(len(paths), 4 * BLOCK)))
     with open(names["features"], "wb") as features, open(names["outlines"], "wb") as outlines:
-        _write_header(features, (len(paths), facts["width"]))
+        _write_header(features, (len(paths), metadata["width"]))
         _write_header(outlines, (len(paths), len(basis) + 1))
         for start in blocks:
             block = rows(order[start : start + BLOCK])
             features.write(block.tobytes())
-            outlines.write(search_cells.outlines_of(block, basis).tobytes())
-    centres, radii = search_cells.balls_of(np.load(names["outlines"], mmap_mode="r"), ends)
+            outlines.write(search_cells.project_features(block, basis).tobytes())
+    centres, radii = search_cells.bounding_spheres(np.load(names["outlines"], mmap_mode="r"), ends)
     records, paths = records[order], [paths[row] for row in order]
     records["path_end"] = np.cumsum([len(path) for path in paths])
     arrays = {
@@ -268,21 +281,21 @@ def write_index(folder, facts, photos, rows, codebook):
     for name, array in arrays.items():
         with open(names[name], "wb") as file:
             np.lib.format.write_array(file, array, allow_pickle=False)
-    files = [*names.values(), folder / facts["thumbnails"]]
+    files = [*names.values(), folder / metadata["thumbnails"]]
     for path in files:
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
     sizes = {path.name: path.stat().st_size for path in files}
-    write_json(folder / INDEX, {"format": FORMAT, "generation": generation, **facts, "files": sizes})
+    write_json(folder / INDEX_FILE, {"format": INDEX_FORMAT, "generation": generation, **metadata, "files": sizes})
 
 
 def _write_header(file, shape):
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
 
 
-def tidy(folder, keep=()):
+def remove_stale_files(folder, keep=()):
     """Delete what earlier generations and killed writers left in `folder`, but for the files named in `keep`."""
-    current = _read_facts(folder)["files"] if is_index(folder) else ()
+    current = _read_metadata(folder)["files"] if is_index(folder) else ()
     for path in folder.iterdir():
         if _OURS.fullmatch(path.name) and path.name not in current and path.name not in keep:
             with contextlib.suppress(OSError):  # Windows keeps what a reader has mapped; the next writer tries again

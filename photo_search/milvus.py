@@ -27,23 +27,23 @@ import numpy as np
 from pymilvus import MilvusClient, MilvusException
 
 from photo_search import rounds
-from photo_search.cells import CLUSTER_WEIGHT, Cells, codes_of
+from photo_search.cells import CLUSTER_WEIGHT, Cells, assign_codes
 from photo_search.folders import Folder
-from photo_search.index import KNOWN, check_table, holds
+from photo_search.index import INDEX_METADATA, cells_field, check_table, has_fields
 from utils.cli import InputError
 from utils.sampling import evenly_spaced
 
-COLLECTION, FORMAT = "photo_index", 1
-PATIENCE = 10  # seconds that a server may take to answer
-AGAIN = 10  # times that what takes long is tried, some 20 seconds
-BATCH = 256  # photos that travel at a time
-SAMPLE = 16  # photos whose cells are checked
-TABLE = ("codebook", "codes", "ends", "centres", "radii", "basis")  # what belongs to cells, of Cells
+DEFAULT_COLLECTION, MILVUS_FORMAT = "photo_index", 1
+REQUEST_TIMEOUT_S = 10  # seconds that a server may take to answer
+MAX_RETRIES = 10  # times that what takes long is tried, some 20 seconds
+BATCH_ROWS = 256  # photos that travel at a time
+SAMPLE_PHOTOS = 16  # photos whose cells are checked
+CELL_ARRAYS = ("codebook", "codes", "ends", "centres", "radii", "basis")  # what belongs to cells, of Cells
 _CONNECTIONS = {  # a server that has been started again is found at once
     "grpc.use_local_subchannel_pool": 1, "grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 500,
 }  # fmt: skip
 _NOT_FOUND, _NOT_LOADED = 100, 101
-_TORN = (
+_PARSE_ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError, RecursionError,
     SyntaxError,
 )  # fmt: skip
@@ -58,63 +58,65 @@ class Server:
 
     uri: http://HOST:PORT, https://..., or a path that ends in .db, which milvus-lite makes and opens in this process.
     The environment variable MILVUS_TOKEN is shown to servers that want one.
-    collection: None for COLLECTION.
+    collection: None for DEFAULT_COLLECTION.
     Raises InputError if it is none, or Milvus cannot be reached there.
     """
 
     def __init__(self, uri, collection=None):
-        collection = COLLECTION if collection is None else collection
+        collection = DEFAULT_COLLECTION if collection is None else collection
         _check_names(uri, collection)
-        self.uri, self.collection, self.place = uri, collection, f"{collection} at {uri}"
+        self.uri, self.collection, self.address = uri, collection, f"{collection} at {uri}"
         token = os.environ.get("MILVUS_TOKEN", "")
-        self.client = self._told(MilvusClient, uri, token=token, timeout=PATIENCE, grpc_options=_CONNECTIONS)
+        self.client = self._call(MilvusClient, uri, token=token, timeout=REQUEST_TIMEOUT_S, grpc_options=_CONNECTIONS)
 
-    def ask(self, method, *arguments, **more):
+    def call(self, method, *arguments, **more):
         """A method of MilvusClient that answers at once."""
-        return self._told(getattr(self.client, method), *arguments, timeout=PATIENCE, **more)
+        return self._call(getattr(self.client, method), *arguments, timeout=REQUEST_TIMEOUT_S, **more)
 
-    def do(self, method, *arguments, **more):
+    def call_with_retries(self, method, *arguments, **more):
         """A method of MilvusClient that takes as long as it takes."""
-        return self._told(getattr(self.client, method), *arguments, retry_times=AGAIN, **more)
+        return self._call(getattr(self.client, method), *arguments, retry_times=MAX_RETRIES, **more)
 
-    def _told(self, function, *arguments, **more):
+    def _call(self, function, *arguments, **more):
         try:
             try:
                 return function(*arguments, **more)
             except MilvusException as error:
                 if error.code != _NOT_LOADED:
                     raise
-                self.client.load_collection(arguments[0], retry_times=AGAIN)  # the server has been started again
+                self.client.load_collection(arguments[0], retry_times=MAX_RETRIES)  # the server has been started again
                 return function(*arguments, **more)
         except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError) as error:
             if getattr(error, "code", None) == _NOT_FOUND:
-                raise InputError(f"{self.place}: the photos were indexed again, or removed; search again") from error
+                raise InputError(f"{self.address}: the photos were indexed again, or removed; search again") from error
             wayout = "another process may have it open" if _is_file(self.uri) else "see whether Milvus runs there"
-            raise InputError(f"{self.place}: {_reason(error)}; {wayout}, or correct --uri") from error
+            raise InputError(f"{self.address}: {_reason(error)}; {wayout}, or correct --uri") from error
 
     def current(self):
         """The name of the current generation; None if there is none.
 
         Raises InputError if what is there is not an index of photos.
         """
-        if not self.ask("has_collection", self.collection):
+        if not self.call("has_collection", self.collection):
             return None
-        if self.collection not in self.ask("list_collections"):
-            name = self.ask("describe_alias", self.collection)["collection_name"]
+        if self.collection not in self.call("list_collections"):
+            name = self.call("describe_alias", self.collection)["collection_name"]
             if re.fullmatch(rf"{self.collection}_{MARK}_{GENERATION}", name):
                 return name
-        raise InputError(f"{self.place}: holds something else than photos of this program; name another --collection")
+        raise InputError(
+            f"{self.address}: has_fields something else than photos of this program; name another --collection"
+        )
 
     def stamp(self):
         """What tells the generation that is current from others."""
-        return self.ask("describe_alias", self.collection)["collection_name"].rsplit("_", 1)[-1]
+        return self.call("describe_alias", self.collection)["collection_name"].rsplit("_", 1)[-1]
 
     def open(self):
         """The MilvusIndex there. Raises InputError if there is none, or it is not as a writer left it."""
         name = self.current()
         if name is None:
             raise InputError(
-                f"{self.place}: no index of photos is there; make one with search_photos.py index, or set --collection"
+                f"{self.address}: no index of photos is there; make one with search_photos.py index, or set --collection"
             )
         with _as_data(self):
             index = MilvusIndex(self, name, *_parsed(_read_about(self, f"{name}_about")))
@@ -122,7 +124,7 @@ class Server:
         return index
 
 
-def existing(uri, collection=None):
+def existing_server(uri, collection=None):
     """The Server that is to hold an index already: a file is not made. Raises InputError."""
     if _is_file(uri) and not Path(uri).exists():
         raise InputError(f"--uri {uri}: no such file; make it with search_photos.py index, or correct --uri")
@@ -131,14 +133,14 @@ def existing(uri, collection=None):
 
 def open_milvus(uri, collection=None):
     """The MilvusIndex in a collection. Raises InputError as Server and Server.open do."""
-    return existing(uri, collection).open()
+    return existing_server(uri, collection).open()
 
 
 def _check_names(uri, collection):
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", collection):
         raise InputError(f"--collection {collection}: use letters, digits and _, and begin with a letter")
     if "@" in uri:
-        raise InputError("--uri: holds a name or password; put them into the environment variable MILVUS_TOKEN")
+        raise InputError("--uri: has_fields a name or password; put them into the environment variable MILVUS_TOKEN")
     if _is_file(uri):
         if not Path(uri).parent.is_dir():
             raise InputError(f"--uri {uri}: its folder is not there; make it, or correct --uri")
@@ -168,17 +170,17 @@ class MilvusIndex:
 
     server: Server
     generation: str  # name of its collection
-    facts: dict  # as those of photo_search.index.Index
-    cells: Cells  # what belongs to cells; it holds no photos
+    metadata: dict  # as those of photo_search.index.Index
+    cells: Cells  # what belongs to cells; it has_fields no photos
     shown: list[Folder]
 
     def __len__(self):
-        return int(self.cells.ends[-1])
+        return int(self.cells.cell_ends[-1])
 
     @property
     def name(self):
         """How messages call it."""
-        return self.server.place
+        return self.server.address
 
     @property
     def clusters(self):
@@ -211,7 +213,7 @@ class MilvusIndex:
         return self.thumbnails_of([row])[0]
 
     def digests_of(self, rows):
-        """As Index.digests_of; None each, since Milvus holds no digests."""
+        """As Index.digests_of; None each, since Milvus has_fields no digests."""
         return [None for _ in rows]
 
     def features_of(self, rows):
@@ -234,12 +236,12 @@ class MilvusIndex:
 
     def _answer(self, features, among, chosen, limit):
         cells = "" if chosen is None else f"cell in [{','.join(map(str, chosen.tolist()))}]"
-        hits = self.server.ask(
+        hits = self.server.call(
             "search", self.generation, [features.tolist()], anns_field="feature", limit=limit, output_fields=["cell"],
             filter=" and ".join(filter(None, (cells, among))), search_params={"metric_type": "L2"},
         )[0]  # fmt: skip
         rows = _integers([hit["row"] for hit in hits], len(self))
-        numbers = _integers([hit["entity"]["cell"] for hit in hits], len(self.cells.ends))
+        numbers = _integers([hit["entity"]["cell"] for hit in hits], len(self.cells.cell_ends))
         squares = np.array([hit["distance"] for hit in hits], np.float64)
         sound = (
             rows is not None and numbers is not None and len(rows) <= limit and len(np.unique(rows)) == len(rows)
@@ -252,8 +254,8 @@ class MilvusIndex:
 
     def _fetch(self, rows):
         features, numbers = self._columns(rows, "feature", "cell")
-        numbers = _integers(numbers, len(self.cells.ends))
-        features = np.array(features, np.float32).reshape(len(rows), self.facts["width"])
+        numbers = _integers(numbers, len(self.cells.cell_ends))
+        features = np.array(features, np.float32).reshape(len(rows), self.metadata["width"])
         if numbers is None or not (np.abs(np.linalg.norm(features, axis=1) - 1) < 0.01).all():
             raise ValueError("features are not of length 1, or in no cell")
         return features, numbers
@@ -261,10 +263,10 @@ class MilvusIndex:
     def _columns(self, rows, *fields):
         """The values of fields for rows (n,): a list for each field; one list where it is one."""
         found = {}
-        for start in range(0, len(rows), BATCH):
-            wanted = ",".join(str(int(row)) for row in rows[start : start + BATCH])
-            answer = self.server.ask(
-                "query", self.generation, filter=f"row in [{wanted}]", output_fields=["row", *fields], limit=BATCH
+        for start in range(0, len(rows), BATCH_ROWS):
+            wanted = ",".join(str(int(row)) for row in rows[start : start + BATCH_ROWS])
+            answer = self.server.call(
+                "query", self.generation, filter=f"row in [{wanted}]", output_fields=["row", *fields], limit=BATCH_ROWS
             )
             found |= {each["row"]: each for each in answer}
         if not found.keys() >= {int(row) for row in rows}:
@@ -283,14 +285,14 @@ def _path(text):
 
 @contextmanager
 def _as_data(server):
-    """Within this block, which reads what a server holds, an error becomes an InputError."""
+    """Within this block, which reads what a server has_fields, an error becomes an InputError."""
     try:
         yield
     except InputError:
         raise
-    except _TORN as error:
+    except _PARSE_ERRORS as error:
         why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise InputError(f"{server.place}: damaged index ({why}); index into another --collection") from error
+        raise InputError(f"{server.address}: damaged index ({why}); index into another --collection") from error
 
 
 def _integers(values, end):
@@ -302,37 +304,40 @@ def _integers(values, end):
 
 @functools.cache
 def _threads():
-    return ThreadPoolExecutor(rounds.AT_ONCE, "milvus")
+    return ThreadPoolExecutor(rounds.REQUESTS_PER_ROUND, "milvus")
 
 
 def _read_about(server, name):
     """The text in which a generation tells of itself."""
     pieces, count = {}, count_rows(server, name)
-    for start in range(0, count, BATCH):
-        limits = f"piece >= {start} and piece < {start + BATCH}"
-        answer = server.ask("query", name, filter=limits, output_fields=["piece", "text"], limit=BATCH)
+    for start in range(0, count, BATCH_ROWS):
+        limits = f"piece >= {start} and piece < {start + BATCH_ROWS}"
+        answer = server.call("query", name, filter=limits, output_fields=["piece", "text"], limit=BATCH_ROWS)
         pieces |= {each["piece"]: each["text"] for each in answer}
     return "".join(pieces.get(piece, "") for piece in range(count))
 
 
 def _parsed(text):
-    """(facts, Cells, Folders) of such a text, checked. Raises ValueError, or other errors of _TORN."""
+    """(metadata, Cells, Folders) of such a text, checked. Raises ValueError, or other errors of _PARSE_ERRORS."""
     content = json.loads(text)
-    facts, texts = content["facts"], content["table"]
-    if not holds(facts, {**KNOWN, "format": int}) or facts["format"] != FORMAT:
+    metadata, texts = content["facts"], content["table"]
+    if not has_fields(metadata, {**INDEX_METADATA, "format": int}) or metadata["format"] != MILVUS_FORMAT:
         raise ValueError("it was made by another version of this program")
-    table = {part: np.load(io.BytesIO(base64.b64decode(texts[part])), allow_pickle=False) for part in TABLE}
-    cells = Cells(**table, features=_none(2), outlines=_none(2), places=_none(1))
-    check_table(cells, facts["width"])
-    if np.diff(cells.ends, prepend=0).max() > rounds.MOST:
+    table = {part: np.load(io.BytesIO(base64.b64decode(texts[part])), allow_pickle=False) for part in CELL_ARRAYS}
+    fields = {cells_field(name): array for name, array in table.items()}
+    cells = Cells(**fields, features=_none(2), pca_projection=_none(2), path_order=_none(1))
+    check_table(cells, metadata["width"])
+    if np.diff(cells.cell_ends, prepend=0).max() > rounds.MAX_PHOTOS_PER_REQUEST:
         raise ValueError("its cells are too large")
     folders = [Folder(*values) for values in content["folders"]]
     for name, depth, first, last in folders:
-        if not (type(name) is str and depth in (0, 1) and _integers([first, last], cells.ends[-1] + 1) is not None):
+        if not (
+            type(name) is str and depth in (0, 1) and _integers([first, last], cells.cell_ends[-1] + 1) is not None
+        ):
             raise ValueError("its folders are none")
         if first >= last:
             raise ValueError("its folders are empty")
-    return facts, cells, folders
+    return metadata, cells, folders
 
 
 def _none(dimensions):
@@ -341,24 +346,24 @@ def _none(dimensions):
 
 def _check_photos(index):
     """Raise ValueError unless the collection of photos is the one that the rest speaks of."""
-    server, width = index.server, index.facts["width"]
-    fields = {field["name"]: field for field in server.ask("describe_collection", index.generation)["fields"]}
+    server, width = index.server, index.metadata["width"]
+    fields = {field["name"]: field for field in server.call("describe_collection", index.generation)["fields"]}
     if not fields.keys() >= {"row", "cell", "path", "thumbnail", "feature"}:
-        raise ValueError("it holds other fields")
+        raise ValueError("it has_fields other fields")
     dimension = fields["feature"]["params"].get("dim")
     if dimension != width:
         raise ValueError(f"features of {dimension} values, where {width} are told of")
-    kind = server.ask("describe_index", index.generation, "feature")
+    kind = server.call("describe_index", index.generation, "feature")
     if (kind["index_type"], kind["metric_type"]) != ("FLAT", "L2"):
         raise ValueError("its search is not exact; it must be FLAT with L2")
-    server.do("load_collection", index.generation)
+    server.call_with_retries("load_collection", index.generation)
     if (count := count_rows(server, index.generation)) != len(index):
         raise ValueError(f"{count:,} photos, not {len(index):,}")
-    features, numbers = index._fetch(evenly_spaced(len(index), SAMPLE))
-    if (codes_of(features, index.cells.codebook) != index.cells.codes[numbers]).any():
+    features, numbers = index._fetch(evenly_spaced(len(index), SAMPLE_PHOTOS))
+    if (assign_codes(features, index.cells.codebook) != index.cells.codes[numbers]).any():
         raise ValueError("its photos are in the cells of another codebook")
 
 
 def count_rows(server, name):
     """How many rows a collection has."""
-    return int(server.ask("query", name, filter="", output_fields=["count(*)"])[0]["count(*)"])
+    return int(server.call("query", name, filter="", output_fields=["count(*)"])[0]["count(*)"])

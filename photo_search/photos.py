@@ -13,13 +13,13 @@ from PIL import Image
 from datasets.images import decode_image
 from utils.cli import InputError
 
-MOST = 100_000_000  # pixels that are decoded: 0.3 GB
-THUMBNAIL = 192  # pixels of its longer side
+MAX_PIXELS = 100_000_000  # pixels that are decoded: 0.3 GB
+THUMBNAIL_SIDE = 192  # pixels of its longer side
 # Pillow hands EPS to Ghostscript, which runs programs, and knows the others by name only.
 _REFUSED = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "PDF"}
 
 
-class Found(NamedTuple):
+class PhotoFile(NamedTuple):
     """A file that is named like an image. It is the same as long as all three are."""
 
     path: str  # absolute
@@ -27,7 +27,7 @@ class Found(NamedTuple):
     mtime: int  # nanoseconds
 
 
-def formats():
+def decodable_formats():
     """The formats that are decoded: {".jpg": "JPEG", ...}, HEIC among them where pillow-heif is installed."""
     try:
         import pillow_heif
@@ -40,13 +40,13 @@ def formats():
 
 
 def find_photos(folders, exclude=()):
-    """([Found, ...] in the order of their paths' bytes, ["path: why it cannot be read", ...]).
+    """([PhotoFile, ...] in the order of their paths' bytes, ["path: why it cannot be read", ...]).
 
     Links inside the folders are not followed: what they lead to is found where it is, or lies outside.
     exclude: patterns such as "*.gif", "private" or "2019/raw/*". One that fits a name, or a path inside its folder,
     leaves that file or folder out. Raises InputError for a folder that is not there or cannot be read.
     """
-    suffixes, found, troubles = frozenset(formats()), {}, []
+    suffixes, found, troubles = frozenset(decodable_formats()), {}, []
     for folder in folders:
         root = os.path.realpath(folder)
         try:
@@ -71,7 +71,7 @@ def _look_into(folder, root, rules, found, troubles):
                     folders.append(entry.path)
                 elif entry.is_file(follow_symlinks=False) and os.path.splitext(entry.name)[1].lower() in suffixes:
                     about = entry.stat(follow_symlinks=False)
-                    found[entry.path] = Found(entry.path, about.st_size, about.st_mtime_ns)
+                    found[entry.path] = PhotoFile(entry.path, about.st_size, about.st_mtime_ns)
     except OSError as error:  # a folder without permission, or one that has just gone
         troubles.append(f"{folder}: {error.strerror}")
     return folders
@@ -91,10 +91,14 @@ def read_photo(path, side):
     side: of the square that the photo is then resized to. A large JPEG is decoded at a scale that keeps four times as
     many pixels each way, in a fraction of the time. Raises InputError, with the reason alone, if it cannot be decoded.
     """
-    known = sorted(set(formats().values()))
+    known = sorted(set(decodable_formats().values()))
     try:
         return decode_image(
-            path, formats=known, exif_transpose=True, draft_side=max(4 * side, THUMBNAIL), max_pixels=MOST
+            path,
+            formats=known,
+            exif_transpose=True,
+            draft_side=max(4 * side, THUMBNAIL_SIDE),
+            max_pixels=MAX_PIXELS,
         )
     except InputError:
         raise
@@ -107,7 +111,7 @@ def read_photo(path, side):
 def thumbnail(image):
     """A PIL.Image as a small JPEG (bytes)."""
     image = image.copy()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
     return file.getvalue()

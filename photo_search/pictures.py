@@ -9,17 +9,17 @@ from datasets.images import decode_image
 from photo_search.photos import read_photo
 from utils.cli import InputError
 
-BYTES, SIDE = 4 << 20, 4096  # of a picture that comes in, at most
-DECODED = ("PNG", "JPEG", "WEBP", "GIF")
-SHOWN = 2048  # pixels of the longer side of a photo that is converted
+MAX_UPLOAD_BYTES, MAX_UPLOAD_SIDE = 4 << 20, 4096  # of a picture that comes in, at most
+UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+CONVERTED_SIDE = 2048  # pixels of the longer side of a photo that is converted
 
 
 def read_drawing(content):
     """A picture that came in (bytes) as an upright RGB PIL.Image. Raises InputError if it is none, or too large."""
     try:
-        return decode_image(io.BytesIO(content), formats=DECODED, exif_transpose=True, max_side=SIDE)
+        return decode_image(io.BytesIO(content), formats=UPLOAD_FORMATS, exif_transpose=True, max_side=MAX_UPLOAD_SIDE)
     except (InputError, Image.DecompressionBombError):
-        raise InputError(f"the picture is too large; at most {SIDE} pixels a side work") from None
+        raise InputError(f"the picture is too large; at most {MAX_UPLOAD_SIDE} pixels a side work") from None
     except Exception as error:  # a damaged image can fail in any way
         raise InputError("this is not a readable PNG, JPEG, WebP or GIF picture; choose another") from error
 
@@ -30,7 +30,7 @@ def open_photo(index, row):
     Raises FileNotFoundError if it is no longer there, or not in the folders of the index; InputError if it cannot be
     shown. SVG, which can hold scripts, is never sent: what is not one of four formats by its first bytes is decoded.
     """
-    path = _inside(index.path(row), index.facts["folders"])
+    path = _inside(index.path(row), index.metadata["folders"])
     try:
         file = open(path, "rb")  # noqa: SIM115, whoever asked reads and closes it
     except OSError as error:
@@ -39,8 +39,8 @@ def open_photo(index, row):
         file.seek(0)
         return kind, file
     file.close()
-    image = read_photo(path, SHOWN)
-    image.thumbnail((SHOWN, SHOWN))
+    image = read_photo(path, CONVERTED_SIDE)
+    image.thumbnail((CONVERTED_SIDE, CONVERTED_SIDE))
     converted = io.BytesIO()
     image.save(converted, "JPEG", quality=90)
     converted.seek(0)

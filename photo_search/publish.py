@@ -15,19 +15,21 @@ from pathlib import Path
 import numpy as np
 from pymilvus import DataType
 
-from photo_search.index import KNOWN
-from photo_search.milvus import BATCH, FORMAT, GENERATION, MARK, TABLE, count_rows
+from photo_search.index import INDEX_METADATA, cells_field
+from photo_search.milvus import BATCH_ROWS, CELL_ARRAYS, GENERATION, MARK, MILVUS_FORMAT, count_rows
 from utils.cli import InputError
 from utils.files import folder_lock, write_json
 
-TEXT, PIECE = 65_535, 60_000  # bytes of a text in Milvus at most, and of a piece
+MAX_TEXT_BYTES, PIECE_BYTES = 65_535, 60_000  # bytes of a text in Milvus at most, and of a piece
 
 
 def check_own(server, folder):
     """Raise InputError if the collection holds photos of another index than that in `folder`."""
     name = server.current()
     if name and name.rsplit("_", 1)[0] != f"{server.collection}_{_mark(folder)}":
-        raise InputError(f"{server.place}: holds the photos of another index than {folder}; name another --collection")
+        raise InputError(
+            f"{server.address}: holds the photos of another index than {folder}; name another --collection"
+        )
 
 
 def publish(server, index):
@@ -38,8 +40,8 @@ def publish(server, index):
     with folder_lock(index.folder, "publishing"):
         check_own(server, index.folder)
         prefix = f"{server.collection}_{_mark(index.folder, make=True)}_"
-        facts = json.dumps(index.facts, sort_keys=True).encode()
-        name, old = prefix + hashlib.sha256(facts).hexdigest()[:16], server.current()
+        metadata = json.dumps(index.metadata, sort_keys=True).encode()
+        name, old = prefix + hashlib.sha256(metadata).hexdigest()[:16], server.current()
         if name != old:
             _drop(server, prefix, old)
             _write_about(server, f"{name}_about", index)
@@ -52,9 +54,9 @@ def publish(server, index):
 def _point(server, name, old):
     """Make `name` the current generation; `old` was that, or None."""
     if old:
-        return server.ask("alter_alias", name, server.collection)
+        return server.call("alter_alias", name, server.collection)
     try:
-        server.ask("create_alias", name, server.collection)
+        server.call("create_alias", name, server.collection)
     except InputError:  # another index may have been first
         _drop(server, name.rsplit("_", 1)[0] + "_", server.current())
         raise
@@ -78,9 +80,9 @@ def _mark(folder, make=False):
 
 def _drop(server, prefix, name):
     """Drop all generations but `name`."""
-    for each in server.ask("list_collections"):
+    for each in server.call("list_collections"):
         if re.fullmatch(rf"{prefix}{GENERATION}(_about)?", each) and each not in (name, f"{name}_about"):
-            server.do("drop_collection", each)
+            server.call_with_retries("drop_collection", each)
 
 
 def _create(server, name, key, texts, numbers, vector):
@@ -90,7 +92,9 @@ def _create(server, name, key, texts, numbers, vector):
     for each in numbers:
         schema.add_field(each, DataType.INT64)
     for each in texts:
-        schema.add_field(each, DataType.VARCHAR, max_length=TEXT, mmap_enabled=True)  # on disks, not in memory
+        schema.add_field(
+            each, DataType.VARCHAR, max_length=MAX_TEXT_BYTES, mmap_enabled=True
+        )  # on disks, not in memory
     schema.add_field(vector[0], DataType.FLOAT_VECTOR, dim=vector[1])
     params = server.client.prepare_index_params()
     params.add_index(vector[0], index_type="FLAT", metric_type="L2")
@@ -98,49 +102,49 @@ def _create(server, name, key, texts, numbers, vector):
         params.add_index(each, index_type="INVERTED")  # for filters
     # Readers see all that was written before they asked.
     more = {"schema": schema, "index_params": params, "consistency_level": "Strong"}
-    server.do("create_collection", name, **more)
+    server.call_with_retries("create_collection", name, **more)
 
 
 def _insert(server, name, batches):
     for batch in batches:
-        server.do("upsert", name, batch)  # may be sent twice
-    server.do("flush", name)
-    server.do("load_collection", name)
+        server.call_with_retries("upsert", name, batch)  # may be sent twice
+    server.call_with_retries("flush", name)
+    server.call_with_retries("load_collection", name)
 
 
 def _write_about(server, name, index):
     table = {}
-    for part in TABLE:
+    for part in CELL_ARRAYS:
         file = io.BytesIO()
-        np.lib.format.write_array(file, getattr(index.cells, part), allow_pickle=False)
+        np.lib.format.write_array(file, getattr(index.cells, cells_field(part)), allow_pickle=False)
         table[part] = base64.b64encode(file.getvalue()).decode()
-    facts = {**{fact: index.facts[fact] for fact in KNOWN}, "format": FORMAT}
-    text = json.dumps({"facts": facts, "table": table, "folders": index.folders()})
+    metadata = {**{fact: index.metadata[fact] for fact in INDEX_METADATA}, "format": MILVUS_FORMAT}
+    text = json.dumps({"facts": metadata, "table": table, "folders": index.folders()})
     rows = [
-        {"piece": piece, "text": text[start : start + PIECE], "none": [0.0, 0.0]}
-        for piece, start in enumerate(range(0, len(text), PIECE))
+        {"piece": piece, "text": text[start : start + PIECE_BYTES], "none": [0.0, 0.0]}
+        for piece, start in enumerate(range(0, len(text), PIECE_BYTES))
     ]
     _create(server, name, "piece", ["text"], [], ("none", 2))  # Milvus wants a vector
-    _insert(server, name, (rows[start : start + BATCH] for start in range(0, len(rows), BATCH)))
+    _insert(server, name, (rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS)))
 
 
 def _write_photos(server, name, index):
-    _create(server, name, "row", ["path", "thumbnail"], ["cell"], ("feature", index.facts["width"]))
-    own = np.argsort(index.cells.places)  # of each row here the row in the Index
-    batches = (_rows(index, start, own[start : start + BATCH]) for start in range(0, len(own), BATCH))
+    _create(server, name, "row", ["path", "thumbnail"], ["cell"], ("feature", index.metadata["width"]))
+    own = np.argsort(index.cells.path_order)  # of each row here the row in the Index
+    batches = (_rows(index, start, own[start : start + BATCH_ROWS]) for start in range(0, len(own), BATCH_ROWS))
     _insert(server, name, batches)
     if (count := count_rows(server, name)) != len(own):
-        raise InputError(f"{server.place}: took {count:,} of {len(own):,} photos; see its log, and index again")
+        raise InputError(f"{server.address}: took {count:,} of {len(own):,} photos; see its log, and index again")
 
 
 def _rows(index, first, own):
-    numbers = index.cells.ends.searchsorted(own, side="right").tolist()
+    numbers = index.cells.cell_ends.searchsorted(own, side="right").tolist()
     features = index.cells.features[own]
     rows = []
     for place, (row, number) in enumerate(zip(own.tolist(), numbers, strict=True)):
         thumbnail = base64.b64encode(index.thumbnail(row)).decode()
         rows.append({
             "row": first + place, "cell": number, "path": json.dumps(index.path(row)),
-            "thumbnail": thumbnail if len(thumbnail) <= TEXT else "", "feature": features[place],
+            "thumbnail": thumbnail if len(thumbnail) <= MAX_TEXT_BYTES else "", "feature": features[place],
         })  # fmt: skip
     return rows

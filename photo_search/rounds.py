@@ -8,12 +8,12 @@ decide. Stands on photo_search.cells.
 
 import numpy as np
 
-from photo_search.cells import CLUSTER_WEIGHT, SLACK, Nearest, Sketch
+from photo_search.cells import CLUSTER_WEIGHT, ROUNDING, Nearest, QueryState
 
-MOST = 16_384  # photos that a question may ask for: what Milvus allows, and no less than a cell has
-FIRST = 64  # photos that a cell is asked for at first, at least
-WANTED = 1024  # photos that the first round asks for, at least
-AT_ONCE = 4  # questions of a round
+MAX_PHOTOS_PER_REQUEST = 16_384  # photos that a question may ask for: what Milvus allows, and no less than a cell has
+MIN_FIRST_PHOTOS = 64  # photos that a cell is asked for at first, at least
+FIRST_ROUND_PHOTOS = 1024  # photos that the first round asks for, at least
+REQUESTS_PER_ROUND = 4  # questions of a round
 
 
 def search(cells, query, k, ask, fetch, weight=CLUSTER_WEIGHT, allowed=None):
@@ -23,37 +23,48 @@ def search(cells, query, k, ask, fetch, weight=CLUSTER_WEIGHT, allowed=None):
     ask: a function of a list of (cells ascending, or None for all; number of photos) that gives, for each of these,
     (rows, cells, squared distances) of that many photos nearest to the query, ascending, or of all there are.
     fetch: a function of rows that gives their (features (n, D), cells (n,)). allowed: how many photos may be found,
-    where that is not all of them. Returns Nearest, whose `outlined` counts the photos that came.
+    where that is not all of them. Returns Nearest, whose `projected` counts the photos that came.
     Raises ValueError if fewer photos come than there are.
     """
-    count = int(cells.ends[-1]) if allowed is None else allowed
-    rounds = _Rounds(cells, query, min(k, count), weight, count)
+    count = int(cells.cell_ends[-1]) if allowed is None else allowed
+    rounds = _RemoteSearch(cells, query, min(k, count), weight, count)
     while questions := rounds.questions():
         for question, answer in zip(questions, ask(questions), strict=True):
             rounds.take(question, *answer)
     return rounds.result(fetch)
 
 
-class _Rounds(Sketch):
+class _RemoteSearch(QueryState):
     def __init__(self, cells, query, k, weight, count):
         super().__init__(cells, query, k, weight)
         self.count, self.came = count, 0
-        self.limits = np.minimum(self.sizes, max(2 * k, FIRST))  # what each cell is asked for
-        self.wanted = max(2 * k, WANTED)
+        self.limits = np.minimum(self.sizes, max(2 * k, MIN_FIRST_PHOTOS))  # what each cell is asked for
+        self.wanted = max(2 * k, FIRST_ROUND_PHOTOS)
         # Where all cells are alike, or few photos may be found, one question is enough but for ties.
-        self.whole = not weight or (count <= MOST and count < cells.ends[-1])
+        self.whole = not weight or (count <= MAX_PHOTOS_PER_REQUEST and count < cells.cell_ends[-1])
 
     def questions(self):
         """The questions of the next round; none if nothing is left to ask."""
         if self.whole:
             self.whole = False
-            return [(None, min(self.count, MOST if self.weight else max(2 * self.k, FIRST), MOST))]
+            return [
+                (
+                    None,
+                    min(
+                        self.count,
+                        MAX_PHOTOS_PER_REQUEST if self.weight else max(2 * self.k, MIN_FIRST_PHOTOS),
+                        MAX_PHOTOS_PER_REQUEST,
+                    ),
+                )
+            ]
         left = np.flatnonzero(self.bounds <= min(self.best, np.finfo(np.float32).max))
         left = left[np.argsort(self.bounds[left], kind="stable")]
         ends = self.limits[left].cumsum()
         questions, start, before = [], 0, 0
-        while start < len(left) and before < self.wanted and len(questions) < AT_ONCE:
-            stop = max(start + 1, int(ends.searchsorted(min(before + MOST, self.wanted), side="right")))
+        while start < len(left) and before < self.wanted and len(questions) < REQUESTS_PER_ROUND:
+            stop = max(
+                start + 1, int(ends.searchsorted(min(before + MAX_PHOTOS_PER_REQUEST, self.wanted), side="right"))
+            )
             questions.append((np.sort(left[start:stop]), int(ends[stop - 1] - before)))
             start, before = stop, ends[stop - 1]
         self.wanted *= 4
@@ -70,9 +81,11 @@ class _Rounds(Sketch):
         else:
             self.bounds[chosen] = np.maximum(self.bounds[chosen], self.scores_from(near[-1], chosen))
             self.limits[chosen] = np.minimum(self.sizes[chosen], 4 * self.limits[chosen])
-        lows, highs = self.scores_from(near, numbers), self.base[numbers] + self.rest * far + SLACK
-        new = (lows <= self.best) & ~np.isin(rows, self.rows)  # a cell that is asked again gives what it gave before
-        self.keep(rows[new], lows[new], highs[new])
+        lower_bounds, upper_bounds = self.scores_from(near, numbers), self.base[numbers] + self.rest * far + ROUNDING
+        new = (lower_bounds <= self.best) & ~np.isin(
+            rows, self.rows
+        )  # a cell that is asked again gives what it gave before
+        self.keep(rows[new], lower_bounds[new], upper_bounds[new])
 
     def result(self, fetch):
         """Score what is left in float64."""

@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 from datasets.images import read_rgb
 from photo_search.clean_sketch import clean_up
-from photo_search.encoder import Network, network_of
+from photo_search.encoder import Encoder, encoder_of
 from photo_search.index import Index, open_index
 from utils.cli import InputError
 
 ONE_TO_ONE, ONE_TO_MANY = MATCHINGS = ("one-to-one", "one-to-many")
 DEFAULT_CLUSTER_WEIGHT = 0.2  # for photos of one's own; the paper's 0.8 shows fewer right photos first
-FLAT = 24  # grey levels, up to which a drawing shows nothing: paper and its noise
+MIN_CONTRAST = 24  # grey levels, up to which a drawing shows nothing: paper and its noise
 
 
-class Match(NamedTuple):
+class SearchHit(NamedTuple):
     """A photo that was found."""
 
     row: int  # in the index
@@ -26,11 +26,11 @@ class Match(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Finder:
+class Searcher:
     """An index, and the network that it was made with. It may be used by several threads."""
 
     index: Index  # or what gives the same, such as photo_search.milvus.MilvusIndex
-    network: Network
+    network: Encoder
 
     def matching(self, asked=None):
         """The matching to use: what is asked for, or one-to-many where the index has clusters.
@@ -61,7 +61,7 @@ class Finder:
         return DEFAULT_CLUSTER_WEIGHT if weight is None else weight
 
     def find(self, image, k=20, matching=None, allowed=None, as_drawn=False, weight=None):
-        """The k nearest photos of a drawing (PIL.Image, RGB): [Match, ...], nearest first, ties by path.
+        """The k nearest photos of a drawing (PIL.Image, RGB): [SearchHit, ...], nearest first, ties by path.
 
         The drawing is cleaned up unless `as_drawn`. Raises InputError where no line can be told from the paper.
         allowed: the rows that may be found, one at least, see Index.between; None for all.
@@ -75,18 +75,18 @@ class Finder:
         nearest = self.index.nearest(features, k, self.cluster_weight(matching, weight), allowed)
         columns = [values.tolist() for values in nearest[:4]]
         return [
-            Match(row, path, score, distance, cluster if self.index.clusters else None)
+            SearchHit(row, path, score, distance, cluster if self.index.clusters else None)
             for row, score, distance, cluster, path in zip(*columns, self.index.paths_of(columns[0]), strict=True)
         ]
 
 
-def open_finder(place, checkpoint=None, device=None):
-    """The Finder of an index; place: see open_place; checkpoint, device: see network.network_of. Raises InputError."""
-    index = open_place(place)
-    return Finder(index, network_of(index.facts, checkpoint, device))
+def open_searcher(place, checkpoint=None, device=None):
+    """The Searcher of an index; place: see open_location; the others: see encoder.encoder_of. Raises InputError."""
+    index = open_location(place)
+    return Searcher(index, encoder_of(index.metadata, checkpoint, device))
 
 
-def open_place(place):
+def open_location(place):
     """The index at a place, a folder or a photo_search.milvus.Server. Raises InputError."""
     return open_index(place) if isinstance(place, str | os.PathLike) else place.open()
 
@@ -104,11 +104,11 @@ def read_sketch(path):
 def check_drawn(image, name):
     """Raise InputError for a drawing, called `name`, that is blank or all black."""
     low, high = image.convert("L").getextrema()
-    if high - low <= FLAT:
+    if high - low <= MIN_CONTRAST:
         kind = "all black" if high < 128 else "blank"
         raise InputError(f"{name}: the sketch is {kind}; draw dark lines on light paper")
 
 
-def is_lost(match):
+def is_missing(match):
     """Whether a photo that was found is no longer there."""
     return not os.path.isfile(match.path)

@@ -16,80 +16,82 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from photo_search.access import Door, policy_of, read_body, refusal
+from photo_search.access import AccessMiddleware, content_security_policy, read_body, refusal
 from photo_search.clean_sketch import clean_up
 from photo_search.encoder import share_cores
 from photo_search.folders import Folder, readable
-from photo_search.index import INDEX
-from photo_search.pictures import BYTES, open_photo, read_drawing
-from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, Finder, check_drawn, open_finder, open_place
+from photo_search.index import INDEX_FILE
+from photo_search.pictures import MAX_UPLOAD_BYTES, open_photo, read_drawing
+from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, Searcher, check_drawn, open_location, open_searcher
 from utils.cli import InputError
 
 HTML = Path(__file__).with_name("page.html")
 # What belongs to the page, in this order, and goes into it: it stays one file under one policy.
 STYLES, SCRIPTS = ("page.css",), ("page.js",)
-MOST = 200  # photos that are shown
-SEARCHES = 2  # at a time
-WAITING = 32  # requests that wait for one, each with a picture in memory
-PATIENCE = 15  # seconds that a picture may take to come
+MAX_SHOWN_PHOTOS = 200  # photos that are shown
+MAX_PARALLEL_SEARCHES = 2  # at a time
+MAX_WAITING_REQUESTS = 32  # requests that wait for one, each with a picture in memory
+UPLOAD_TIMEOUT_S = 15  # seconds that a picture may take to come
 CHUNK = 1 << 16
 
 
-class Album(NamedTuple):
+class OpenIndex(NamedTuple):
     """An index that is open."""
 
     stamp: str  # tells it from those before and after
-    finder: Finder
+    finder: Searcher
     folders: list[Folder]
 
 
-class Shelf:
+class ReloadingIndex:
     """The index at a place, a folder or a photo_search.milvus.Server, as it is now.
 
     It is opened again once a writer has replaced it, and may be used by several threads. Raises InputError as
-    `open_finder` does.
+    `open_searcher` does.
     """
 
     def __init__(self, place, checkpoint=None, device=None):
         self.place, self.checkpoint, self.device = place, checkpoint, device
         self.lock = threading.Lock()
-        stamp, finder = _stamp(place), open_finder(place, checkpoint, device)
-        self.album = Album(stamp, finder, finder.index.folders())
+        stamp, finder = _stamp(place), open_searcher(place, checkpoint, device)
+        self.album = OpenIndex(stamp, finder, finder.index.folders())
 
     def now(self):
-        """The Album. Raises InputError if what is there now cannot be opened."""
+        """The OpenIndex. Raises InputError if what is there now cannot be opened."""
         with self.lock:
             stamp = _stamp(self.place)
             if stamp != self.album.stamp:
                 finder = self._opened()
-                self.album = Album(stamp, finder, finder.index.folders())
+                self.album = OpenIndex(stamp, finder, finder.index.folders())
             return self.album
 
     def _opened(self):
-        index, old = open_place(self.place), self.album.finder
-        if any(index.facts[name] != old.index.facts[name] for name in ("sha256", "model", "input_size", "width")):
-            return open_finder(self.place, self.checkpoint, self.device)
-        return Finder(index, old.network)
+        index, old = open_location(self.place), self.album.finder
+        if any(index.metadata[name] != old.index.metadata[name] for name in ("sha256", "model", "input_size", "width")):
+            return open_searcher(self.place, self.checkpoint, self.device)
+        return Searcher(index, old.network)
 
 
 def _stamp(place):
     if not isinstance(place, str | os.PathLike):
         return place.stamp()
     try:
-        return f"{os.stat(Path(place) / INDEX).st_mtime_ns:x}"
+        return f"{os.stat(Path(place) / INDEX_FILE).st_mtime_ns:x}"
     except OSError:
         return "none"  # opening it tells why
 
 
 class Page:
-    """The routes of the page, over a Shelf. Searches run in threads, SEARCHES at a time."""
+    """The routes of the page, over a ReloadingIndex. Searches run in threads, MAX_PARALLEL_SEARCHES at a time."""
 
-    def __init__(self, shelf, patience=PATIENCE):
-        self.shelf, self.patience = shelf, patience
+    def __init__(self, shelf, timeout=UPLOAD_TIMEOUT_S):
+        self.shelf, self.timeout = shelf, timeout
         self.html = page_html()
-        self.turns, self.waiting = asyncio.Semaphore(SEARCHES), 0
-        checkpoint = shelf.album.finder.network.facts["checkpoint"]
-        self.threads = ThreadPoolExecutor(SEARCHES, "search", share_cores, (checkpoint, SEARCHES))
+        self.turns, self.waiting = asyncio.Semaphore(MAX_PARALLEL_SEARCHES), 0
+        checkpoint = shelf.album.finder.network.metadata["checkpoint"]
+        self.threads = ThreadPoolExecutor(
+            MAX_PARALLEL_SEARCHES, "search", share_cores, (checkpoint, MAX_PARALLEL_SEARCHES)
+        )
 
     async def home(self, request):
         return HTMLResponse(self.html)
@@ -109,11 +111,11 @@ class Page:
 
     async def find(self, request):
         """Photos for the picture in the body, for the photo that the query names, or for what is between the two."""
-        if self.waiting >= WAITING:
+        if self.waiting >= MAX_WAITING_REQUESTS:
             raise HTTPException(503, "too many searches at once; try again")
         self.waiting += 1
         try:
-            body = await read_body(request, BYTES, self.patience)
+            body = await read_body(request, MAX_UPLOAD_BYTES, self.timeout)
             async with self.turns:
                 if await request.is_disconnected():  # whoever draws on wants no answer for an earlier stroke
                     return Response(status_code=400)
@@ -144,7 +146,7 @@ class Page:
     def _found(self, query, body):
         album = self._album(query.get("index"))
         finder, count = album.finder, len(album.finder.index)
-        k = _whole(query.get("k", "20"), "k", 1, MOST)
+        k = _whole(query.get("k", "20"), "k", 1, MAX_SHOWN_PHOTOS)
         matching = query.get("matching") or None
         if matching not in (None, *MATCHINGS):
             raise HTTPException(400, f"matching: it is one of {', '.join(MATCHINGS)}")
@@ -189,7 +191,7 @@ class Page:
         return index, _whole(names["row"], "photo", 0, len(index) - 1, status=404)
 
     def _album(self, stamp=None):
-        """The Album; if `stamp` is given, that one: photos and folders have other numbers in others."""
+        """The OpenIndex; if `stamp` is given, that one: photos and folders have other numbers in others."""
         try:
             album = self.shelf.now()
         except InputError as error:
@@ -199,9 +201,9 @@ class Page:
         return album
 
 
-def create_app(shelf, port, token=None, patience=PATIENCE):
-    """The page as an ASGI application; see Shelf, and Door for the others. patience: seconds a picture may take."""
-    page = Page(shelf, patience)
+def create_app(shelf, port, token=None, timeout=UPLOAD_TIMEOUT_S):
+    """The page of a ReloadingIndex as an ASGI application; port, token: see AccessMiddleware; timeout: of an upload."""
+    page = Page(shelf, timeout)
     routes = [
         Route("/", page.home), Route("/about", page.about), Route("/find", page.find, methods=["POST"]),
         Route("/thumbnail/{index}/{row}", page.thumbnail), Route("/photo/{index}/{row}", page.photo),
@@ -210,7 +212,9 @@ def create_app(shelf, port, token=None, patience=PATIENCE):
         HTTPException: lambda request, error: refusal(error.status_code, error.detail, error.headers),
         InputError: lambda request, error: refusal(400, str(error)),
     }
-    return Door(Starlette(routes=routes, exception_handlers=handlers), port, token, policy_of(page.html))
+    return AccessMiddleware(
+        Starlette(routes=routes, exception_handlers=handlers), port, token, content_security_policy(page.html)
+    )
 
 
 def _whole(text, name, low, high, status=400):

@@ -8,25 +8,27 @@ import socket
 import uvicorn
 
 from photo_search.access import LOOPBACK
-from photo_search.server import Shelf, create_app
+from photo_search.server import ReloadingIndex, create_app
 from utils.cli import InputError
 
-SHORTEST = 8  # characters of a token
-CONNECTIONS = 256  # at a time
+MIN_TOKEN_LENGTH = 8  # characters of a token
+MAX_CONNECTIONS = 256  # at a time
 
 
 def serve(place, checkpoint=None, device=None, host="127.0.0.1", port=8000, token=None):
-    """Serve the page of the index at a place, see find.open_place, until Ctrl-C, which raises KeyboardInterrupt.
+    """Serve the page of the index at a place, see find.open_location, until Ctrl-C, which raises KeyboardInterrupt.
 
     token: what visitors must show; another machine can only reach the page with one. port 0: one that is free.
-    Raises InputError as `open_finder` does, for a host that is not this machine, and for a port that is in use.
+    Raises InputError as `open_searcher` does, for a host that is not this machine, and for a port that is in use.
     """
     if host not in LOOPBACK and not token:
         raise InputError(f"--host {host}: others could see your photos there; guard them with --token")
-    if token is not None and not re.fullmatch(rf"[A-Za-z0-9_-]{{{SHORTEST},}}", token):
-        raise InputError(f"--token: shorter ones can be guessed; give at least {SHORTEST} letters, digits, - and _")
-    with _bound(host, port) as listener:
-        shelf = Shelf(place, checkpoint, device)
+    if token is not None and not re.fullmatch(rf"[A-Za-z0-9_-]{{{MIN_TOKEN_LENGTH},}}", token):
+        raise InputError(
+            f"--token: shorter ones can be guessed; give at least {MIN_TOKEN_LENGTH} letters, digits, - and _"
+        )
+    with _listen(host, port) as listener:
+        shelf = ReloadingIndex(place, checkpoint, device)
         port = listener.getsockname()[1]
         server = uvicorn.Server(_config(create_app(shelf, port, token)))
         own, index = f"[{host}]" if ":" in host else host, shelf.album.finder.index
@@ -38,15 +40,15 @@ def serve(place, checkpoint=None, device=None, host="127.0.0.1", port=8000, toke
 def _config(app):
     return uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", http="h11", ws="none",
-        limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=2, h11_max_incomplete_event_size=1 << 14,
+        limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=2, h11_max_incomplete_event_size=1 << 14,
     )  # fmt: skip
 
 
-def _bound(host, port):
+def _listen(host, port):
     """A socket that listens at host and port."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=CONNECTIONS)
+        return socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
     except socket.gaierror as error:
         raise InputError(f"--host {host}: not an address of this machine ({error.strerror})") from None
     except OSError as error:

@@ -12,20 +12,20 @@ from utils.process_pool import available_cores
 PRECISION = "tf32"  # as test scripts have it
 
 
-def told_by(path):
+def read_metadata(path):
     """What a checkpoint tells without being read: {"sha256"}. Raises OSError."""
     return {"sha256": sha256_of(path)}
 
 
 def load(path, model, input_size, imagenet_classes, device):
-    """(facts, compute) of a photo_search.encoder.Network; see load_network there."""
+    """(metadata, compute) of a photo_search.encoder.Network; see load_encoder there."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device("--device", device)
     device = local_device(device)
-    student, facts, _ = load_student(path, model, input_size, imagenet_classes)
-    del facts["seen_classes"]  # no part of an index
+    student, metadata, _ = load_student(path, model, input_size, imagenet_classes)
+    del metadata["seen_classes"]  # no part of an index
     student.to(device).to(memory_format=torch.channels_last)
-    return facts, lambda images: embed(student, torch.from_numpy(images), device, PRECISION)
+    return metadata, lambda images: embed(student, torch.from_numpy(images), device, PRECISION)
 
 
 def share_cores(threads):

@@ -13,22 +13,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from photo_search.photos import Found
+from photo_search.photos import PhotoFile
 from utils.cli import InputError
 
-FEATURES, PHOTOS = "unfinished.features", "unfinished.photos"
+FEATURES_FILE, PHOTOS_FILE = "unfinished.features", "unfinished.photos"
 
 
-class Photo(NamedTuple):
+class ComputedPhoto(NamedTuple):
     """What is known of a photo beside its features."""
 
-    found: Found
+    found: PhotoFile
     digest: str  # SHA-256 in hex
     thumbnail: int  # where it begins in the file of thumbnails
     thumbnail_size: int
 
 
-class Unfinished:
+class PartialIndex:
     """The photos of an index that is being made in `folder`.
 
     source: what the features depend on, JSON; thumbnails: (path of their file, bytes that an index uses already).
@@ -38,23 +38,23 @@ class Unfinished:
     def __init__(self, folder, source, width, thumbnails):
         self.folder, self.width = folder, width
         self.thumbnails, self.end = thumbnails
-        self.photos, self.unreadable = [], {}  # {Found: why}
+        self.photos, self.unreadable = [], {}  # {PhotoFile: why}
         header = json.dumps([source, width, self.thumbnails.name]).encode() + b"\n"
         length = self._read(header)
-        with keeping(folder):
-            with open(folder / PHOTOS, "ab") as file:
+        with write_errors_as_input_errors(folder):
+            with open(folder / PHOTOS_FILE, "ab") as file:
                 file.truncate(length)
                 if not length:
                     file.write(header)
-            for path, length in ((folder / FEATURES, 4 * width * len(self.photos)), (self.thumbnails, self.end)):
+            for path, length in ((folder / FEATURES_FILE, 4 * width * len(self.photos)), (self.thumbnails, self.end)):
                 with open(path, "ab") as file:
                     file.truncate(length)
 
     def _read(self, header):
         """Read the batches that are whole; returns the length of their lines."""
         try:
-            lines = (self.folder / PHOTOS).read_bytes().splitlines(keepends=True)
-            features = np.fromfile(self.folder / FEATURES, np.float32)
+            lines = (self.folder / PHOTOS_FILE).read_bytes().splitlines(keepends=True)
+            features = np.fromfile(self.folder / FEATURES_FILE, np.float32)
             stored = self.thumbnails.stat().st_size
         except FileNotFoundError:
             return 0
@@ -82,17 +82,17 @@ class Unfinished:
         return length
 
     def add(self, found, rows, digests, thumbnails, unreadable):
-        """Add a batch: Founds, their features (n, width), digests, thumbnails, and {Found: why it cannot be read}."""
+        """Add a batch: PhotoFiles, their features (n, width), digests, thumbnails, and unreadable {PhotoFile: why}."""
         photos = []
         for each, digest, thumbnail in zip(found, digests, thumbnails, strict=True):
-            photos.append(Photo(each, digest, self.end, len(thumbnail)))
+            photos.append(ComputedPhoto(each, digest, self.end, len(thumbnail)))
             self.end += len(thumbnail)
         line = [[[*photo.found, *photo[1:]] for photo in photos], [[*each, why] for each, why in unreadable.items()]]
-        with keeping(self.folder):
+        with write_errors_as_input_errors(self.folder):
             for path, content in (
                 (self.thumbnails, b"".join(thumbnails)),
-                (self.folder / FEATURES, np.ascontiguousarray(rows, np.float32).tobytes()),
-                (self.folder / PHOTOS, json.dumps(line).encode() + b"\n"),
+                (self.folder / FEATURES_FILE, np.ascontiguousarray(rows, np.float32).tobytes()),
+                (self.folder / PHOTOS_FILE, json.dumps(line).encode() + b"\n"),
             ):
                 with open(path, "ab") as file:
                     file.write(content)
@@ -103,16 +103,16 @@ class Unfinished:
         """All features so far, (n, width) float32, mapped."""
         if not self.photos:
             return np.empty((0, self.width), np.float32)
-        return np.memmap(self.folder / FEATURES, np.float32, "r", shape=(len(self.photos), self.width))
+        return np.memmap(self.folder / FEATURES_FILE, np.float32, "r", shape=(len(self.photos), self.width))
 
     def remove(self):
         """Delete it, once its photos are in the index."""
-        (self.folder / PHOTOS).unlink()
-        (self.folder / FEATURES).unlink()
+        (self.folder / PHOTOS_FILE).unlink()
+        (self.folder / FEATURES_FILE).unlink()
 
 
 @contextmanager
-def keeping(folder):
+def write_errors_as_input_errors(folder):
     """Within this block, which writes the index in `folder`, an OSError becomes an InputError."""
     try:
         yield
@@ -135,7 +135,7 @@ def _batch(line):
     """(photos, unreadable) of a line, (None, None) if it is torn."""
     try:
         photos, unreadable = json.loads(line if line.endswith(b"\n") else b"")
-        photos = [Photo(_found(*values[:3]), *_kept_as(*values[3:])) for values in photos]
+        photos = [ComputedPhoto(_found(*values[:3]), *_kept_as(*values[3:])) for values in photos]
         return photos, {_found(*values[:3]): str(values[3]) for values in unreadable}
     except (ValueError, TypeError, IndexError, RecursionError):
         return None, None
@@ -145,7 +145,7 @@ def _found(path, size, mtime):
     if not isinstance(path, str) or not os.path.isabs(path):
         raise ValueError("not a path")
     os.fsencode(path)
-    return Found(path, int(size), int(mtime))
+    return PhotoFile(path, int(size), int(mtime))
 
 
 def _kept_as(digest, thumbnail, size):

@@ -10,23 +10,25 @@ import numpy as np
 
 from models.eval.codebooks import CollapsedComponent
 from photo_search.encoder import add_photos
-from photo_search.index import RECORD, is_index, open_index, tidy, write_index
-from photo_search.photos import Found, find_photos
-from photo_search.unfinished import Unfinished, keeping
+from photo_search.index import RECORD, is_index, open_index, remove_stale_files, write_index
+from photo_search.photos import PhotoFile, find_photos
+from photo_search.unfinished import PartialIndex, write_errors_as_input_errors
 from utils.cli import InputError
 from utils.distributed import log_rank0
 from utils.files import check_writable, folder_lock, sha256_of
 from utils.sampling import evenly_spaced
 
-FEWEST = 200  # photos that clusters are fitted to unasked; fewer may be too few of a class, which does harm
-MOST = 100  # clusters that are fitted unasked
-FITTED = 20_000  # photos that clusters are fitted to at most
-DUE = 1 / 3  # share of photos newer than the clusters from which these should be fitted anew
-SOURCE = ("sha256", "model", "imagenet_classes", "input_size")  # what features depend on
-COMPACT = 1 << 20  # bytes of thumbnails that are no longer used, from which they may be left out
+MIN_PHOTOS_FOR_CLUSTERS = (
+    200  # photos that clusters are fitted to unasked; fewer may be too few of a class, which does harm
+)
+MAX_DEFAULT_CLUSTERS = 100  # clusters that are fitted unasked
+MAX_FITTED_PHOTOS = 20_000  # photos that clusters are fitted to at most
+REFIT_SHARE = 1 / 3  # share of photos newer than the clusters from which these should be fitted anew
+FEATURE_KEYS = ("sha256", "model", "imagenet_classes", "input_size")  # what features depend on
+MIN_UNUSED_BYTES = 1 << 20  # bytes of thumbnails that are no longer used, from which they may be left out
 
 
-class Plan(NamedTuple):
+class IndexOptions(NamedTuple):
     """What an index is to hold, and how it is made."""
 
     folders: list[str]
@@ -40,7 +42,7 @@ class Plan(NamedTuple):
 
 
 @dataclass
-class Totals:
+class UpdateStats:
     """What an update did."""
 
     photos: int = 0
@@ -54,9 +56,9 @@ class Totals:
 
 
 def update_index(folder, network, fit, plan, add=add_photos):
-    """Make the index in `folder` that of a Plan, or bring it up to date; returns Totals.
+    """Make the index in `folder` that of a IndexOptions, or bring it up to date; returns UpdateStats.
 
-    network: a function that gives the Network, called where features are to be computed or there is no index yet.
+    network: a function that gives the Encoder, called where features are to be computed or there is no index yet.
     fit: a function of features (N, D), M and K that gives their codebook, see network.fit_codebook.
     add: network.add_photos, or sharing.add_photos, which computes them.
     Raises InputError for folders without photos, an index of another checkpoint, and where another process writes.
@@ -79,24 +81,24 @@ class _Update:
         self.began = time.perf_counter()
         self.old = open_index(folder) if is_index(folder) else None
         if self.old:
-            self.facts = {name: self.old.facts[name] for name in ("checkpoint", *SOURCE, "width")}
-            self.facts["checkpoint"] = plan.checkpoint or self.facts["checkpoint"]
+            self.metadata = {name: self.old.metadata[name] for name in ("checkpoint", *FEATURE_KEYS, "width")}
+            self.metadata["checkpoint"] = plan.checkpoint or self.metadata["checkpoint"]
         else:
-            self.facts = network().facts
-        _check_subspaces(plan.subspaces, self.facts["width"])
-        self.thumbnails = folder / (self.old.facts["thumbnails"] if self.old else "thumbnails-1.bin")
-        self.totals = Totals()
+            self.metadata = network().metadata
+        _check_subspaces(plan.subspaces, self.metadata["width"])
+        self.thumbnails = folder / (self.old.metadata["thumbnails"] if self.old else "thumbnails-1.bin")
+        self.totals = UpdateStats()
 
     def run(self):
         found, self.totals.unreadable = find_photos(self.plan.folders, self.plan.exclude)
         if not found:
             raise InputError(f"{self.plan.folders[0]}: no photos are there; name a folder with photos")
         self._check_clusters(len(found))
-        tidy(self.folder, [self.thumbnails.name])
-        used = self.old.facts["files"][self.thumbnails.name] if self.old else 0
-        source = {name: self.facts[name] for name in SOURCE}
-        self.unfinished = Unfinished(self.folder, source, self.facts["width"], (self.thumbnails, used))
-        self.known = _Known(self.old, self.unfinished)
+        remove_stale_files(self.folder, [self.thumbnails.name])
+        used = self.old.metadata["files"][self.thumbnails.name] if self.old else 0
+        source = {name: self.metadata[name] for name in FEATURE_KEYS}
+        self.unfinished = PartialIndex(self.folder, source, self.metadata["width"], (self.thumbnails, used))
+        self.known = KnownPhotos(self.old, self.unfinished)
         goes_on = len(self.unfinished.photos)
         if goes_on:
             log_rank0(f"note: {goes_on:,} photos are there already from an indexing that was stopped, going on")
@@ -107,15 +109,15 @@ class _Update:
         self._check_clusters(len(rows))
         codebook, fitted = self._codebook(rows)
         if self._differs(rows, fitted):
-            with keeping(self.folder):
+            with write_errors_as_input_errors(self.folder):
                 self._write(rows, codebook, fitted)
         self.unfinished.remove()
-        tidy(self.folder)
+        remove_stale_files(self.folder)
         self.totals.photos, self.totals.seconds = len(rows), time.perf_counter() - self.began
         return self.totals
 
     def _extract(self, found):
-        """{Found: row} of all photos that can be read, computing the features of those that are not known."""
+        """{PhotoFile: row} of all photos that can be read, computing the features of those that are not known."""
         rows, rest = {}, []
         for each in found:
             row = self.known.row_of(each)
@@ -124,7 +126,7 @@ class _Update:
                 rest.append(each)
         if rest:
             before = len(self.unfinished.photos)
-            self.add(self.network, self.facts, rest, self.unfinished, self.plan.batch_size, self.plan.workers)
+            self.add(self.network, self.metadata, rest, self.unfinished, self.plan.batch_size, self.plan.workers)
             self.totals.extracted = len(self.unfinished.photos) - before
             for number, photo in enumerate(self.unfinished.photos[before:], before + self.known.first):
                 rows[photo.found] = number
@@ -134,7 +136,7 @@ class _Update:
         return {each: row for each, row in rows.items() if row is not None}
 
     def _count(self, rows):
-        """Fill in Totals: a photo is new, changed, moved, or removed."""
+        """Fill in UpdateStats: a photo is new, changed, moved, or removed."""
         before = self.known.paths
         now = {each.path for each in rows}
         gone = {row for path, row in before.items() if path not in now}
@@ -154,18 +156,20 @@ class _Update:
 
     def _codebook(self, rows):
         """(codebook (M, K, D/M), M 0 for none; whether it is newly fitted)."""
-        plan, photos, width = self.plan, len(rows), self.facts["width"]
+        plan, photos, width = self.plan, len(rows), self.metadata["width"]
         asked = plan.clusters is not None or plan.subspaces is not None
         old = self.old.cells.codebook if self.old and self.old.clusters else None
         if old is not None and not plan.refit and not self._asks_for_others(old):
             return old, False
         subspaces = plan.subspaces or (2 if width % 2 == 0 else 1)
-        few = photos < FEWEST  # such have clusters only if they were asked for, and then as many as before
+        few = (
+            photos < MIN_PHOTOS_FOR_CLUSTERS
+        )  # such have clusters only if they were asked for, and then as many as before
         clusters = plan.clusters or (old.shape[1] if few and old is not None else default_clusters(photos))
         none = np.empty((0, 0, 0), np.float32)
         if (few and not asked and old is None) or clusters > photos:
             return none, old is not None
-        features = self.known.rows(np.fromiter(rows.values(), np.int64)[evenly_spaced(photos, FITTED)])
+        features = self.known.rows(np.fromiter(rows.values(), np.int64)[evenly_spaced(photos, MAX_FITTED_PHOTOS)])
         try:
             return self.fit(features, subspaces, clusters), True
         except CollapsedComponent as error:
@@ -180,8 +184,8 @@ class _Update:
         """Whether there is anything to write."""
         if fitted or not self.old or len(rows) != len(self.old) or not rows.keys() <= self.known.exact.keys():
             return True
-        now = {"folders": list(self.plan.folders), "exclude": list(self.plan.exclude), **self.facts}
-        return any(self.old.facts[name] != value for name, value in now.items())
+        now = {"folders": list(self.plan.folders), "exclude": list(self.plan.exclude), **self.metadata}
+        return any(self.old.metadata[name] != value for name, value in now.items())
 
     def _write(self, rows, codebook, fitted):
         numbers = np.fromiter(rows.values(), np.int64)
@@ -191,17 +195,17 @@ class _Update:
         if fitted:
             records["fitted"] = len(codebook) > 0
         thumbnails = self._compacted(records)
-        facts = {**self.facts, "folders": list(self.plan.folders), "exclude": list(self.plan.exclude),
+        metadata = {**self.metadata, "folders": list(self.plan.folders), "exclude": list(self.plan.exclude),
                  "thumbnails": thumbnails.name}  # fmt: skip
         paths = [os.fsencode(each.path) for each in rows]
-        write_index(self.folder, facts, (paths, records), lambda chosen: self.known.rows(numbers[chosen]), codebook)
+        write_index(self.folder, metadata, (paths, records), lambda chosen: self.known.rows(numbers[chosen]), codebook)
 
     def _compacted(self, records):
         """The file of thumbnails; a new one, where less than half of the old one is used. Changes `records`."""
         used, stored = int(records["thumbnail_size"].sum()), self.unfinished.end
-        if stored - used < max(used, COMPACT):
+        if stored - used < max(used, MIN_UNUSED_BYTES):
             return self.thumbnails
-        path = self.folder / f"thumbnails-{self.old.facts['generation'] + 1 if self.old else 2}.bin"
+        path = self.folder / f"thumbnails-{self.old.metadata['generation'] + 1 if self.old else 2}.bin"
         with open(self.thumbnails, "rb") as source, open(path, "wb") as target:
             for record in records:
                 source.seek(record["thumbnail"])
@@ -210,10 +214,10 @@ class _Update:
         return path
 
 
-class _Known:
-    """What is known of photos: rows below `first` are the old index's, then come those of Unfinished.
+class KnownPhotos:
+    """What is known of photos: rows below `first` are the old index's, then come those of PartialIndex.
 
-    paths: {path: row} and exact: {Found: row} of the old index.
+    paths: {path: row} and exact: {PhotoFile: row} of the old index.
     """
 
     def __init__(self, old, unfinished):
@@ -222,7 +226,7 @@ class _Known:
         self.old_records = old.records if old else np.empty(0, RECORD)
         self.paths = {old.path(row): row for row in range(self.first)} if old else {}
         sizes, times = self.old_records["size"].tolist(), self.old_records["mtime"].tolist()
-        self.exact = {Found(path, sizes[row], times[row]): row for path, row in self.paths.items()}
+        self.exact = {PhotoFile(path, sizes[row], times[row]): row for path, row in self.paths.items()}
         self.added = {photo.found: row for row, photo in enumerate(unfinished.photos, self.first)}
         self.sizes = {*sizes, *(photo.found.size for photo in unfinished.photos)}
         self.by_digest = None
@@ -270,7 +274,7 @@ class _Known:
 
 def default_clusters(photos):
     """K for a number of photos, of classes that nobody has counted; benchmarks/clusters.py compares it with others."""
-    return max(2, min(MOST, photos // 25))
+    return max(2, min(MAX_DEFAULT_CLUSTERS, photos // 25))
 
 
 def _check_subspaces(subspaces, width):

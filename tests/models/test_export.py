@@ -133,7 +133,7 @@ def test_class_names_are_exported_only_if_there_is_one_for_each_class(classes, s
     ("c.pth.tar --to s.pt", "--to: 's.pt' ends neither in .onnx nor in .safetensors"),
     ("c.pth.tar", "required: --to"),
     ("c.pth.tar --to s.onnx --model resnet10t", "c.pth.tar was trained with convnextv2_atto; leave --model out"),
-    ("c.pth.tar --to s.onnx --model resnet5", "--model resnet5: timm knows no"),
+    ("c.pth.tar --to s.onnx --model resnet5", "--model resnet5: c.pth.tar was trained with convnextv2_atto; leave"),
     ("c.pth.tar --to s.onnx --imagenet_classes 9", "was trained with 7; leave --imagenet_classes out"),
     ("c.pth.tar --to s.onnx --input_size 7", "argument --input_size"),
     ("c.pth.tar --to text/s.safetensors", "s.safetensors cannot be written"),

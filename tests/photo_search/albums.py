@@ -6,14 +6,14 @@ import numpy as np
 from PIL import Image
 
 from models.eval.codebooks import fit_codebook
-from photo_search.update import Plan, update_index
+from photo_search.update import IndexOptions, update_index
 
 
-class FakeNetwork:
-    """Stands for photo_search.encoder.Network: features are random projections of the pixels."""
+class FakeEncoder:
+    """Stands for photo_search.encoder.Encoder: features are random projections of the pixels."""
 
     def __init__(self, width=16, size=32, sha256="ab" * 32):
-        self.facts = {
+        self.metadata = {
             "checkpoint": "/none/model_best.pth.tar", "sha256": sha256, "model": "fake", "imagenet_classes": 1000,
             "input_size": size, "width": width,
         }  # fmt: skip
@@ -46,6 +46,6 @@ def write_album(folder, photos=12):
 
 
 def update(index, network, *folders, batch_size=5, **more):
-    """Bring an index up to date; returns its Totals."""
-    plan = Plan([str(each) for each in folders], batch_size=batch_size, **more)
+    """Bring an index up to date; returns its UpdateStats."""
+    plan = IndexOptions([str(each) for each in folders], batch_size=batch_size, **more)
     return update_index(index, network, lambda *each: fit_codebook(*each)[0], plan)

@@ -6,7 +6,7 @@ import threading
 from contextlib import contextmanager
 
 import uvicorn
-from albums import FakeNetwork
+from albums import FakeEncoder
 from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
@@ -14,34 +14,34 @@ from datasets.images import resize, stack
 from photo_search import server as page_server
 from photo_search import serving
 from photo_search.index import open_index
-from photo_search.search import Finder
-from photo_search.server import Shelf, create_app
+from photo_search.search import Searcher
+from photo_search.server import ReloadingIndex, create_app
 
 PORT = 8000
 
 
-class PageNetwork(FakeNetwork):
-    """A FakeNetwork for drawings, too."""
+class PageEncoder(FakeEncoder):
+    """A FakeEncoder for drawings, too."""
 
     def features(self, images):
-        return self.embed(stack([resize(image, self.facts["input_size"]) for image in images]))
+        return self.embed(stack([resize(image, self.metadata["input_size"]) for image in images]))
 
 
 def shelf_of(folder, monkeypatch):
-    """A Shelf whose network is a PageNetwork."""
-    monkeypatch.setattr(page_server, "open_finder", lambda folder, *_: Finder(open_index(folder), PageNetwork()))
-    return Shelf(folder)
+    """A ReloadingIndex whose network is a PageEncoder."""
+    monkeypatch.setattr(page_server, "open_searcher", lambda folder, *_: Searcher(open_index(folder), PageEncoder()))
+    return ReloadingIndex(folder)
 
 
 def visitor(shelf, host=f"127.0.0.1:{PORT}", **more):
-    """A client of the page of a Shelf."""
+    """A client of the page of a ReloadingIndex."""
     return TestClient(create_app(shelf, PORT, **more), base_url=f"http://{host}", follow_redirects=False)
 
 
 @contextmanager
 def served(shelf, **more):
     """Serve a page as the command does; yields its port, which takes connections from the start."""
-    with serving._bound("127.0.0.1", 0) as listener:
+    with serving._listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         server = uvicorn.Server(serving._config(create_app(shelf, port, **more)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -10,11 +10,11 @@ import struct
 import zlib
 
 import pytest
-from albums import FakeNetwork, update, write_album, write_photo
+from albums import FakeEncoder, update, write_album, write_photo
 from pages import PORT, drawing, say, served, shelf_of, visitor
 from PIL import Image
 
-from photo_search.pictures import BYTES
+from photo_search.pictures import MAX_UPLOAD_BYTES
 
 TOKEN = "abcdefgh-123"
 PATIENCE = 0.3  # seconds, where a test waits for it to run out
@@ -26,7 +26,7 @@ def index(tmp_path_factory):
     """An index of a few photos, to be left as it is."""
     folder = tmp_path_factory.mktemp("attacked")
     write_album(folder / "album", 6)
-    update(folder / "index", FakeNetwork(), folder / "album", clusters=2)
+    update(folder / "index", FakeEncoder(), folder / "album", clusters=2)
     return folder / "index"
 
 
@@ -196,24 +196,24 @@ def test_what_is_no_drawing_is_told_in_one_line(client, name):
 def too_much(port, sent):
     """A body in chunks, much more than is allowed and without an end; `sent` gets what was taken of it."""
     yield head(port, "POST /find HTTP/1.1", "Transfer-Encoding: chunked")
-    for number in range(16 * BYTES // CHUNK):
+    for number in range(16 * MAX_UPLOAD_BYTES // CHUNK):
         sent.append(number)
         yield b"%x\r\n" % CHUNK + bytes(CHUNK) + b"\r\n"
 
 
 def test_what_is_too_large_is_cut_off(shelf):
     with served(shelf) as port:
-        answer = say(port, [head(port, "POST /find HTTP/1.1", f"Content-Length: {BYTES + 1}")])
+        answer = say(port, [head(port, "POST /find HTTP/1.1", f"Content-Length: {MAX_UPLOAD_BYTES + 1}")])
         assert answer.startswith(b"HTTP/1.1 413 ") and b"at most 4 MB" in answer  # before any of it came
         sent = []
         answer = say(port, too_much(port, sent))
         assert not answer or answer.startswith(b"HTTP/1.1 413 ")
-        assert len(sent) * CHUNK < 8 * BYTES  # what was on its way counts, too
+        assert len(sent) * CHUNK < 8 * MAX_UPLOAD_BYTES  # what was on its way counts, too
         assert say(port, [head(port, "GET /about HTTP/1.1", "Connection: close")]).startswith(b"HTTP/1.1 200 ")
 
 
 def test_what_comes_too_slowly_is_given_up(shelf):
-    with served(shelf, patience=PATIENCE) as port:
+    with served(shelf, timeout=PATIENCE) as port:
         for length in ("Content-Length: 1000", "Transfer-Encoding: chunked"):
             answer = say(port, [head(port, "POST /find HTTP/1.1", length), b"5\r\nhello"])
             assert answer.startswith(b"HTTP/1.1 408 ") and b"did not come within 0.3 seconds" in answer
@@ -261,11 +261,11 @@ def test_no_request_leaves_a_traceback(shelf, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def tampered(index, folder, **facts):
+def tampered(index, folder, **metadata):
     """A copy of an index whose index.json says other things."""
     shutil.copytree(index, folder)
     content = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps(content | facts))
+    (folder / "index.json").write_text(json.dumps(content | metadata))
     return folder
 
 
@@ -284,7 +284,7 @@ def test_a_damaged_index_is_told(index, tmp_path, monkeypatch):
 
 def test_files_that_became_others_are_harmless(tmp_path, monkeypatch):
     write_album(tmp_path / "album", 6)
-    update(tmp_path / "index", FakeNetwork(), tmp_path / "album")
+    update(tmp_path / "index", FakeEncoder(), tmp_path / "album")
     shelf = shelf_of(tmp_path / "index", monkeypatch)
     index, client = shelf.now().finder.index, visitor(shelf)
     others = [SVG, b"<html><script>alert(1)</script>", b"", b"\x89PNG\r\n\x1a\n<script>alert(1)</script>"]
@@ -314,7 +314,7 @@ def test_names_of_any_bytes_are_data(tmp_path, monkeypatch):
     for seed, name in enumerate(names):
         name = name if name.endswith(b".png") else name + b".png"
         write_photo(tmp_path / "album" / os.fsdecode(name), seed)
-    update(tmp_path / "index", FakeNetwork(), tmp_path / "album")
+    update(tmp_path / "index", FakeEncoder(), tmp_path / "album")
     shelf = shelf_of(tmp_path / "index", monkeypatch)
     answer = visitor(shelf).post("/find", content=drawing())
     assert answer.headers["content-type"] == "application/json"

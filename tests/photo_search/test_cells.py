@@ -19,12 +19,12 @@ def unit(values):
 
 def build(features, codebook, places=None):
     """Cells of features (N, D) in the order of their paths, and the permutation that sorted them."""
-    codes = search_cells.codes_of(features, codebook)
-    order, codes, ends = search_cells.sorted_by_cell(codes)
-    basis = search_cells.basis_of(features)
+    codes = search_cells.assign_codes(features, codebook)
+    order, codes, ends = search_cells.sort_by_cell(codes)
+    basis = search_cells.fit_pca_basis(features)
     features = features[order]
-    outlines = search_cells.outlines_of(features, basis)
-    balls = search_cells.balls_of(outlines, ends)
+    outlines = search_cells.project_features(features, basis)
+    balls = search_cells.bounding_spheres(outlines, ends)
     return Cells(features, order.astype(np.int32), codebook, codes, ends, *balls, basis, outlines), order
 
 
@@ -104,7 +104,7 @@ def test_search_among_some_photos_equals_brute_force_over_them(name, features, s
     codebook = np.ascontiguousarray(starts.swapaxes(0, 1) * 0.9)
     cells, order = build(features, codebook)
     allowed = rng.random(len(features)) < {"one": 0, "few": 0.02, "most": 0.9, "a cell": 0, "all": 1}[share]
-    allowed[: cells.ends[0]] |= share == "a cell"
+    allowed[: cells.cell_ends[0]] |= share == "a cell"
     allowed[rng.integers(len(features))] = True
     for query in queries(features, rng):
         for weight in WEIGHTS:
@@ -121,7 +121,7 @@ def test_scores_are_those_of_matching():
     cells, order = build(features, codebook)
     query, gallery, words = (torch.from_numpy(each).double() for each in (features[:1], features, codebook))
     codes = matching.nearest_codes(gallery, words)
-    np.testing.assert_array_equal(search_cells.codes_of(features, codebook), codes)
+    np.testing.assert_array_equal(search_cells.assign_codes(features, codebook), codes)
     members = matching.code_members(codes, 6).double()
     cluster = matching.cluster_distances(query, words, members)
     distances = matching.euclidean_distances(query, gallery)
@@ -149,13 +149,13 @@ def test_bounds_hold():
     rng = np.random.default_rng(4)
     features = clustered(rng, 2000, 96)
     cells, _ = build(features, np.ascontiguousarray(features[:9].reshape(9, 2, 48).swapaxes(0, 1)))
-    sizes = np.diff(cells.ends, prepend=0)
-    apart = np.linalg.norm(cells.outlines - np.repeat(cells.centres, sizes, axis=0), axis=1)
+    sizes = np.diff(cells.cell_ends, prepend=0)
+    apart = np.linalg.norm(cells.pca_projection - np.repeat(cells.centres, sizes, axis=0), axis=1)
     assert (apart <= np.repeat(cells.radii, sizes) + 1e-6).all()
-    assert (np.maximum.reduceat(apart, cells.ends - sizes) >= cells.radii - 1e-5).all()
-    outlined = np.linalg.norm(cells.outlines[:, None] - cells.outlines[:50], axis=2)
+    assert (np.maximum.reduceat(apart, cells.cell_ends - sizes) >= cells.radii - 1e-5).all()
+    projected = np.linalg.norm(cells.pca_projection[:, None] - cells.pca_projection[:50], axis=2)
     distances = np.linalg.norm(cells.features[:, None] - cells.features[:50], axis=2)
-    assert (outlined <= distances + 1e-6).all() and outlined.mean() > 0.5 * distances.mean()
+    assert (projected <= distances + 1e-6).all() and projected.mean() > 0.5 * distances.mean()
 
 
 def test_features_that_are_not_finite_are_an_error():

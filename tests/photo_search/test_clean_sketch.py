@@ -2,14 +2,25 @@
 
 import numpy as np
 import pytest
-from albums import FakeNetwork, update, write_album
+from albums import FakeEncoder, update, write_album
 from PIL import Image, ImageChops, ImageDraw
 from scipy import ndimage
 
 from datasets.images import resize, stack
-from photo_search.clean_sketch import DRAWN, FINE, SIDE, WIDTH, WORK, clean_up, framed, ink_of, peeled, thinned
+from photo_search.clean_sketch import (
+    DRAWING_SIDE,
+    LINE_WIDTH,
+    PAPER_SIDE,
+    SUPERSAMPLING,
+    WORK_SIDE,
+    clean_up,
+    framed,
+    ink_of,
+    peeled,
+    thinned,
+)
 from photo_search.index import open_index
-from photo_search.search import Finder, read_sketch
+from photo_search.search import Searcher, read_sketch
 from utils.cli import InputError
 
 
@@ -118,7 +129,9 @@ def test_a_filled_shape_stays_filled():
     assert dark(clean_up(image))[100:156, 100:156].all()
     image = Image.new("RGB", (256, 256), "white")
     ImageDraw.Draw(image).ellipse([60, 60, 200, 160], fill="black")
-    assert dark(clean_up(image)).mean() == pytest.approx(np.pi / 4 * DRAWN * DRAWN / 1.4 / SIDE**2, rel=0.03)
+    assert dark(clean_up(image)).mean() == pytest.approx(
+        np.pi / 4 * DRAWING_SIDE * DRAWING_SIDE / 1.4 / PAPER_SIDE**2, rel=0.03
+    )
 
 
 @pytest.mark.parametrize(("scale", "at", "size"), [
@@ -129,8 +142,10 @@ def test_size_and_place_come_out_the_same(scale, at, size):
     image = drawing(width=max(1, round(3 * scale)), scale=scale, at=at, size=size)
     cleaned = dark(clean_up(image))
     top, bottom, left, right = box(cleaned)
-    assert max(bottom - top, right - left) == pytest.approx(DRAWN, abs=4)
-    assert (top + bottom) / 2 == pytest.approx(SIDE / 2, abs=2) and (left + right) / 2 == pytest.approx(SIDE / 2, abs=2)
+    assert max(bottom - top, right - left) == pytest.approx(DRAWING_SIDE, abs=4)
+    assert (top + bottom) / 2 == pytest.approx(PAPER_SIDE / 2, abs=2) and (left + right) / 2 == pytest.approx(
+        PAPER_SIDE / 2, abs=2
+    )
     assert overlap(cleaned, dark(clean_up(drawing()))) > 0.97
 
 
@@ -138,7 +153,7 @@ def test_the_longer_side_counts_and_the_shape_is_kept():
     image = Image.new("RGB", (600, 200), "white")
     ImageDraw.Draw(image).rectangle([50, 60, 549, 159], outline="black", width=4)
     top, bottom, left, right = box(dark(clean_up(image)))
-    assert (right - left, bottom - top) == (pytest.approx(DRAWN, abs=2), pytest.approx(DRAWN / 5, abs=2))
+    assert (right - left, bottom - top) == (pytest.approx(DRAWING_SIDE, abs=2), pytest.approx(DRAWING_SIDE / 5, abs=2))
 
 
 def test_specks_do_not_count_as_drawn():
@@ -153,7 +168,7 @@ def test_specks_do_not_count_as_drawn():
 def test_thick_lines_become_thin_and_stay_whole(width):
     ink = framed(ink_of(drawing(512, width=2 * width, scale=2)))
     lines = thinned(ink) > 0.5
-    assert line_width(lines) / FINE == pytest.approx(WIDTH, abs=0.5)
+    assert line_width(lines) / SUPERSAMPLING == pytest.approx(LINE_WIDTH, abs=0.5)
     assert topology(lines) == topology(ink > 0.5) and topology(lines)[1] == 4
     assert ndimage.distance_transform_edt(ink <= 0.5)[lines].max() <= 2  # nothing is drawn elsewhere
     assert ndimage.distance_transform_edt(~lines)[ink > 0.5].max() <= 2 * width  # or has gone
@@ -194,8 +209,8 @@ def test_peeling_is_that_of_zhang_and_suen():
 
 
 def test_large_pictures_are_looked_at_at_a_reduced_size():
-    assert ink_of(drawing(4096, width=40, scale=16)).shape == (WORK, WORK)
-    assert ink_of(Image.new("RGB", (4000, 2), "white")).shape == (1, WORK)
+    assert ink_of(drawing(4096, width=40, scale=16)).shape == (WORK_SIDE, WORK_SIDE)
+    assert ink_of(Image.new("RGB", (4000, 2), "white")).shape == (1, WORK_SIDE)
 
 
 @pytest.mark.parametrize("image", [
@@ -211,7 +226,7 @@ def test_a_sheet_without_lines_is_refused(image):
 def test_a_finder_cleans_up_unless_told_not_to(tmp_path):
     network = Seeing()
     update(tmp_path / "index", network, write_album(tmp_path / "album"))
-    finder, image = Finder(open_index(tmp_path / "index"), network), drawing(width=8)
+    finder, image = Searcher(open_index(tmp_path / "index"), network), drawing(width=8)
     cleaned = finder.find(image)
     assert network.images[-1].tobytes() == clean_up(image).tobytes()
     as_drawn = finder.find(image, as_drawn=True)
@@ -221,7 +236,7 @@ def test_a_finder_cleans_up_unless_told_not_to(tmp_path):
         finder.find(Image.new("RGB", (9, 9), "white"))
 
 
-class Seeing(FakeNetwork):
+class Seeing(FakeEncoder):
     """Keeps the drawings whose features were asked for."""
 
     def __init__(self):

@@ -153,7 +153,7 @@ def test_a_checkpoint_of_the_authors_is_told_its_model(photos, student, sketch, 
     options = [photos, "--checkpoint", tmp_path / "theirs.pth.tar", *INDEX]
     assert "see --model" in fails(search_photos.main, "index", *options)
     run("index", *options, "--model", "convnextv2_atto", "--input_size", 40)
-    assert open_index("photo_index").facts["input_size"] == 40
+    assert open_index("photo_index").metadata["input_size"] == 40
     run("find", sketch, *HERE)
     assert "--input_size 48: photo_index was made with 40" in fails(search_photos.main, "index", "--input_size", 48)
     assert "--model x: photo_index was made with convnextv2_atto" in fails(search_photos.main, "index", "--model", "x")

@@ -48,7 +48,7 @@ def test_two_processes_make_the_index_that_one_makes(checkpoint, tmp_path):
     assert said.startswith(f"{tmp_path}/two: 14 photos (14 new, 0 changed, 0 moved, 0 removed, 1 unreadable)")
     assert said.count("\n") == 1 and told.count("torn.png: not a readable image") == 1
     one, two = (open_index(tmp_path / name) for name in ("one", "two"))
-    assert one.facts == two.facts and not list((tmp_path / "two").glob("unfinished*"))
+    assert one.metadata == two.metadata and not list((tmp_path / "two").glob("unfinished*"))
     for name in ("records", "paths"):
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
     assert one.thumbnails[:] == two.thumbnails[:]

@@ -108,7 +108,7 @@ def test_both_backends_make_the_same_index_and_find_the_same(place):
     torch_rows, onnx_rows = features_of("torch"), features_of("onnx")
     assert list(map(str, sorted((place / "album").glob("[0-9]*")))) == sorted(torch_rows) == sorted(onnx_rows)
     assert max(np.abs(row - onnx_rows[path]).max() for path, row in torch_rows.items()) < 1e-4
-    one, other = open_index("torch").facts, open_index("onnx").facts
+    one, other = open_index("torch").metadata, open_index("onnx").metadata
     same = ("sha256", "model", "imagenet_classes", "input_size", "width")
     assert {name: one[name] for name in same} == {name: other[name] for name in same}
     plain = found_with("torch")
@@ -150,7 +150,7 @@ def test_an_index_of_torch_goes_on_with_what_was_exported(place):
     write_photo(Path("more/new.png").absolute(), 50)
     totals = run("index", "album", "more", "--index", "torch", "--checkpoint", "s.onnx", "--refit")
     assert (totals.new, totals.extracted, totals.photos) == (1, 1, 13)
-    assert open_index("torch").facts["checkpoint"].endswith("s.onnx")
+    assert open_index("torch").metadata["checkpoint"].endswith("s.onnx")
     assert len(found_with("torch")) == 13
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from albums import FakeNetwork, update, write_album, write_photo
+from albums import FakeEncoder, update, write_album, write_photo
 from test_cells import clustered
 
 from photo_search.index import RECORD, open_index, write_index
-from photo_search.search import Finder, open_place
+from photo_search.search import Searcher, open_location
 from utils.cli import InputError
 
 pytest.importorskip("pymilvus", reason="pymilvus is not installed (requirements-milvus.txt)")
@@ -32,7 +32,7 @@ from photo_search.milvus import Server, open_milvus
 
 NPY = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<i8', 'fortran_order': False, 'shape': (%s,), }".ljust(120) + b"\n"
 ROOT = Path(__file__).resolve().parent.parent.parent
-FACTS = FakeNetwork().facts | {"folders": ["/photos"], "exclude": [], "thumbnails": "thumbnails-1.bin"}
+FACTS = FakeEncoder().metadata | {"folders": ["/photos"], "exclude": [], "thumbnails": "thumbnails-1.bin"}
 
 
 class LiteServer:
@@ -106,9 +106,9 @@ def write(folder, features, codebook):
     records = np.zeros(len(names), RECORD)
     records["thumbnail"], records["thumbnail_size"] = np.arange(len(names)), 1
     (folder / "thumbnails-1.bin").write_bytes(bytes(n % 251 for n in range(len(names))))
-    facts = FACTS | {"width": features.shape[1]}
+    metadata = FACTS | {"width": features.shape[1]}
     write_index(
-        folder, facts, ([names[n] for n in order], records), lambda rows: features[np.array(order)[rows]], codebook
+        folder, metadata, ([names[n] for n in order], records), lambda rows: features[np.array(order)[rows]], codebook
     )
     return open_index(folder)
 
@@ -139,17 +139,18 @@ def test_milvus_finds_what_the_index_on_disk_finds(where, uri, tmp_path):
     uri = uri if where == "server" else str(tmp_path / "photos.db")
     assert publish.publish(Server(uri), own)
     there = open_milvus(uri)
-    assert len(there) == 1500 and there.clusters == (2, 30) and there.facts["folders"] == ["/photos"]
+    assert len(there) == 1500 and there.clusters == (2, 30) and there.metadata["folders"] == ["/photos"]
     rng = np.random.default_rng(1)
     for number in [3, 500, 501, *rng.integers(1500, size=7)]:
         query = near(features, number, rng)
         for matching in ("one-to-many", "one-to-one"):
             for k in (1, 20):
-                same(*(Finder(index, None).find_features(query, k, matching) for index in (own, there)))
-    one, other = (Finder(index, None).find_features(features[0], 2000) for index in (own, there))
+                same(*(Searcher(index, None).find_features(query, k, matching) for index in (own, there)))
+    one, other = (Searcher(index, None).find_features(features[0], 2000) for index in (own, there))
     same(one, other)
     assert (
-        len(other) == 1500 and [match.row for match in other] == own.cells.places[[match.row for match in one]].tolist()
+        len(other) == 1500
+        and [match.row for match in other] == own.cells.path_order[[match.row for match in one]].tolist()
     )
     rows = [[match.row for match in matches] for matches in (one, other)]
     assert own.thumbnails_of(rows[0]) == there.thumbnails_of(rows[1])
@@ -162,20 +163,20 @@ def test_a_search_may_be_kept_to_a_range_of_rows(uri, tmp_path):
     publish.publish(Server(uri), own)
     there = open_milvus(uri)
     allowed = range(100, 180)
-    within = (own.cells.places >= 100) & (own.cells.places < 180)
+    within = (own.cells.path_order >= 100) & (own.cells.path_order < 180)
     for matching in ("one-to-many", "one-to-one"):
-        one = Finder(own, None).find_features(features[9], 30, matching, within)
-        same(one, Finder(there, None).find_features(features[9], 30, matching, allowed))
+        one = Searcher(own, None).find_features(features[9], 30, matching, within)
+        same(one, Searcher(there, None).find_features(features[9], 30, matching, allowed))
 
 
 def test_a_killed_server_is_one_line_and_a_restarted_one_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(milvus, "PATIENCE", 2)
+    monkeypatch.setattr(milvus, "REQUEST_TIMEOUT_S", 2)
     features, codebook = gallery(300)
     own = write(tmp_path / "index", features, codebook)
     server = LiteServer(tmp_path / "data")
     try:
         publish.publish(Server(server.uri), own)
-        there = Finder(open_milvus(server.uri), None)
+        there = Searcher(open_milvus(server.uri), None)
         before = there.find_features(features[7])
         server.kill()
         refused(
@@ -184,7 +185,7 @@ def test_a_killed_server_is_one_line_and_a_restarted_one_goes_on(tmp_path, monke
         refused(lambda: open_milvus(server.uri), "see whether Milvus runs there")
         server.start()
         same(there.find_features(features[7]), before)
-        same(Finder(open_milvus(server.uri), None).find_features(features[7]), before)
+        same(Searcher(open_milvus(server.uri), None).find_features(features[7]), before)
     finally:
         server.kill()
 
@@ -210,7 +211,7 @@ def on_disk(folder):
 
 
 def test_milvus_follows_the_index_on_disk(uri, tmp_path):
-    album, folder, network = write_album(tmp_path / "album"), tmp_path / "index", FakeNetwork()
+    album, folder, network = write_album(tmp_path / "album"), tmp_path / "index", FakeEncoder()
     update(folder, network, album, clusters=3)
     assert publish.publish(Server(uri), open_index(folder))
     assert photos_of(uri) == on_disk(folder) and len(on_disk(folder)) == 12
@@ -234,7 +235,7 @@ class Died(BaseException):
 
 
 def test_a_writer_that_dies_leaves_the_old_photos(uri, tmp_path, monkeypatch):
-    album, folder, network = write_album(tmp_path / "album", 4), tmp_path / "index", FakeNetwork()
+    album, folder, network = write_album(tmp_path / "album", 4), tmp_path / "index", FakeEncoder()
     update(folder, network, album, clusters=2)
     publish.publish(Server(uri), open_index(folder))
     before = photos_of(uri)
@@ -245,7 +246,7 @@ def test_a_writer_that_dies_leaves_the_old_photos(uri, tmp_path, monkeypatch):
         calls, dies = calls + 3, False
         server, left = Server(uri), calls
 
-        def dying(function, *arguments, told=server._told, **more):
+        def dying(function, *arguments, told=server._call, **more):
             nonlocal left, dies
             left -= 1
             if not left:
@@ -253,7 +254,7 @@ def test_a_writer_that_dies_leaves_the_old_photos(uri, tmp_path, monkeypatch):
                 raise Died
             return told(function, *arguments, **more)
 
-        monkeypatch.setattr(server, "_told", dying)
+        monkeypatch.setattr(server, "_call", dying)
         try:
             publish.publish(server, open_index(folder))
         except Died:
@@ -326,7 +327,7 @@ def said(change):
     return lambda server, text: change(text)
 
 
-def facts(**changes):
+def metadata(**changes):
     return said(lambda text: json.dumps(json.loads(text) | {"facts": json.loads(text)["facts"] | changes}))
 
 
@@ -364,8 +365,8 @@ DAMAGES = {
     "no JSON": (said(lambda _: "\x80\x04."), "("), "deep JSON": (said(lambda _: "[" * 10**5), "("),
     "nothing": (said(lambda _: ""), "("), "a list": (said(lambda _: "[]"), "("),
     "torn": (said(lambda text: text[:-99]), "("),
-    "another version": (facts(format=2), "made by another version"),
-    "folders that are numbers": (facts(folders=[1]), "made by another version"),
+    "another version": (metadata(format=2), "made by another version"),
+    "folders that are numbers": (metadata(folders=[1]), "made by another version"),
     "a pickle": (table("codes", pickle.dumps({"a": 1})), "("), "no array": (table("ends", b""), "("),
     "an endless array": (table("ends", NPY % b"1000000000000"), "("),
     "other numbers": (table("ends", np.float32([60])), "ends holds other values"),
@@ -374,7 +375,7 @@ DAMAGES = {
     "folders that are none": (said(lambda text: json.dumps(json.loads(text) | {"folders": [["a", 0, 0, 61]]})), "none"),
     "folders of nothing": (said(lambda text: json.dumps(json.loads(text) | {"folders": [["a", 0, 5, 5]]})), "empty"),
     "another codebook": (table("codebook", gallery(60)[1][:, ::-1].copy()), "in the cells of another codebook"),
-    "another width in words": (facts(width=33), "do not fit together"),
+    "another width in words": (metadata(width=33), "do not fit together"),
     "a photo is gone": (photos(count=59), "59 photos, not 60"),
     "vectors of another width": (photos(width=16), "features of 16 values, where 32 are told of"),
     "other fields": (photos(without="thumbnail"), "other fields"),
@@ -402,15 +403,15 @@ def test_a_damaged_collection_is_refused_in_one_line(damage, kept, uri, monkeypa
 
 def test_the_page_shows_what_is_in_milvus(uri, tmp_path, monkeypatch):
     pytest.importorskip("starlette", reason="starlette is not installed (requirements-page.txt)")
-    from pages import PageNetwork, drawing, visitor
+    from pages import PageEncoder, drawing, visitor
 
     from photo_search import server
 
-    monkeypatch.setattr(server, "open_finder", lambda place, *_: Finder(open_place(place), PageNetwork()))
-    album, folder, network = write_album(tmp_path / "album", 12), tmp_path / "index", PageNetwork()
+    monkeypatch.setattr(server, "open_searcher", lambda place, *_: Searcher(open_location(place), PageEncoder()))
+    album, folder, network = write_album(tmp_path / "album", 12), tmp_path / "index", PageEncoder()
     update(folder, network, album, clusters=2)
     publish.publish(Server(uri), open_index(folder))
-    one, other = (visitor(server.Shelf(place)) for place in (folder, Server(uri)))
+    one, other = (visitor(server.ReloadingIndex(place)) for place in (folder, Server(uri)))
     about = [each.get("/about").json() for each in (one, other)]
     stamp = about[1].pop("index")
     about[0].pop("index")
@@ -455,7 +456,7 @@ ANSWERS = {
 def test_thumbnails_that_are_none(kept, monkeypatch):
     there = open_milvus(kept[1].uri, "kept")
     for text in ("a", None, 5, "雪"):
-        monkeypatch.setattr(there.server, "ask", lambda *_, text=text, **__: [{"row": 3, "thumbnail": text}])
+        monkeypatch.setattr(there.server, "call", lambda *_, text=text, **__: [{"row": 3, "thumbnail": text}])
         refused(lambda: there.thumbnail(3), "damaged index (")
 
 
@@ -464,7 +465,7 @@ def test_answers_are_checked(answer, kept, monkeypatch):
     there, features = open_milvus(kept[1].uri, "kept"), kept[0].cells.features
     asked, spoil = ANSWERS[answer]
 
-    def ask(method, *arguments, told=there.server.ask, **more):
+    def call(method, *arguments, told=there.server.call, **more):
         result = told(method, *arguments, **more)
         if method != asked:
             return result
@@ -472,9 +473,9 @@ def test_answers_are_checked(answer, kept, monkeypatch):
         spoil(rows)
         return [rows] if method == "search" else rows
 
-    monkeypatch.setattr(there.server, "ask", ask)
+    monkeypatch.setattr(there.server, "call", call)
     refused(
-        lambda: Finder(there, None).find_features(features[7]), "damaged index (", "index into another --collection"
+        lambda: Searcher(there, None).find_features(features[7]), "damaged index (", "index into another --collection"
     )
 
 
@@ -500,7 +501,7 @@ def test_names_that_are_none():
 
 
 def test_servers_that_are_none(monkeypatch):
-    monkeypatch.setattr(milvus, "PATIENCE", 1)
+    monkeypatch.setattr(milvus, "REQUEST_TIMEOUT_S", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
         for port in (free_port(), silent.getsockname()[1]):
             refused(

@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_said_in_a_few_words(tmp_path, monkeypatch):
             read_photo(tmp_path / name, 32)
         assert len(str(told.value)) < 80 and "\n" not in str(told.value)
     noise.save(tmp_path / "large.png")
-    monkeypatch.setattr(photos, "MOST", 3599)
+    monkeypatch.setattr(photos, "MAX_PIXELS", 3599)
     with pytest.raises(InputError, match="60 × 60 pixels are too many"):
         read_photo(tmp_path / "large.png", 32)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

@@ -14,9 +14,9 @@ class Holder:
 
     def __init__(self, cells, query, error=1e-6, allowed=None):
         self.cells, self.asked = cells, []
-        self.places = np.argsort(cells.places)  # from row by path to row by cell
-        self.numbers = cells.ends.searchsorted(self.places, side="right")
-        squares = ((cells.features[self.places].astype(np.float64) - query) ** 2).sum(axis=1)
+        self.rows_by_cell = np.argsort(cells.path_order)  # from row by path to row by cell
+        self.numbers = cells.cell_ends.searchsorted(self.rows_by_cell, side="right")
+        squares = ((cells.features[self.rows_by_cell].astype(np.float64) - query) ** 2).sum(axis=1)
         noise = np.random.default_rng(0).uniform(-error, error, len(squares))
         self.squares = np.maximum(squares + noise, 0).astype(np.float32)
         self.allowed = np.ones(len(squares), bool) if allowed is None else allowed
@@ -26,19 +26,19 @@ class Holder:
         return [self.answer(*question) for question in questions]
 
     def answer(self, chosen, limit):
-        assert 0 < limit <= rounds.MOST
+        assert 0 < limit <= rounds.MAX_PHOTOS_PER_REQUEST
         there = self.allowed if chosen is None else self.allowed & np.isin(self.numbers, chosen)
         rows = np.flatnonzero(there)
         rows = rows[np.argsort(self.squares[rows], kind="stable")][::-1][-limit:][::-1]  # ties: the last comes first
         return rows, self.numbers[rows], self.squares[rows]
 
     def fetch(self, rows):
-        return self.cells.features[self.places[rows]], self.numbers[rows]
+        return self.cells.features[self.rows_by_cell[rows]], self.numbers[rows]
 
 
 def without_photos(cells):
     none = np.empty((0, 0), np.float32)
-    return dataclasses.replace(cells, features=none, outlines=none, places=np.empty(0, np.int32))
+    return dataclasses.replace(cells, features=none, pca_projection=none, path_order=np.empty(0, np.int32))
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ def without_photos(cells):
 )
 @pytest.mark.parametrize(("subspaces", "clusters"), [(0, 0), (2, 5), (4, 30)])
 def test_rounds_equal_brute_force(name, features, subspaces, clusters, monkeypatch):
-    monkeypatch.setattr(rounds, "WANTED", 100)
-    monkeypatch.setattr(rounds, "FIRST", 8)
+    monkeypatch.setattr(rounds, "FIRST_ROUND_PHOTOS", 100)
+    monkeypatch.setattr(rounds, "MIN_FIRST_PHOTOS", 8)
     rng = np.random.default_rng(1)
     codebook = drawn_codebook(features, subspaces, clusters, rng)
     cells, _ = build(features, codebook)
@@ -69,7 +69,7 @@ def gallery(count=4000):
 
 @pytest.mark.parametrize("share", [0.005, 0.6])
 def test_only_photos_that_are_allowed_are_found(share, monkeypatch):
-    monkeypatch.setattr(rounds, "MOST", 500)
+    monkeypatch.setattr(rounds, "MAX_PHOTOS_PER_REQUEST", 500)
     features, codebook, cells = gallery(2000)
     allowed = np.random.default_rng(4).random(len(features)) < share
     rows = np.flatnonzero(allowed)
@@ -87,12 +87,12 @@ def test_few_questions_are_asked_and_few_photos_come():
         holder = Holder(cells, features[7])
         found = rounds.search(cells, features[7], 20, holder.ask, holder.fetch, weight)
         assert sum(map(len, holder.asked)) <= 4 and found.scanned < 100
-        assert 20 <= found.outlined < most * len(features)
+        assert 20 <= found.projected < most * len(features)
 
 
 def test_more_ties_than_asked_for_are_all_looked_at(monkeypatch):
     """Of 900 photos that are the same the 20 first by row are found, though any may come first."""
-    monkeypatch.setattr(rounds, "MOST", 1000)
+    monkeypatch.setattr(rounds, "MAX_PHOTOS_PER_REQUEST", 1000)
     features, codebook, _ = gallery(1000)
     features[100:] = features[100]
     cells, _ = build(features, codebook)

@@ -1,4 +1,4 @@
-"""The page answers with what a Finder finds, and follows an index that changes."""
+"""The page answers with what a Searcher finds, and follows an index that changes."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from albums import FakeNetwork, update, write_album, write_photo
+from albums import FakeEncoder, update, write_album, write_photo
 from pages import drawing, shelf_of, visitor
 from PIL import Image
 
@@ -21,7 +21,7 @@ from photo_search import server as pages
 from photo_search.clean_sketch import clean_up
 from photo_search.folders import folders_of
 from photo_search.index import open_index
-from photo_search.pictures import BYTES, open_photo, read_drawing
+from photo_search.pictures import MAX_UPLOAD_BYTES, open_photo, read_drawing
 from photo_search.search import DEFAULT_CLUSTER_WEIGHT
 
 
@@ -32,7 +32,7 @@ def album(tmp_path):
 
 @pytest.fixture
 def index(album, tmp_path):
-    update(tmp_path / "index", FakeNetwork(), album, clusters=3)
+    update(tmp_path / "index", FakeEncoder(), album, clusters=3)
     return tmp_path / "index"
 
 
@@ -133,7 +133,7 @@ def test_the_weight_of_the_cluster_distance_is_chosen(client, shelf):
 
 def test_copies_of_a_photo_have_one_digest(client, shelf, album, index):
     shutil.copy(shelf.now().finder.index.path(0), album / "b" / "a copy.png")
-    update(index, FakeNetwork(), album)
+    update(index, FakeEncoder(), album)
     digests = [each["digest"] for each in find(client, drawing(), k=200)["found"]]
     assert len(digests) == 25 and len(set(digests)) == 24
 
@@ -156,7 +156,7 @@ def test_folders_hold_the_photos_whose_paths_begin_with_them(tmp_path):
     for seed, name in enumerate(names):
         write_photo(tmp_path / "some" / name, seed)
     write_photo(tmp_path / "something" / "else" / "9.png", 50)
-    update(tmp_path / "index", FakeNetwork(), tmp_path / "some", tmp_path / "something")
+    update(tmp_path / "index", FakeEncoder(), tmp_path / "some", tmp_path / "something")
     index = open_index(tmp_path / "index")
     found = folders_of(index)
     expected = ["some", "x-y", "x.d", "x", "z", "xx", "é", "something", "else"]
@@ -187,7 +187,7 @@ def test_what_browsers_do_not_show_is_converted(tmp_path, monkeypatch):
     (tmp_path / "album").mkdir()
     Image.fromarray(pixels).save(tmp_path / "album/photo.tif")
     Image.fromarray(pixels).save(tmp_path / "album/named so.png", "BMP")
-    update(tmp_path / "index", FakeNetwork(), tmp_path / "album")
+    update(tmp_path / "index", FakeEncoder(), tmp_path / "album")
     shelf = shelf_of(tmp_path / "index", monkeypatch)
     for row in range(2):
         answer = visitor(shelf).get(f"/photo/{shelf.now().stamp}/{row}")
@@ -214,7 +214,7 @@ def test_a_new_index_is_taken_while_the_page_is_open(client, shelf, album, index
     before = client.get("/about").json()
     assert find(client, drawing(), index=before["index"])["index"] == before["index"]
     write_photo(album / "new" / "one.png", 99)
-    update(index, FakeNetwork(), album, clusters=3)
+    update(index, FakeEncoder(), album, clusters=3)
     for path in (f"/thumbnail/{before['index']}/0", f"/photo/{before['index']}/0"):
         assert client.get(path).status_code == 410
     assert client.post("/find", params={"index": before["index"]}, content=drawing()).status_code == 410
@@ -229,11 +229,11 @@ def test_a_new_index_is_taken_while_the_page_is_open(client, shelf, album, index
 def test_an_index_of_another_checkpoint_brings_its_network(index, shelf, album, monkeypatch):
     first = shelf.now().finder.network
     write_photo(album / "new.png", 99)
-    update(index, FakeNetwork(), album, clusters=3)
+    update(index, FakeEncoder(), album, clusters=3)
     assert shelf.now().finder.network is first and len(shelf.now().finder.index) == 25
     for path in index.iterdir():
         path.unlink()
-    update(index, FakeNetwork(sha256="cd" * 32), album)
+    update(index, FakeEncoder(sha256="cd" * 32), album)
     assert shelf.now().finder.network is not first
 
 
@@ -253,15 +253,15 @@ def test_several_threads_find_what_one_finds(shelf):
 
 
 def test_too_many_searches_at_once_are_put_off(shelf, monkeypatch):
-    monkeypatch.setattr(pages, "WAITING", 0)
+    monkeypatch.setattr(pages, "MAX_WAITING_REQUESTS", 0)
     answer = visitor(shelf).post("/find", content=drawing())
     assert answer.status_code == 503 and "too many searches" in answer.json()["error"]
 
 
 def test_every_search_makes_room_for_the_next(shelf, monkeypatch):
-    monkeypatch.setattr(pages, "WAITING", 2)
+    monkeypatch.setattr(pages, "MAX_WAITING_REQUESTS", 2)
     client = visitor(shelf)
-    for body in [drawing(), b"no picture", bytes(BYTES + 1)] * 3:
+    for body in [drawing(), b"no picture", bytes(MAX_UPLOAD_BYTES + 1)] * 3:
         client.post("/find", content=body)
     assert client.post("/find", content=drawing()).status_code == 200
 
@@ -290,7 +290,7 @@ def test_wrong_options_are_told(client, options, said):
 
 
 def test_an_index_without_clusters_has_one_matching(tmp_path, album, monkeypatch):
-    update(tmp_path / "plain", FakeNetwork(), album)
+    update(tmp_path / "plain", FakeEncoder(), album)
     client = visitor(shelf_of(tmp_path / "plain", monkeypatch))
     assert client.get("/about").json()["matchings"] == ["one-to-one"]
     assert find(client, drawing())["found"][0]["cluster_distance"] is None

@@ -9,10 +9,10 @@ import sys
 
 import numpy as np
 import pytest
-from albums import FakeNetwork, update, write_album, write_photo
+from albums import FakeEncoder, update, write_album, write_photo
 
 from photo_search import update as updates
-from photo_search.cells import codes_of, search
+from photo_search.cells import assign_codes, search
 from photo_search.index import open_index
 from photo_search.photos import read_photo, thumbnail
 from utils.cli import InputError
@@ -21,7 +21,7 @@ from utils.files import folder_lock
 
 @pytest.fixture
 def network():
-    return FakeNetwork()
+    return FakeEncoder()
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_an_index_holds_every_photo(album, index, network):
     assert sorted(held) == sorted(map(str, files))
     opened = open_index(index)
     paths = [opened.path(row) for row in range(12)]
-    assert [paths[row] for row in np.argsort(opened.cells.places)] == sorted(held)
+    assert [paths[row] for row in np.argsort(opened.cells.path_order)] == sorted(held)
     for path in files:
         assert held[str(path)][1] == thumbnail(read_photo(path, 32))
         features = np.frombuffer(held[str(path)][0], np.float32)
@@ -87,7 +87,7 @@ def test_only_what_changed_is_done_again(album, index, network):
     # It is tried each time, and costs no loading of the network.
     assert count(update(index, lambda: pytest.fail("the network was loaded"), album)) == (0, 0, 0, 0, 1)
     fresh = index.with_name("fresh")
-    update(fresh, FakeNetwork(), album)
+    update(fresh, FakeEncoder(), album)
     assert photos_of(index) == photos_of(fresh)
     assert search(open_index(index).cells, network_feature(fresh, "0.png"), 12, 0).scores.tolist() == (
         search(open_index(fresh).cells, network_feature(fresh, "0.png"), 12, 0).scores.tolist()
@@ -120,7 +120,7 @@ def test_the_default_number_of_clusters_grows_with_the_photos_up_to_a_limit():
 
 
 def test_clusters_stay_until_they_are_fitted_anew(album, index, network, monkeypatch):
-    monkeypatch.setattr(updates, "FEWEST", 60)
+    monkeypatch.setattr(updates, "MIN_PHOTOS_FOR_CLUSTERS", 60)
     write_album(album, 59)
     update(index, network, album)
     assert not open_index(index).clusters
@@ -133,8 +133,8 @@ def test_clusters_stay_until_they_are_fitted_anew(album, index, network, monkeyp
     again = open_index(index)
     np.testing.assert_array_equal(again.cells.codebook, opened.cells.codebook)
     assert again.share_new == pytest.approx(0.4)
-    sizes = np.diff(again.cells.ends, prepend=0)
-    codes = codes_of(again.cells.features, again.cells.codebook)
+    sizes = np.diff(again.cells.cell_ends, prepend=0)
+    codes = assign_codes(again.cells.features, again.cells.codebook)
     np.testing.assert_array_equal(np.repeat(again.cells.codes, sizes, axis=0), codes)
     update(index, network, album, refit=True)
     third = open_index(index)
@@ -144,7 +144,7 @@ def test_clusters_stay_until_they_are_fitted_anew(album, index, network, monkeyp
 
 
 def test_thumbnails_that_are_no_longer_used_go_in_time(album, index, network, monkeypatch):
-    monkeypatch.setattr(updates, "COMPACT", 100)
+    monkeypatch.setattr(updates, "MIN_UNUSED_BYTES", 100)
     update(index, network, album)
     for number in range(8):
         write_photo(album / f"{('', 'a/', 'b/c/')[number % 3]}{number}.png", 100 + number)
@@ -208,7 +208,7 @@ def killed_at(moment, index, album):
         sys.addaudithook(watch)
         status = 1
         try:
-            update(index, FakeNetwork(), album, batch_size=3)
+            update(index, FakeEncoder(), album, batch_size=3)
             status = 0
         finally:
             os._exit(status)
@@ -225,7 +225,7 @@ def moments():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
 def test_a_killed_indexing_goes_on_to_the_same_index(album, tmp_path, moments):
     (album / "torn.png").write_text("no image")
-    update(tmp_path / "whole", FakeNetwork(), album, batch_size=3)
+    update(tmp_path / "whole", FakeEncoder(), album, batch_size=3)
     whole = contents(tmp_path / "whole")
     kills = 0
     for round_ in range(3):  # each until it comes to its end
@@ -238,12 +238,12 @@ def test_a_killed_indexing_goes_on_to_the_same_index(album, tmp_path, moments):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
 def test_a_killed_update_leaves_the_old_index_or_the_new_one(album, tmp_path, moments):
-    update(tmp_path / "old", FakeNetwork(), album, batch_size=3)
+    update(tmp_path / "old", FakeEncoder(), album, batch_size=3)
     for number in range(12, 20):
         write_photo(album / f"{number}.png", number)
     (album / "0.png").unlink()
     shutil.copytree(tmp_path / "old", tmp_path / "new")
-    update(tmp_path / "new", FakeNetwork(), album, batch_size=3)
+    update(tmp_path / "new", FakeEncoder(), album, batch_size=3)
     states, whole, kills = [photos_of(tmp_path / name) for name in ("old", "new")], contents(tmp_path / "new"), 0
     for round_ in range(3):
         index = tmp_path / f"index {round_}"
@@ -257,7 +257,7 @@ def test_a_killed_update_leaves_the_old_index_or_the_new_one(album, tmp_path, mo
 
 @pytest.mark.parametrize("damage", ["a torn line", "a torn feature", "zeros", "no thumbnails", "not ours"])
 def test_a_batch_that_was_torn_is_done_again(album, index, network, damage, monkeypatch):
-    update(index.with_name("whole"), FakeNetwork(), album)
+    update(index.with_name("whole"), FakeEncoder(), album)
     monkeypatch.setattr(updates, "write_index", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         update(index, network, album)
@@ -269,8 +269,8 @@ def test_a_batch_that_was_torn_is_done_again(album, index, network, damage, monk
         os.truncate(features, features.stat().st_size - 9)
     elif damage == "zeros":
         with open(features, "r+b") as file:
-            file.seek(-4 * network.facts["width"], os.SEEK_END)
-            file.write(bytes(4 * network.facts["width"]))
+            file.seek(-4 * network.metadata["width"], os.SEEK_END)
+            file.write(bytes(4 * network.metadata["width"]))
     elif damage == "no thumbnails":
         os.truncate(index / "thumbnails-1.bin", (index / "thumbnails-1.bin").stat().st_size - 9)
     else:
@@ -288,7 +288,7 @@ def test_unfinished_photos_of_another_network_are_not_taken(album, index, networ
     monkeypatch.undo()
     before = contents(index)
     with pytest.raises(InputError, match="unfinished index of another checkpoint"):
-        update(index, FakeNetwork(sha256="cd" * 32), album)
+        update(index, FakeEncoder(sha256="cd" * 32), album)
     assert contents(index) == before
 
 
@@ -332,9 +332,9 @@ def test_more_clusters_than_photos_are_refused_before_the_work(album, index, net
 
 def spoil_json(**changes):
     def spoil(index):
-        facts = json.loads((index / "index.json").read_text())
-        facts.update({name: value(facts) for name, value in changes.items()})
-        (index / "index.json").write_text(json.dumps(facts))
+        metadata = json.loads((index / "index.json").read_text())
+        metadata.update({name: value(metadata) for name, value in changes.items()})
+        (index / "index.json").write_text(json.dumps(metadata))
 
     return spoil
 
@@ -344,9 +344,9 @@ def spoil_array(name, change):
         path = index / f"{name}-1.npy"
         array = np.load(path).copy()
         np.save(path, change(array))
-        facts = json.loads((index / "index.json").read_text())
-        facts["files"][path.name] = path.stat().st_size
-        (index / "index.json").write_text(json.dumps(facts))
+        metadata = json.loads((index / "index.json").read_text())
+        metadata["files"][path.name] = path.stat().st_size
+        (index / "index.json").write_text(json.dumps(metadata))
 
     return spoil
 
@@ -363,12 +363,12 @@ DAMAGES = {
     "no JSON": lambda index: (index / "index.json").write_bytes(b"\x80\x04."),
     "deep JSON": lambda index: (index / "index.json").write_text("[" * 10**5),
     "a list": lambda index: (index / "index.json").write_text("[]"),
-    "a file elsewhere": spoil_json(files=lambda facts: facts["files"] | {"../../etc/passwd": 9}),
+    "a file elsewhere": spoil_json(files=lambda metadata: metadata["files"] | {"../../etc/passwd": 9}),
     "thumbnails elsewhere": spoil_json(thumbnails=lambda _: "/etc/passwd"),
     "another width": spoil_json(width=lambda _: 17),
     "another generation": spoil_json(generation=lambda _: 2),
     "another version": spoil_json(format=lambda _: 2),
-    "sizes that are texts": spoil_json(files=lambda facts: dict.fromkeys(facts["files"], "9")),
+    "sizes that are texts": spoil_json(files=lambda metadata: dict.fromkeys(metadata["files"], "9")),
     "a file gone": lambda index: (index / "codes-1.npy").unlink(),
     "a file torn": lambda index: os.truncate(index / "features-1.npy", 500),
     "thumbnails torn": lambda index: os.truncate(index / "thumbnails-1.bin", 99),
@@ -411,7 +411,7 @@ def test_there_may_be_no_index(tmp_path):
 
 
 def test_a_refit_leaves_few_photos_as_many_clusters_as_were_asked_for(tmp_path):
-    album, network = write_album(tmp_path / "album"), FakeNetwork()
+    album, network = write_album(tmp_path / "album"), FakeEncoder()
     update(tmp_path / "index", network, album, clusters=3)
     write_photo(album / "new.png", 99)
     update(tmp_path / "index", network, album, refit=True)
