@@ -86,7 +86,7 @@ def refusal(status, why, headers=None):
 
 
 async def read_body(request, max_bytes, timeout):
-    """The body of a request: bytes, `max_bytes` at max_bytes, that came within `timeout` seconds.
+    """The body of a request: bytes, at most `max_bytes`, received within `timeout` seconds.
 
     Raises HTTPException 413 or 408 without reading on, and 400 if the sender went away.
     """

@@ -149,7 +149,7 @@ def _publisher(options):
 
     def run():
         said = "now holds these photos" if publish(server, open_index(options.index)) else "held these photos already"
-        print(f"{server.place}: {said}")
+        print(f"{server.address}: {said}")
 
     return run
 

@@ -153,7 +153,7 @@ def _read_metadata(folder):
         metadata = json.loads((folder / INDEX_FILE).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
-            f"{folder}: no index of photos is there; make one with search_photos.py index, or set --index"
+            f"{folder}: no index of photos; make one with search_photos.py index, or set --index"
         ) from None
     except OSError as error:
         raise InputError(f"{folder / INDEX_FILE}: {error.strerror}; correct its permissions, or set --index") from None

@@ -116,7 +116,7 @@ class Server:
         name = self.current()
         if name is None:
             raise InputError(
-                f"{self.address}: no index of photos is there; make one with search_photos.py index, or set --collection"
+                f"{self.address}: no index of photos; make one with search_photos.py index, or set --collection"
             )
         with _as_data(self):
             index = MilvusIndex(self, name, *_parsed(_read_about(self, f"{name}_about")))

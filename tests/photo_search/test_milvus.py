@@ -308,17 +308,17 @@ with folder_lock(sys.argv[1], "publishing"):
 
 
 def test_a_collection_of_something_else_is_refused(uri, tmp_path):
-    refused(lambda: open_milvus(uri), f"photo_index at {uri}: no index of photos is there; make one")
+    refused(lambda: open_milvus(uri), f"photo_index at {uri}: no index of photos; make one")
     client = Server(uri).client
     client.create_collection("photo_index", dimension=8)
-    refused(lambda: open_milvus(uri), "holds something else than photos of this program; name another --collection")
+    refused(lambda: open_milvus(uri), "was not created by search_photos.py; name another --collection")
     features, codebook = gallery(60)
     own = write(tmp_path / "index", features, codebook)
-    refused(lambda: publish.publish(Server(uri), own), "holds something else than photos")
+    refused(lambda: publish.publish(Server(uri), own), "was not created by search_photos.py")
     client.rename_collection("photo_index", "cats")
     client.create_alias("cats", "photo_index")
-    refused(lambda: open_milvus(uri), "holds something else than photos of this program; name another --collection")
-    refused(lambda: publish.publish(Server(uri), own), "holds something else than photos")
+    refused(lambda: open_milvus(uri), "was not created by search_photos.py; name another --collection")
+    refused(lambda: publish.publish(Server(uri), own), "was not created by search_photos.py")
     assert names(uri) == ["cats"]
 
 

@@ -406,7 +406,7 @@ def test_a_damaged_header_runs_nothing(album, index, network, trap):
 
 
 def test_there_may_be_no_index(tmp_path):
-    with pytest.raises(InputError, match=r"no index of photos is there; make one with search_photos\.py index"):
+    with pytest.raises(InputError, match=r"no index of photos; make one with search_photos\.py index"):
         open_index(tmp_path)
 
 
