@@ -1,11 +1,13 @@
-"""AP, Prec@k and precision-recall curves of rankings, averaged over classes, as the zero-shot protocols define them.
+"""AP, Prec@k, Recall@k and precision-recall curves of rankings, and their averages, as zero-shot protocols define them.
 
 AP here is *interpolated* and its divisor counts the whole gallery; Prec@k divides by at most the gallery's size; both
 are averaged over the queries of a class, then over classes. Other papers mean other things by the same names:
-DEFINITIONS has theirs. Only the ranks of a query's relevant photos matter, so a ranking is kept as those. Stands alone.
+DEFINITIONS has theirs. What is relevant to a query is given by `SameClass` or `ListedPhotos`. All metrics need only the
+ranks of a query's relevant photos, so a Ranking holds those. Depends on NumPy and PyTorch alone.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,73 +15,145 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-CACHE = 1 << 20  # bytes of keys sorted at a time on a CPU
+SORT_BYTES = 1 << 20  # keys sorted at a time on a CPU, so that they stay in its cache
 RECALL_LEVELS = torch.linspace(0, 1, 11, dtype=torch.float64)
+
+
+class SameClass:
+    """Relevance by class: a photo is relevant to the queries of its class, as in the zero-shot benchmarks.
+
+    query_labels: (Q,), gallery_labels: (N,), both int64 from 0. A class may be on one side only.
+    """
+
+    def __init__(self, query_labels, gallery_labels):
+        self.query_labels, self.gallery_labels = query_labels, gallery_labels
+
+    def __getitem__(self, queries):
+        """The relevance for some queries, an index (n,) int64."""
+        return SameClass(self.query_labels[queries], self.gallery_labels)
+
+    def to(self, device):
+        """The same on `device`."""
+        return SameClass(self.query_labels.to(device), self.gallery_labels.to(device))
+
+    def counts(self):
+        """Relevant photos of each query: (Q,) int64."""
+        return self.gallery_labels.bincount(minlength=int(self.query_labels.max()) + 1)[self.query_labels]
+
+    def mask(self):
+        """Whether each photo is relevant to each query: (Q, N) bool."""
+        return self.gallery_labels == self.query_labels[:, None]
+
+    def groups(self):
+        """Yield (queries (n,) int64, their mask (N,) bool) for queries that share their relevant photos."""
+        for label in self.query_labels.unique():
+            yield (self.query_labels == label).nonzero()[:, 0], self.gallery_labels == label
+
+    def grouped(self):
+        """All queries, (Q,) int64, those that share their relevant photos one after the other."""
+        return self.query_labels.argsort(stable=True)
+
+
+class ListedPhotos:
+    """Relevance by list: each query has its own relevant photos, a single right one, say, in instance-level retrieval.
+
+    photos: Q sequences of indices into a gallery of `gallery_size` photos. Methods are those of SameClass.
+    """
+
+    def __init__(self, photos, gallery_size, device="cpu"):
+        self.photos = [torch.as_tensor(each, dtype=torch.int64).unique() for each in photos]
+        self.gallery_size, self.device = gallery_size, device
+
+    def __getitem__(self, queries):
+        return ListedPhotos([self.photos[query] for query in queries.tolist()], self.gallery_size, self.device)
+
+    def to(self, device):
+        return ListedPhotos(self.photos, self.gallery_size, device)
+
+    def counts(self):
+        return torch.tensor([len(each) for each in self.photos], device=self.device)
+
+    def mask(self):
+        mask = torch.zeros(len(self.photos), self.gallery_size, dtype=torch.bool)
+        for row, each in zip(mask, self.photos, strict=True):
+            row[each] = True
+        return mask.to(self.device)
+
+    def groups(self):
+        for query in range(len(self.photos)):
+            index = torch.tensor([query])
+            yield index, self[index].mask()[0]
+
+    def grouped(self):
+        return torch.arange(len(self.photos))
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Where each query's relevant photos stand among N, nearest first, ties by gallery order."""
+    """Ranks of each query's relevant photos among N, nearest first, ties by gallery order."""
 
-    hits: torch.Tensor  # (Q, R) float64, ascending ranks from 1; inf where a query has fewer than R
-    in_gallery: torch.Tensor  # (Q,) int64, relevant photos
+    hits: torch.Tensor  # (Q, R) float64, ascending ranks from 1; inf where a query has fewer than R relevant photos
+    in_gallery: torch.Tensor  # (Q,) int64, number of relevant photos
     gallery_size: int
-    nearest: torch.Tensor | None  # (Q, k) int64, the k nearest photos in order, if they were asked for
+    nearest: torch.Tensor | None = None  # (Q, k) int64, the k nearest photos in order, if they were asked for
 
     @cached_property
     def best_precision(self):
         """Best precision at each hit or any later one: (Q, R) float64, 0 where hits are inf."""
         return _best_precision(self.hits)
 
+    def nearest_relevant(self):
+        """Whether each of the nearest photos is relevant: (Q, k) bool."""
+        ranks = torch.arange(1, self.nearest.shape[1] + 1, device=self.hits.device)
+        return (self.hits[:, : len(ranks), None] == ranks).any(dim=1)
 
-def rank(scores, query_labels, gallery_labels, nearest=0):
+
+def rank(scores, relevance, nearest=0):
     """Rank each query's gallery by ascending score, ties by gallery order.
 
-    scores: (Q, N) float32 or float64, finite; labels: (Q,) and (N,) int64 from 0; nearest: how many of the nearest
-    photos to name. Returns a Ranking.
+    scores: (Q, N) float32 or float64; relevance: a SameClass or ListedPhotos of these queries, on the same device;
+    nearest: how many of the nearest photos to name. Returns a Ranking. Raises ValueError if a score is NaN.
     """
-    in_gallery = gallery_labels.bincount(minlength=int(query_labels.max()) + 1)[query_labels]
-    nearest = min(nearest, scores.shape[1])
-    if scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.numpy().min() >= 0:
-        arrays = (values.numpy() for values in (scores, query_labels, gallery_labels))
-        hits, near = map(torch.from_numpy, _rank_by_keys(*arrays, nearest))
-    else:
-        hits, near = _rank_by_order(scores, query_labels, gallery_labels, nearest)
+    on_cpu = scores.device.type == "cpu"
+    lowest = (scores.detach().numpy() if on_cpu else scores).min()
+    if lowest != lowest:
+        raise ValueError("a score is NaN, which has no rank")
+    in_gallery, nearest = relevance.counts(), min(nearest, scores.shape[1])
+    by_keys = on_cpu and scores.dtype == torch.float32 and lowest >= 0
+    hits, near = (_rank_by_keys if by_keys else _rank_by_order)(scores, relevance, in_gallery, nearest)
     return Ranking(hits, in_gallery, scores.shape[1], near if nearest else None)
 
 
-def _rank_by_order(scores, query_labels, gallery_labels, nearest):
-    """(hits, nearest) by sorting the gallery: the plain way, of float64 and of a GPU."""
+def _rank_by_order(scores, relevance, in_gallery, nearest):
+    """(hits, nearest) by sorting the gallery: the plain way, for float64, negative scores and GPUs."""
     order = scores.sort(dim=1, stable=True).indices
-    query, place = (gallery_labels[order] == query_labels[:, None]).nonzero(as_tuple=True)
-    counts = query.bincount(minlength=len(scores))
-    number = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
-    hits = torch.full((len(scores), int(counts.max())), torch.inf, dtype=torch.float64, device=scores.device)
-    hits[query, number] = (place + 1).double()
+    query, position = relevance.mask().gather(1, order).nonzero(as_tuple=True)
+    number = torch.arange(len(query), device=query.device) - (in_gallery.cumsum(0) - in_gallery)[query]
+    hits = torch.full((len(scores), int(in_gallery.max())), torch.inf, dtype=torch.float64, device=scores.device)
+    hits[query, number] = (position + 1).double()
     return hits, order[:, :nearest]
 
 
-def _rank_by_keys(scores, query_labels, gallery_labels, nearest):
+def _rank_by_keys(scores, relevance, in_gallery, nearest):
     """(hits, nearest) of float32 scores of 0 or more by sorting integers, several times as fast on a CPU.
 
     Such scores are in the order of their bits. So one integer of 64 bits holds all that counts: first the score but for
-    its sign, then the photo's place in the gallery, which breaks ties, and at the end a 1 if the photo is not relevant.
+    its sign, then the photo's index in the gallery, which breaks ties, and at the end a 1 if the photo is not relevant.
     """
-    photos = scores.shape[1]
-    counts = np.bincount(gallery_labels, minlength=query_labels.max() + 1)
-    hits = np.full((len(scores), counts[query_labels].max()), np.inf)
+    scores, photos, counts = scores.numpy(), scores.shape[1], in_gallery.numpy()
+    hits = np.full((len(scores), counts.max()), np.inf)
     near = np.empty((len(scores), nearest), np.int64)
-    block = max(1, CACHE // (8 * photos))
-    for label in np.unique(query_labels):
-        rows = np.flatnonzero(query_labels == label)
-        ends = np.arange(photos, dtype=np.uint64) << 1 | (gallery_labels != label)
-        for part in np.split(rows, range(block, len(rows), block)):
-            keys = scores[part].view(np.uint32).astype(np.uint64) << 33 | ends
+    block_size = max(1, SORT_BYTES // (8 * photos))
+    for queries, relevant in relevance.groups():
+        queries, count = queries.numpy(), counts[queries[0]]
+        low_bits = np.arange(photos, dtype=np.uint64) << 1 | ~relevant.numpy()
+        for block in np.split(queries, range(block_size, len(queries), block_size)):
+            keys = scores[block].view(np.uint32).astype(np.uint64) << 33 | low_bits
             keys.sort(axis=1)
             ranks = np.flatnonzero(keys & 1 == 0) % photos + 1
-            hits[part, : counts[label]] = ranks.reshape(len(part), -1)
-            near[part] = (keys[:, :nearest] >> 1).astype(np.uint32)
-    return hits, near
+            hits[block, :count] = ranks.reshape(len(block), -1)
+            near[block] = (keys[:, :nearest] >> 1).astype(np.uint32)
+    return torch.from_numpy(hits), torch.from_numpy(near)
 
 
 def average_precision(ranking, top=None):
@@ -88,7 +162,8 @@ def average_precision(ranking, top=None):
     top: cut n of the ranking, None for all of it. R is the number of relevant photos in the whole gallery, at most n.
     Returns (Q,) float64; NaN where nothing in the gallery is relevant.
 
-    >>> ranking = rank(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), torch.tensor([1]), torch.tensor([0, 1, 1, 0]))
+    >>> relevance = SameClass(torch.tensor([1]), torch.tensor([0, 1, 1, 0]))
+    >>> ranking = rank(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), relevance)
     >>> average_precision(ranking)    # precisions at the hits: 1/2, 2/3
     tensor([0.6667], dtype=torch.float64)
     """
@@ -102,10 +177,23 @@ def average_precision(ranking, top=None):
 def precision_at(ranking, k):
     """Share of relevant photos among the first min(k, N) ranks. Returns (Q,) float64.
 
-    >>> precision_at(rank(torch.tensor([[0.1, 0.2, 0.3]]), torch.tensor([1]), torch.tensor([1, 0, 1])), k=2)
+    >>> relevance = SameClass(torch.tensor([1]), torch.tensor([1, 0, 1]))
+    >>> precision_at(rank(torch.tensor([[0.1, 0.2, 0.3]]), relevance), k=2)
     tensor([0.5000], dtype=torch.float64)
     """
     return (ranking.hits[:, :k] <= k).sum(dim=1).double() / min(k, ranking.gallery_size)
+
+
+def recall_at(ranking, k):
+    """Share of the relevant photos in the gallery that are among the first k ranks. Returns (Q,) float64.
+
+    With one relevant photo a query, this is the share of queries whose photo is among the first k. NaN where nothing in
+    the gallery is relevant.
+
+    >>> recall_at(rank(torch.tensor([[0.1, 0.2, 0.3]]), ListedPhotos([[1]], 3)), k=1)
+    tensor([0.], dtype=torch.float64)
+    """
+    return (ranking.hits[:, :k] <= k).sum(dim=1).double() / ranking.in_gallery
 
 
 def plain_average_precision(ranking, top=None):
@@ -115,8 +203,7 @@ def plain_average_precision(ranking, top=None):
     there are none.
     """
     hits = ranking.hits if top is None else torch.where(ranking.hits <= top, ranking.hits, torch.inf)
-    found = hits.isfinite().sum(dim=1)
-    return _precision(hits).sum(dim=1) / found.clamp(min=1)
+    return _precision(hits).sum(dim=1) / hits.isfinite().sum(dim=1).clamp(min=1)
 
 
 def capped_precision_at(ranking, k):
@@ -125,11 +212,37 @@ def capped_precision_at(ranking, k):
     return (ranking.hits <= cut[:, None]).sum(dim=1).double() / cut.clamp(min=1)
 
 
-METRICS = {
-    "mAP": average_precision,
-    "Prec": precision_at,
-    "plain mAP": plain_average_precision,
-    "capped Prec": capped_precision_at,
+def class_means(values, labels):
+    """Mean of values (Q, ...) over the queries of each class: (classes that occur, ascending; their means, float64)."""
+    classes, index = labels.unique(return_inverse=True)
+    sums = torch.zeros(len(classes), *values.shape[1:], dtype=torch.float64, device=values.device)
+    sums.index_add_(0, index, values.double())
+    return classes, sums / index.bincount(minlength=len(classes)).view(-1, *[1] * (values.ndim - 1))
+
+
+def over_classes(values, labels):
+    """An average over the queries of each class, then over classes: the class means (C,) of values (Q,)."""
+    return class_means(values, labels)[1]
+
+
+def over_queries(values, labels):
+    """An average over all queries: their values (Q,)."""
+    return values.double()
+
+
+class Metric(NamedTuple):
+    """What a metric gives each query, and what its average is over."""
+
+    function: Callable  # of a Ranking and a cut of it; returns (Q,) float64
+    average: Callable  # over_classes or over_queries: values (Q,) and labels (Q,) -> the numbers whose mean is reported
+
+
+METRICS = {  # without the cut, see `get_metric`
+    "mAP": Metric(average_precision, over_classes),
+    "Prec": Metric(precision_at, over_classes),
+    "Recall": Metric(recall_at, over_queries),
+    "plain mAP": Metric(plain_average_precision, over_queries),
+    "capped Prec": Metric(capped_precision_at, over_queries),
 }
 STANDARD = ("mAP@all", "mAP@200", "Prec@100", "Prec@200")  # what every results.json holds
 
@@ -139,14 +252,14 @@ class Definition(NamedTuple):
 
     average_precision: str  # of METRICS
     precision: str | None
-    over_classes: bool  # the mean is over the queries of a class, then over classes; else over all queries
+    average: Callable  # over_classes or over_queries
 
 
 DEFINITIONS = {
-    "SBKA, SAKE": Definition("mAP", "Prec", over_classes=True),
-    "ZSE-SBIR": Definition("mAP", "capped Prec", over_classes=False),
-    "SEM-PCYC": Definition("plain mAP", "Prec", over_classes=False),
-    "torchmetrics": Definition("plain mAP", None, over_classes=False),
+    "SBKA, SAKE": Definition("mAP", "Prec", average=over_classes),
+    "ZSE-SBIR": Definition("mAP", "capped Prec", average=over_queries),
+    "SEM-PCYC": Definition("plain mAP", "Prec", average=over_queries),
+    "torchmetrics": Definition("plain mAP", None, average=over_queries),
 }
 DEFINED = (*STANDARD, "plain mAP@all", "plain mAP@200", "capped Prec@100", "capped Prec@200")  # what they need
 
@@ -161,32 +274,31 @@ def by_definition(values, labels):
         table[name] = {}
         for standard in STANDARD:
             kind, _, cut = standard.partition("@")
-            measure = definition.average_precision if kind == "mAP" else definition.precision
-            if measure is not None:
-                found = values[f"{measure}@{cut}"]
-                mean = class_means(found, labels)[1].mean() if definition.over_classes else found.mean()
-                table[name][standard] = mean.item()
+            metric = definition.average_precision if kind == "mAP" else definition.precision
+            if metric is not None:
+                table[name][standard] = definition.average(values[f"{metric}@{cut}"], labels).mean().item()
     return table
 
 
 def get_metric(name):
-    """The metric of that name: a function of a Ranking that returns (Q,) float64, to be averaged over classes.
+    """The Metric of that name, whose function takes a Ranking alone.
 
     name: one of METRICS, @ and the cut of the ranking; "all" is no cut. Raises ValueError for any other name.
 
-    >>> ranking = rank(torch.tensor([[0.1, 0.2, 0.3]]), torch.tensor([1]), torch.tensor([1, 0, 1]))
-    >>> metric("Prec@2")(ranking), metric("mAP@all")(ranking)
+    >>> ranking = rank(torch.tensor([[0.1, 0.2, 0.3]]), SameClass(torch.tensor([1]), torch.tensor([1, 0, 1])))
+    >>> get_metric("Prec@2").function(ranking), get_metric("mAP@all").function(ranking)
     (tensor([0.5000], dtype=torch.float64), tensor([0.8333], dtype=torch.float64))
     """
     kind, _, cut = name.partition("@")
-    # A measure that has a default for its cut can do without one.
-    uncut = [f"{known}@all" for known, measure in METRICS.items() if measure.__defaults__]
+    # A function that has a default for its cut can do without one.
+    uncut = [f"{each}@all" for each, metric in METRICS.items() if metric.function.__defaults__]
     if name in uncut:
         return METRICS[kind]
     if kind not in METRICS or not re.fullmatch("[1-9][0-9]*", cut):
-        possible = ", ".join([*uncut, *(f"{known}@k" for known in METRICS)])
+        possible = ", ".join([*uncut, *(f"{each}@k" for each in METRICS)])
         raise ValueError(f"there is no metric {name!r}; there are {possible} with a whole number k from 1 on")
-    return lambda ranking: METRICS[kind](ranking, int(cut))
+    function = METRICS[kind].function
+    return METRICS[kind]._replace(function=lambda ranking: function(ranking, int(cut)))
 
 
 def precision_at_recall(ranking):
@@ -207,11 +319,3 @@ def _best_precision(hits):
     """Best precision at each hit or any later one."""
     precision = _precision(hits)
     return precision.flip(1).cummax(dim=1).values.flip(1) if hits.shape[1] else precision
-
-
-def class_means(values, labels):
-    """Mean of values (Q, ...) over the queries of each class: (classes that occur, ascending; their means, float64)."""
-    classes, index = labels.unique(return_inverse=True)
-    sums = torch.zeros(len(classes), *values.shape[1:], dtype=torch.float64, device=values.device)
-    sums.index_add_(0, index, values.double())
-    return classes, sums / index.bincount(minlength=len(classes)).view(-1, *[1] * (values.ndim - 1))
