@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import test_sketchy_ext_zeroshot  # noqa: E402
 import train_sketchy_ext  # noqa: E402
 from datasets.lists import open_benchmark  # noqa: E402
-from models.eval.metrics import average_precision, class_means, rank  # noqa: E402
+from models.eval.metrics import SameClass, average_precision, class_means, rank  # noqa: E402
 
 SMALL = "--model convnextv2_atto --input_size 48".split()
 UNTRAINED = "--finetune none --epochs 1 --max_steps 1 --lr 0 --teacher_lr 0 --no_validation".split()
@@ -60,7 +60,7 @@ def chance(folder, seed):
     benchmark = open_benchmark("sketchy", Path(folder) / "data")
     query, gallery = (torch.from_numpy(benchmark.read(kind, "zero").labels) for kind in ("sketch", "photo"))
     scores = torch.from_numpy(np.random.default_rng(seed).random((len(query), len(gallery))))
-    return class_means(average_precision(rank(scores, query, gallery)), query)[1].mean().item()
+    return class_means(average_precision(rank(scores, SameClass(query, gallery))), query)[1].mean().item()
 
 
 def untrained(folder, seed):

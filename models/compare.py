@@ -22,7 +22,7 @@ from utils.cli import InputError, OneLineParser, number_type, one_line_errors, s
 from utils.files import atomic_write, check_writable
 
 # Options that tell runs of one setting apart, or are no part of it.
-_OF_A_RUN = {"seed", "savedir", "resume_dir", "data_root", "device", "workers", "mixture_device"}
+_OF_A_RUN = {"seed", "savedir", "resume_dir", "data_root", "device", "workers", "mixture_device", "metrics"}
 
 
 @dataclass(frozen=True)

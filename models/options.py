@@ -9,7 +9,7 @@ import torch
 
 from models.checkpoints import AUTHORS_MODEL, SaveSchedule, student_metadata
 from models.eval.matching import CLUSTER_WEIGHT
-from models.eval.metrics import get_metric
+from models.eval.metrics import METRICS, get_metric
 from models.losses import LOSS_NAMES, PAPER_WEIGHTS
 from models.networks import PRECISIONS
 from models.weights import fit_input_size
@@ -99,12 +99,15 @@ def test_parser(protocol):
     add = parser.add_argument
     add("--resume_dir", "-s", type=_path, metavar="DIR|FILE", help="checkpoint to test, or its folder, which also "
         f"takes the results and may hold features_zero.pickle (default: {_checkpoint_folder(protocol)})")  # fmt: skip
+    add("--metrics", type=_metric, nargs="+", default=list(protocol.metrics), metavar="NAME",
+        help="columns of the table, of which the first sorts classes and pictures: "
+        f"{', '.join(METRICS)}, each with @k or, for a mAP, @all (default: {' '.join(protocol.metrics)})")  # fmt: skip
     add(
         "--mode",
         type=int,
         choices=(1, 2),
         default=2,
-        help="1: one-to-one matching; 2: one-to-many cluster matching too",
+        help="1: one-to-one matching; 2: also one-to-many cluster matching",
     )
     add(
         "--clusters",
@@ -120,27 +123,31 @@ def test_parser(protocol):
         nargs="+",
         default=list(protocol.subspaces),
         metavar="M",
-        help="parts of a feature",
+        help="sub-spaces of a feature",
     )
     add("--cluster_weight", type=_part, nargs="+", default=[CLUSTER_WEIGHT], metavar="W",
-        help="of the cluster distance in one-to-many scores, from 0 to 1; each makes a set of rows")  # fmt: skip
+        help="weight of the cluster distance in one-to-many scores, 0 to 1; each adds a row per (M, K)")  # fmt: skip
     add("--mixture", choices=("torch", "sklearn"), default="torch",
-        help="fits the clusters: our EM in float64, or scikit-learn's in float32, as the release does")  # fmt: skip
-    add("--mixture_device", type=_text, help="where our EM runs (default: a GPU that is fast in float64, else cpu)")
+        help="EM of the clusters: ours in float64, or scikit-learn's in float32, as in the release")  # fmt: skip
+    add(
+        "--mixture_device",
+        type=_text,
+        help="device of --mixture torch (default: a GPU that is fast in float64, else cpu)",
+    )
     add("--mixture_seeds", type=seed_type, nargs="+", default=[123], metavar="SEED",
-        help="seeds of the mixtures; with several, each row is their mean, with deviation and range")  # fmt: skip
-    add("--distances", choices=("float32", "float64"), default="float32", help="type of distances and scores")
-    add("--per_class", action="store_true", help="print a table of the classes, too")
-    add("--definitions", action="store_true", help="print what other papers' definitions of the metrics give, too")
-    add("--tsne", action="store_true", help="draw sketches and photos of the unseen classes in the plane (t-SNE)")
+        help="seeds of the mixtures; of several, each row is the mean, with standard deviation and range")  # fmt: skip
+    add("--distances", choices=("float32", "float64"), default="float32", help="dtype of distances and scores")
+    add("--per_class", action="store_true", help="also print a table of the classes")
+    add("--definitions", action="store_true", help="also print the results by other papers' definitions of the metrics")
+    add("--tsne", action="store_true", help="also draw a t-SNE of the unseen classes' sketches and photos")
     add("--nearest", type=number_type(int, 1, 50, "a whole number from 1 to 50"), default=10,
-        help="photos beside each sketch in the picture of retrievals")  # fmt: skip
-    add("--batch_size", type=positive_int, default=64, help="images at a time in feature extraction")
+        help="photos for each sketch in retrievals.png")  # fmt: skip
+    add("--batch_size", type=positive_int, default=64, help="batch size of feature extraction")
     add("--precision", choices=PRECISIONS, default="tf32",
-        help="arithmetic of feature extraction: float32, but TF32 for convolutions on CUDA (tf32) or for matrix "
+        help="precision of feature extraction: float32, but TF32 for convolutions on CUDA (tf32) or for matrix "
         "products, too (tf32_all); all float32 (fp32); bfloat16 (bf16)")  # fmt: skip
     _add_compile(parser)
-    add("--recompute", action="store_true", help="extract the features even if features_zero.pickle is up to date")
+    add("--recompute", action="store_true", help="extract features even if features_zero.pickle is up to date")
     _add_machine(parser)
     _refuse_idle(parser)
     return parser
@@ -257,6 +264,14 @@ def _add_machine(parser):
 def _text(text):
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty text is no value; leave the option out for its default")
+    return text
+
+
+def _metric(text):
+    try:
+        get_metric(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 

@@ -30,7 +30,7 @@ from models.losses import Batch, LossWeights
 from models.measured import Measured
 from models.networks import matmul_rules, normalise, place
 from models.options import defaults_of, resolve, run_record, train_parser
-from models.testing import watch_unseen
+from models.testing import zero_shot_callback
 from models.train_step import MEASURES, Recipe, Run, create_optimizers, parts_that_fit, set_learning_rates, train_step
 from models.weights import check_size, create_pair
 from utils import distributed
@@ -54,7 +54,7 @@ def main(protocol_name, argv=None):
         imagenet_classes=None if options.no_mask else options.imagenet_classes,
         validate=not options.no_validation, max_steps=options.max_steps,
     )  # fmt: skip
-    watch = watch_unseen(benchmark, loading, options.precision, options.eval_every)
+    watch = zero_shot_callback(benchmark, loading, options.precision, options.eval_every)
     check_writable(options.savedir)
     with distributed.folder_lock_and_group(options.savedir, "training"):
         check_savedir(options.savedir, options.resume, options.overwrite)

@@ -20,7 +20,7 @@ import train_quickdraw_ext
 import train_sketchy_ext
 import train_tuberlin_ext
 from datasets.prepare.miniature import UNSEEN_CATEGORIES
-from models.eval.metrics import average_precision, class_means, precision_at, rank
+from models.eval.metrics import SameClass, average_precision, class_means, precision_at, rank
 from models.eval.unfinished import PartialFeatures
 from models.networks import Student, create_backbone
 from models.weights import published_state
@@ -99,7 +99,7 @@ def test_features_alone_are_enough(tmp_path, monkeypatch, script, map_at, prec_a
     )
     results = script.main(["--resume_dir", str(tmp_path), "--mode", "1", "--device", "cpu", "--distances", "float64"])
     distances = np.linalg.norm(query[:, None].astype(float) - gallery[None], axis=2)
-    ranking = rank(*map(torch.from_numpy, (distances, query_labels, gallery_labels)))
+    ranking = rank(torch.from_numpy(distances), SameClass(*map(torch.from_numpy, (query_labels, gallery_labels))))
     assert results["metrics"] == [f"mAP@{map_at or 'all'}", f"Prec@{prec_at}"]
     labels = torch.from_numpy(query_labels)
     expected = [class_means(values, labels)[1].mean().item() for values in
@@ -110,7 +110,7 @@ def test_features_alone_are_enough(tmp_path, monkeypatch, script, map_at, prec_a
 
 def test_a_terminated_test_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     features_of_three_classes(tmp_path / "features_zero.pickle", width=16)
-    monkeypatch.setattr("models.testing.measure", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("models.testing.evaluate_grid", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as end:
         test_tuberlin_ext_zeroshot.main(["--resume_dir", str(tmp_path), "--mode", "1", "--device", "cpu"])
     assert end.value.code == 143 and capsys.readouterr().err.splitlines()[-1] == "terminated"

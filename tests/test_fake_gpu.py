@@ -19,7 +19,7 @@ from models.eval.evaluate import evaluate_rows
 from models.eval.features import Features, extract
 from models.eval.gmm import fit_mixture
 from models.eval.matching import euclidean_distances
-from models.eval.metrics import average_precision, rank
+from models.eval.metrics import SameClass, average_precision, rank
 from models.logger import Log
 from models.losses import Batch
 from models.networks import PRECISIONS, Student, Teacher, normalise, place
@@ -276,8 +276,8 @@ def test_ranks_are_the_cpus(gpu):
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(0, 9, (5, 40), generator=generator).float()  # with ties
     labels, gallery = torch.arange(5) % 3, torch.arange(40) % 3
-    expected = rank(scores, labels, gallery, nearest=4)
-    found = rank(scores.to("cuda"), labels.to("cuda"), gallery.to("cuda"), nearest=4)
+    expected = rank(scores, SameClass(labels, gallery), nearest=4)
+    found = rank(scores.to("cuda"), SameClass(labels, gallery).to("cuda"), nearest=4)
     assert torch.equal(values(found.hits), expected.hits) and torch.equal(values(found.nearest), expected.nearest)
     assert torch.equal(values(average_precision(found)), average_precision(expected))
 

@@ -1,4 +1,4 @@
-"""Figures of a test: precision over recall, retrieved photos beside their sketches, the unseen classes in the plane.
+"""Figures of a test: precision-recall curves, sketches with their retrieved photos, and a t-SNE of the unseen classes.
 
 All raise ImportError without matplotlib.
 """
@@ -13,7 +13,7 @@ from utils.sampling import evenly_spaced
 
 
 def main_rows(results):
-    """The rows to look at first: one-to-one and, for each M, K = number of unseen classes, else its last K."""
+    """The rows that figures show: one-to-one and, for each M, K = number of unseen classes, else its last K."""
     best = {}
     for row in results["rows"]:
         if "per_class" in row and best.get(row.get("M"), {}).get("K") != results["classes"]:
@@ -30,7 +30,7 @@ def row_name(row):
 
 
 def draw_precision_recall(path, results):
-    """Draw interpolated precision over recall, mean of classes, for the `main_rows` of `results`."""
+    """Draw interpolated precision over recall, averaged over classes, for the `main_rows` of `results`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 4), layout="constrained")
@@ -46,29 +46,31 @@ def draw_precision_recall(path, results):
         figure.savefig(file, format="png", dpi=130)
 
 
-def draw_plane(path, features, title, most=60):
-    """Draw sketches and photos of named Features in the plane (t-SNE), each class in a colour and named.
+def draw_tsne(path, features, title, max_per_class=60):
+    """Draw a t-SNE of the sketches and photos of named Features, each class with its colour and name.
 
-    At most `most` sketches and photos of a class, evenly spread over its list.
+    Of each class at most max_per_class sketches and as many photos are drawn, evenly spaced in its list.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from sklearn.manifold import TSNE
 
-    query, gallery = (_evenly_per_class(labels, most) for labels in (features.query_labels, features.gallery_labels))
+    query, gallery = (
+        _evenly_per_class(labels, max_per_class) for labels in (features.query_labels, features.gallery_labels)
+    )
     vectors = np.concatenate([features.query[query], features.gallery[gallery]])
     labels = np.concatenate([features.query_labels[query], features.gallery_labels[gallery]])
     perplexity = min(30, (len(vectors) - 1) / 3)
-    places = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(vectors)
+    points = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(vectors)
     figure = Figure(figsize=(9, 8), layout="constrained")
     axis = figure.subplots()
     classes = np.unique(labels)
     for number, label in enumerate(classes):
         colour = colormaps["hsv"](number / len(classes))
         own, is_sketch = labels == label, np.arange(len(labels)) < len(query)
-        axis.scatter(*places[own & ~is_sketch].T, s=14, color=colour, marker="o", alpha=0.5, linewidths=0)
-        axis.scatter(*places[own & is_sketch].T, s=18, color=colour, marker="x", linewidths=0.9)
-        centre = np.median(places[own], axis=0)
+        axis.scatter(*points[own & ~is_sketch].T, s=14, color=colour, marker="o", alpha=0.5, linewidths=0)
+        axis.scatter(*points[own & is_sketch].T, s=18, color=colour, marker="x", linewidths=0.9)
+        centre = np.median(points[own], axis=0)
         axis.text(*centre, features.names[label], fontsize=7, ha="center", parse_math=False,
             bbox=dict(facecolor="white", alpha=0.7, linewidth=0, pad=1))  # fmt: skip
     for marker, name in (("x", "sketches"), ("o", "photos")):
@@ -80,41 +82,40 @@ def draw_plane(path, features, title, most=60):
         figure.savefig(file, format="png", dpi=110)
 
 
-def _evenly_per_class(labels, most):
-    """Indices of at most `most` of each label, evenly spaced."""
+def _evenly_per_class(labels, max_per_class):
+    """Indices of at most max_per_class of each label, evenly spaced."""
     chosen = []
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
-        chosen.append(own[evenly_spaced(len(own), most)])
+        chosen.append(own[evenly_spaced(len(own), max_per_class)])
     return np.concatenate(chosen)
 
 
-def retrieval_groups(features, values, metric, images, count):
+def retrieval_groups(features, result, metric, images, count):
     """Groups for `draw_retrievals`: sketches with the best, typical and worst values of a metric, `count` in each.
 
-    features: named Features; values: {metric: (Q,), "nearest": (Q, k)}; images: QueryGallery.
+    features: named Features; result: an EvalResult, of which the shown row is drawn; images: a QueryGallery.
     """
-    value, groups = values[metric].numpy(), []
+    value, groups = result.per_query[result.shown][metric].numpy(), []
     kind = "AP" if metric.startswith("mAP") else metric
     for title, picked in pick_queries(value, features.query_labels, count).items():
         queries = []
         for index in picked:
-            label = features.query_labels[index]
-            found = [
-                (images.gallery.root / images.gallery.paths[photo], features.gallery_labels[photo] == label)
-                for photo in values["nearest"][index]
+            name = features.names[features.query_labels[index]]
+            photos = [
+                (images.gallery.root / images.gallery.paths[photo], bool(relevant))
+                for photo, relevant in zip(result.nearest[index], result.nearest_relevant[index], strict=True)
             ]
             sketch = images.query.root / images.query.paths[index]
-            queries.append((f"{features.names[label]}\n{kind} {value[index]:.2f}", sketch, found))
+            queries.append((f"{name}\n{kind} {value[index]:.2f}", sketch, photos))
         groups.append((title, queries))
     return groups
 
 
 def draw_retrievals(path, groups, title):
-    """Draw each query sketch beside its nearest photos, right ones framed green and wrong ones dashed red.
+    """Draw each sketch beside its nearest photos, relevant ones framed green and others dashed red.
 
-    groups: list of (title, list of (caption, sketch file, [(photo file, whether it is right), ...])).
-
+    groups: list of (title, list of (caption, sketch file, [(photo file, whether it is relevant), ...])).
     """
     from matplotlib.figure import Figure
 
@@ -123,29 +124,29 @@ def draw_retrievals(path, groups, title):
     heights = [len(queries) for _, queries in groups]
     figure = Figure(figsize=(1.25 * columns, 1.5 * sum(heights) + 0.35 * len(groups) + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for part, (heading, queries) in zip(parts, groups, strict=True):
-        part.suptitle(heading, fontsize=10, weight="bold")
-        axes = part.subplots(len(queries), columns, squeeze=False)
+    subfigures = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for subfigure, (heading, queries) in zip(subfigures, groups, strict=True):
+        subfigure.suptitle(heading, fontsize=10, weight="bold")
+        axes = subfigure.subplots(len(queries), columns, squeeze=False)
         for row, (caption, sketch, photos) in zip(axes, queries, strict=True):
             for axis in row:
                 axis.set_axis_off()
             row[0].imshow(_thumbnail(sketch))
             row[0].set_title(caption, fontsize=8, parse_math=False)
-            for axis, (photo, right) in zip(row[1:], photos, strict=False):
+            for axis, (photo, relevant) in zip(row[1:], photos, strict=False):
                 axis.imshow(_thumbnail(photo))
                 axis.set_axis_on()
                 axis.set(xticks=[], yticks=[])
-                frame = dict(color="tab:green", linestyle="-") if right else dict(color="tab:red", linestyle="--")
+                frame = dict(color="tab:green", linestyle="-") if relevant else dict(color="tab:red", linestyle="--")
                 axis.spines[:].set(linewidth=3, **frame)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
 def pick_queries(average_precision, labels, count):
-    """Indices of `count` queries each by AP, from as many classes as there are: {"best", "typical", "worst"}.
+    """Indices of `count` queries each by AP, from as many classes as possible: {"best", "typical", "worst"}.
 
-    Typical are those nearest to the median. No query is in two groups.
+    "typical" queries have the APs nearest to the median. No query is in two groups.
     """
     order = np.argsort(-average_precision, kind="stable")
     typical = np.argsort(np.abs(average_precision - np.median(average_precision)), kind="stable")
@@ -160,10 +161,10 @@ _GROUPS = ("best", "typical", "worst")
 
 
 def _one_per_class(ranking, labels, count):
-    """The first `count` of ranking, each class once before any comes again."""
+    """The first `count` of ranking, one of each class before a second of any class."""
     first = list({labels[index]: index for index in reversed(ranking)}.values())
-    place = {index: number for number, index in enumerate(ranking)}
-    first.sort(key=place.get)
+    position = {index: number for number, index in enumerate(ranking)}
+    first.sort(key=position.get)
     rest = [index for index in ranking if index not in set(first)]
     return [*first, *rest][:count]
 

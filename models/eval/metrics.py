@@ -104,8 +104,9 @@ class Ranking:
 
     def nearest_relevant(self):
         """Whether each of the nearest photos is relevant: (Q, k) bool."""
-        ranks = torch.arange(1, self.nearest.shape[1] + 1, device=self.hits.device)
-        return (self.hits[:, : len(ranks), None] == ranks).any(dim=1)
+        count = self.nearest.shape[1]
+        relevant = torch.zeros(len(self.hits), count + 1, dtype=torch.bool, device=self.hits.device)
+        return relevant.scatter_(1, self.hits.clamp(max=count + 1).long() - 1, True)[:, :count]
 
 
 def rank(scores, relevance, nearest=0):

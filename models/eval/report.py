@@ -1,11 +1,11 @@
-"""What a test leaves: tables, results.json, per_query.npz, and the figures."""
+"""The report of a test: printed tables, results.json, per_query.npz, and figures."""
 
 import numpy as np
 
 from models.eval.figures import (
-    draw_plane,
     draw_precision_recall,
     draw_retrievals,
+    draw_tsne,
     main_rows,
     retrieval_groups,
     row_name,
@@ -19,43 +19,45 @@ from utils.files import atomic_write, write_json
 QUERIES = "per_query.npz"
 
 
-def summarise(features, metrics, measured, run_record):
+def summarise(features, averages, run_record):
     """What results.json says of named Features.
 
-    metrics: names; measured: {row: {seed: class means by name, or why there are none}}, see models.testing.measure;
-    run_record: options and versions.
+    averages: that of a models.eval.evaluate.EvalResult; run_record: options and versions.
     """
-    present = [features.names[label] for label in np.unique(features.query_labels)]
+    names = [features.names[label] for label in np.unique(features.query_labels)]
     return {
         "queries": len(features.query),
         "gallery": len(features.gallery),
         "classes": len(np.unique(features.gallery_labels)),
         **run_record,
-        "rows": [_summary(row, seeds, metrics, present) for row, seeds in measured.items()],
+        "rows": [_summarise_row(row, seeds, names) for row, seeds in averages.items()],
     }
 
 
-def _summary(row, seeds, metrics, names):
-    """A row of results.json from {seed: class means by name, or why there are none}."""
+def _summarise_row(row, seeds, names):
+    """A row of results.json. seeds: {seed: Averages, or why there are none}; names: of the queries' classes."""
     entry = {"matching": "one-to-one" if row is None else "one-to-many"}
     if row is not None:
         entry |= dict(zip(("M", "K", "cluster_weight"), row, strict=True))
     failures = {seed: reason for seed, reason in seeds.items() if isinstance(reason, str)}
     if failures:
         entry["failed"] = failures
-    fitted = {seed: means for seed, means in seeds.items() if seed not in failures}
+    fitted = {seed: averages for seed, averages in seeds.items() if seed not in failures}
     if not fitted:
         return entry
-    means = {name: np.mean([each[name] for each in fitted.values()], axis=0) for name in (*metrics, "curve")}
-    entry |= {name: float(means[name].mean()) for name in metrics}
+    metrics = next(iter(fitted.values())).metrics
+    entry |= {name: float(np.mean([each.metrics[name] for each in fitted.values()], axis=0).mean()) for name in metrics}
     if len(seeds) > 1:
-        entry["seeds"] = {seed: {name: float(each[name].mean()) for name in metrics} for seed, each in fitted.items()}
+        entry["seeds"] = {
+            seed: {name: float(each.metrics[name].mean()) for name in metrics} for seed, each in fitted.items()
+        }
         entry["spread"] = {name: _spread([each[name] for each in entry["seeds"].values()]) for name in metrics}
+    per_class = {name: np.mean([each.per_class[name] for each in fitted.values()], axis=0) for name in metrics}
     entry["per_class"] = {
-        label: {name: float(means[name][index]) for name in metrics} for index, label in enumerate(names)
+        label: {name: float(per_class[name][index]) for name in metrics} for index, label in enumerate(names)
     }
-    entry["definitions"] = _mean([each["definitions"] for each in fitted.values()])
-    entry["precision_at_recall"] = means["curve"].mean(axis=0).tolist()
+    entry["definitions"] = _mean([each.definitions for each in fitted.values()])
+    entry["precision_at_recall"] = np.mean([each.curve for each in fitted.values()], axis=0).mean(axis=0).tolist()
     return entry
 
 
@@ -71,29 +73,28 @@ def _spread(values):
     return {"deviation": deviation, "range": [min(values), max(values)]}
 
 
-def write_report(folder, results, features, measured, images, count=4):
-    """Write results.json, per_query.npz and figures into `folder`, and print where they are, or why one is missing.
+def write_report(folder, results, features, result, images, count=4):
+    """Write results.json, per_query.npz and figures into `folder`, and print their paths, or why one is missing.
 
-    features: named Features; measured: an EvalResult; images: QueryGallery, or None where they are not at hand;
-    count: sketches in each group of the picture of retrievals.
+    features: named Features; result: the EvalResult; images: the QueryGallery, or None without a benchmark;
+    count: sketches in each group of retrievals.png.
     """
     write_json(folder / "results.json", results)
     print(f"results: {folder / 'results.json'}")
-    at_hand = _drawable(features, images)
-    write_queries(folder / QUERIES, features, measured.queries, images.query.paths if at_hand else None)
+    readable = _has_images(features, images)
+    write_queries(folder / QUERIES, features, result.per_query, images.query.paths if readable else None)
     print(f"each sketch: {folder / QUERIES}")
     try:
         draw_precision_recall(folder / "precision_recall.png", results)
         print(f"figure: {folder / 'precision_recall.png'}")
         if results["options"].get("tsne"):
-            draw_plane(folder / "tsne.png", features, results["benchmark"])
+            draw_tsne(folder / "tsne.png", features, results["benchmark"])
             print(f"figure: {folder / 'tsne.png'}")
-        if not at_hand:
+        if not readable:
             log_rank0("note: no picture of retrievals, the images of these features are not at hand (see --data_root)")
             return
-        values = measured.queries[measured.shown] | {"nearest": measured.nearest}
-        groups = retrieval_groups(features, values, results["metrics"][0], images, count)
-        title = f"{results['benchmark']}, {matching_name(measured.shown)}"
+        groups = retrieval_groups(features, result, results["metrics"][0], images, count)
+        title = f"{results['benchmark']}, {matching_name(result.shown)}"
         draw_retrievals(folder / "retrievals.png", groups, title)
         print(f"picture: {folder / 'retrievals.png'}")
     except ImportError:
@@ -103,7 +104,7 @@ def write_report(folder, results, features, measured, images, count=4):
 
 
 def matching_name(row):
-    """How a row (M, K, cluster weight), or None, matches, in words."""
+    """The name of a row (M, K, cluster weight), or None, in a title."""
     if row is None:
         return "one-to-one matching"
     subspaces, clusters, weight = row
@@ -112,27 +113,27 @@ def matching_name(row):
     )
 
 
-def write_queries(path, features, queries, files=None):
-    """Write per_query.npz: what each row gave each sketch, for models.compare.
+def write_queries(path, features, per_query, files=None):
+    """Write per_query.npz: the metrics of each sketch in each row, for models.compare.
 
-    features: named Features; queries: {row: {metric: (Q,)}}; files: of the sketches, None where they are not known.
+    features: named Features; per_query: {row: {metric: (Q,)}}; files: of the sketches, None if they are not known.
     Arrays: "rows" (R, 3) float64, M, K and cluster weight, 0 for one-to-one matching; "metrics" (n,) and "values"
-    (R, n, Q) float64; "class" and "sketch" (Q,) text, the sketch by its number where its file is not known.
+    (R, n, Q) float64; "class" and "sketch" (Q,) text, the sketch's number where its file is not known.
     """
     files = [str(number) for number in range(len(features.query_labels))] if files is None else files
     with atomic_write(path) as file:
         np.savez_compressed(
             file,
-            rows=np.array([(0, 0, 0) if row is None else row for row in queries], np.float64),
-            metrics=np.array(list(next(iter(queries.values())))),
-            values=np.stack([np.stack([np.asarray(value) for value in each.values()]) for each in queries.values()]),
+            rows=np.array([(0, 0, 0) if row is None else row for row in per_query], np.float64),
+            metrics=np.array(list(next(iter(per_query.values())))),
+            values=np.stack([np.stack([np.asarray(value) for value in each.values()]) for each in per_query.values()]),
             sketch=np.array([str(each) for each in files]),
             **{"class": np.array(features.names)[features.query_labels]},
         )
 
 
-def _drawable(features, images):
-    """Whether QueryGallery are at hand and are those that the Features were computed from."""
+def _has_images(features, images):
+    """Whether a QueryGallery can be read and is the one that the Features were computed from."""
     if images is None:
         return False
     try:
@@ -143,17 +144,27 @@ def _drawable(features, images):
     return all(np.array_equal(files.labels, labels) for files, labels in pairs)
 
 
+def print_results(results, definitions=False, per_class=False):
+    """Print the table of `results`, and those of other definitions and of classes where they are wanted."""
+    print_table(results)
+    if definitions:
+        print_definitions(results)
+    if per_class:
+        print_classes(results)
+
+
 def print_table(results):
     """Print one line per row of `results` (the content of results.json); a star marks K = number of unseen classes.
 
-    Of several mixture seeds: the mean, ± the deviation and the range of its first metric.
+    Of several mixture seeds: the mean, and the standard deviation and range of the first metric.
     """
     metrics = results["metrics"]
     counts = f"{results['queries']:,} sketches, {results['gallery']:,} photos, {results['classes']} classes"
     print(f"{results['benchmark']}: {counts}")
     spread = any("spread" in row for row in results["rows"])
     weighted = len({row["cluster_weight"] for row in results["rows"] if "cluster_weight" in row}) > 1
-    heads = "".join(f" {name:>9}" for name in metrics)
+    widths = {name: max(9, len(name)) for name in metrics}
+    heads = "".join(f" {name:>{width}}" for name, width in widths.items())
     print(
         f"{'matching':12} {'M':>2} {'K':>4} "
         + (" weight " if weighted else "")
@@ -167,7 +178,7 @@ def print_table(results):
         if weighted:
             line += f" {row.get('cluster_weight', '-'):>6} "
         if metrics[0] in row:
-            line += "".join(f" {row[name]:9.4f}" for name in metrics)
+            line += "".join(f" {row[name]:{width}.4f}" for name, width in widths.items())
         else:
             line += "  left out, a mixture collapsed"
         if "spread" in row:
@@ -180,7 +191,7 @@ def print_table(results):
 
 
 def print_definitions(results):
-    """Print each row under the DEFINITIONS of models.eval.metrics."""
+    """Print each row by the DEFINITIONS of models.eval.metrics."""
     print(f"\n{'what the same rankings are called elsewhere':31}" + "".join(f" {name:>9}" for name in STANDARD))
     for row in results["rows"]:
         for definition, values in row.get("definitions", {}).items():

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from models.eval import evaluate as evaluation
-from models.eval.evaluate import WeightedCodebook, evaluate_rows
+from models.eval.evaluate import Grid, WeightedCodebook, class_relevance, evaluate_grid, evaluate_rows
 from models.eval.features import Features
 from models.eval.matching import cluster_distances, code_members, euclidean_distances, nearest_codes
-from models.eval.metrics import STANDARD, average_precision, precision_at, precision_at_recall, rank
+from models.eval.metrics import STANDARD, ListedPhotos, average_precision, precision_at, precision_at_recall, rank
 from utils.process_pool import thread_pool
 
 
@@ -45,14 +45,14 @@ def test_all_rows_of_one_pass_equal_golden_rows(features, codebooks, golden):
 
 
 def test_rows_of_several_weights_share_distances_and_equal_their_formula(features, codebooks, golden):
-    book, labels = codebooks[2, 5], torch.from_numpy(features.query_labels)
+    book = codebooks[2, 5]
     rows = {weight: WeightedCodebook(book, weight) for weight in (0.0, 0.3, 0.8, 1.0)}
     measured = evaluate_rows(features, {None: None} | rows | {"other": codebooks[4, 7]}, dtype=torch.float64)
     query, gallery, means = (torch.from_numpy(each).double() for each in (features.query, features.gallery, book))
     cluster = cluster_distances(query, means, code_members(nearest_codes(gallery, means), 5).double())
     for weight in rows:
         scores = weight * cluster + (1 - weight) * euclidean_distances(query, gallery)
-        expected = average_precision(rank(scores, labels, torch.from_numpy(features.gallery_labels)))
+        expected = average_precision(rank(scores, class_relevance(features)))
         torch.testing.assert_close(measured[weight]["mAP@all"], expected, rtol=0, atol=1e-9)
     plain = evaluate_rows(features, {0.8: book, "other": codebooks[4, 7]}, dtype=torch.float64)
     same({key: measured[key] for key in plain}, plain)  # 0.8 by default, to the bit
@@ -85,7 +85,7 @@ def test_the_shown_row_names_its_nearest_photos(features, codebooks):
     assert [key for key, row in measured.items() if "nearest" in row] == [None]
     distances = euclidean_distances(*(torch.from_numpy(part).double() for part in (features.query, features.gallery)))
     assert torch.equal(measured[None]["nearest"], distances.sort(dim=1, stable=True).indices[:, :9])
-    ranking = rank(distances, torch.from_numpy(features.query_labels), torch.from_numpy(features.gallery_labels))
+    ranking = rank(distances, class_relevance(features))
     torch.testing.assert_close(measured[None]["curve"], precision_at_recall(ranking), rtol=0, atol=1e-12)
     torch.testing.assert_close(measured[None]["Prec@200"], precision_at(ranking, 200), rtol=0, atol=1e-12)
     torch.testing.assert_close(measured[None]["mAP@all"], average_precision(ranking), rtol=0, atol=1e-12)
@@ -144,3 +144,21 @@ def test_room_is_made_before_a_chunk_is_halved():
 
 def _illegal(_):
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_relevance_is_an_argument(features, codebooks, monkeypatch):
+    """Of each query only the first photo of its class is relevant here."""
+    monkeypatch.setattr(evaluation, "CPU_CHUNK", 8 * len(features.gallery) * 11)
+    first = [np.flatnonzero(features.gallery_labels == label)[:1] for label in features.query_labels]
+    relevance = ListedPhotos(first, len(features.gallery))
+    rows = {None: None, (2, 5): codebooks[2, 5]}
+    measured = evaluate_rows(features, rows, ("mAP@all", "Recall@9"), relevance, {None: 9}, dtype=torch.float64)
+    distances = euclidean_distances(*(torch.from_numpy(part).double() for part in (features.query, features.gallery)))
+    ranks = (distances <= distances.gather(1, torch.from_numpy(np.stack(first)))).sum(dim=1)
+    torch.testing.assert_close(measured[None]["mAP@all"], 1 / ranks.double(), rtol=0, atol=1e-12)
+    assert torch.equal(measured[None]["Recall@9"], (ranks <= 9).double())
+    assert torch.equal(measured[None]["nearest_relevant"].any(dim=1), ranks <= 9)
+    assert not torch.equal(measured[2, 5]["mAP@all"], measured[None]["mAP@all"])
+    result = evaluate_grid(features, Grid(rows=[(2, 5)], nearest=9), ("Recall@9",), relevance)
+    assert result.averages[None][None].metrics["Recall@9"].mean() == (ranks <= 9).double().mean()
+    assert result.shown == (2, 5, 0.8) and result.nearest_relevant.shape == (len(features.query), 9)

@@ -5,17 +5,22 @@ from models.eval import metrics
 from models.eval.metrics import (
     DEFINED,
     STANDARD,
+    ListedPhotos,
+    Metric,
     Ranking,
+    SameClass,
     _rank_by_order,
     average_precision,
     by_definition,
     capped_precision_at,
     class_means,
     get_metric,
+    over_queries,
     plain_average_precision,
     precision_at,
     precision_at_recall,
     rank,
+    recall_at,
 )
 
 
@@ -41,7 +46,7 @@ def plain(scores, query_labels, gallery_labels, top=None):
 @pytest.mark.parametrize("case", range(3))
 def test_metrics_equal_golden(golden, case):
     z = {name.removeprefix(f"case{case}_"): value for name, value in golden("metrics").items()}
-    ranking = rank(z["dist"], z["query_labels"], z["gallery_labels"])
+    ranking = rank(z["dist"], SameClass(z["query_labels"], z["gallery_labels"]))
     measured = {"ap_all": average_precision(ranking), "ap_200": average_precision(ranking, 200)}
     measured |= {"ap_50": average_precision(ranking, 50)}
     measured |= {f"prec_{k}": precision_at(ranking, k) for k in (100, 200)}
@@ -53,8 +58,8 @@ def test_metrics_equal_golden(golden, case):
 
 def test_definitions_of_other_papers_equal_golden(golden):
     z = golden("definitions")
-    ranking = rank(z["distances"], z["query_labels"], z["gallery_labels"])
-    found = by_definition({name: get_metric(name)(ranking) for name in DEFINED}, z["query_labels"])
+    ranking = rank(z["distances"], SameClass(z["query_labels"], z["gallery_labels"]))
+    found = by_definition({name: get_metric(name).function(ranking) for name in DEFINED}, z["query_labels"])
     prefixes = {"SBKA, SAKE": "sbka", "ZSE-SBIR": "zse", "SEM-PCYC": "sem_pcyc", "torchmetrics": "torchmetrics"}
     assert found.keys() == prefixes.keys()
     for definition, values in found.items():
@@ -98,25 +103,26 @@ def test_precision_at_recall_by_hand():
 @pytest.mark.parametrize("shift", [0, -3])
 @pytest.mark.parametrize("rows", [1, 3, 100])
 def test_ranks_with_ties_equal_the_definition(dtype, levels, shift, rows, monkeypatch):
-    monkeypatch.setattr(metrics, "CACHE", rows * 90 * 8)
+    monkeypatch.setattr(metrics, "SORT_BYTES", rows * 90 * 8)
     generator = torch.Generator().manual_seed(levels)
     scores = (torch.randint(levels, (13, 90), generator=generator) / levels + shift).to(dtype)
     gallery_labels = torch.randint(4, (90,), generator=generator)
     query_labels = torch.randint(5, (13,), generator=generator)  # class 4 has no photo
-    ranking = rank(scores, query_labels, gallery_labels, nearest=6)
+    relevance = SameClass(query_labels, gallery_labels)
+    ranking = rank(scores, relevance, nearest=6)
     for top in (None, 20):
         expected, order = plain(scores, query_labels, gallery_labels, top)
         torch.testing.assert_close(average_precision(ranking, top), expected, rtol=0, atol=1e-14, equal_nan=True)
     assert ranking.nearest.tolist() == [row[:6] for row in order]
-    hits, nearest = _rank_by_order(scores, query_labels, gallery_labels, 6)  # a GPU's way
+    hits, nearest = _rank_by_order(scores, relevance, relevance.counts(), 6)  # a GPU's way
     assert torch.equal(hits, ranking.hits) and torch.equal(nearest, ranking.nearest)
 
 
 def test_a_tie_at_the_very_end_and_across_queries():
     scores = torch.tensor([[0.0, 1.0, 1.0], [1.0, 1.0, 2.0]])
-    ranking = rank(scores, torch.tensor([1, 1]), torch.tensor([0, 0, 1]))
+    ranking = rank(scores, SameClass(torch.tensor([1, 1]), torch.tensor([0, 0, 1])))
     assert ranking.hits.tolist() == [[3], [3]]
-    ranking = rank(scores, torch.tensor([1, 1]), torch.tensor([0, 1, 0]))
+    ranking = rank(scores, SameClass(torch.tensor([1, 1]), torch.tensor([0, 1, 0])))
     assert ranking.hits.tolist() == [[2], [2]]
 
 
@@ -124,13 +130,15 @@ def test_five_photos_of_which_three_tie():
     # In order: photo 1, then the tie of 0, 2 and 4 as they stand in the gallery, then photo 3.
     scores = torch.tensor([[0.5, 0.25, 0.5, 2.0, 0.5]])
     for label, ranks in ((0, [1, 3]), (1, [2, 4]), (2, [5])):
-        ranking = rank(scores, torch.tensor([label]), torch.tensor([1, 0, 0, 2, 1]), nearest=4)
+        ranking = rank(scores, SameClass(torch.tensor([label]), torch.tensor([1, 0, 0, 2, 1])), nearest=4)
         assert ranking.hits.tolist() == [ranks]
         assert ranking.nearest.tolist() == [[1, 0, 2, 4]]
 
 
 def test_minus_zero_ties_with_zero():
-    ranking = rank(torch.tensor([[0.0, -0.0, 0.0, -0.0]]), torch.tensor([1]), torch.tensor([0, 1, 0, 1]), nearest=4)
+    ranking = rank(
+        torch.tensor([[0.0, -0.0, 0.0, -0.0]]), SameClass(torch.tensor([1]), torch.tensor([0, 1, 0, 1])), nearest=4
+    )
     assert ranking.hits.tolist() == [[2, 4]]
     assert ranking.nearest.tolist() == [[0, 1, 2, 3]]
 
@@ -140,8 +148,8 @@ def test_shuffling_the_gallery_changes_nothing_without_ties():
     scores = torch.rand(9, 60, generator=generator, dtype=torch.float64)
     query_labels, gallery_labels = torch.arange(9) % 3, torch.arange(60) % 3
     order = torch.randperm(60, generator=generator)
-    before = average_precision(rank(scores, query_labels, gallery_labels), 20)
-    after = average_precision(rank(scores[:, order], query_labels, gallery_labels[order]), 20)
+    before = average_precision(rank(scores, SameClass(query_labels, gallery_labels)), 20)
+    after = average_precision(rank(scores[:, order], SameClass(query_labels, gallery_labels[order])), 20)
     torch.testing.assert_close(before, after, rtol=0, atol=0)
 
 
@@ -161,23 +169,73 @@ def test_metrics_by_name():
         ("mAP@200", average_precision(ranking, 200)),
         ("Prec@3", precision_at(ranking, 3)),
     ):
-        assert torch.equal(get_metric(name)(ranking), value), name
-    assert get_metric("mAP@2")(ranking) != get_metric("mAP@all")(ranking)
-    assert [get_metric(name)(ranking).shape for name in STANDARD] == [(1,)] * 4
+        assert torch.equal(get_metric(name).function(ranking), value), name
+    assert get_metric("mAP@2").function(ranking) != get_metric("mAP@all").function(ranking)
+    assert [get_metric(name).function(ranking).shape for name in STANDARD] == [(1,)] * 4
 
 
 @pytest.mark.parametrize(
-    "name", ["Prec@all", "mAP@0", "mAP@-5", "Prec@ten", "mAP@", "mAP", "", "Recall@5", "map@all", "mAP@2.5", "mAP@ 5"]
+    "name", ["Prec@all", "mAP@0", "mAP@-5", "Prec@ten", "mAP@", "mAP", "", "Recall@all", "map@all", "mAP@2.5", "mAP@ 5"]
 )
-def test_a_metric_that_is_none_is_named_and_so_are_those_there_are(name):
+def test_an_unknown_metric_is_named_with_those_there_are(name):
     with pytest.raises(ValueError) as error:
         get_metric(name)
     assert str(error.value) == (
-        f"there is no metric {name!r}; there are mAP@all, plain mAP@all, mAP@k, Prec@k, plain mAP@k, capped Prec@k "
-        "with a whole number k from 1 on"
+        f"there is no metric {name!r}; there are mAP@all, plain mAP@all, mAP@k, Prec@k, Recall@k, plain mAP@k, "
+        "capped Prec@k with a whole number k from 1 on"
     )
 
 
 def test_a_metric_is_added_in_one_line(monkeypatch):
-    monkeypatch.setitem(metrics.METRICS, "First", lambda ranking, top=1: (ranking.hits[:, 0] <= top).double())
-    assert [get_metric(name)(ranking_of([2], 5)).item() for name in ("First@all", "First@2")] == [0, 1]
+    def hit_at(ranking, k):
+        return (ranking.hits[:, :1] <= k).any(dim=1).double()
+
+    monkeypatch.setitem(metrics.METRICS, "Hit", Metric(hit_at, over_queries))
+    assert [get_metric(name).function(ranking_of([2], 5)).item() for name in ("Hit@1", "Hit@2")] == [0, 1]
+
+
+def test_recall_by_hand():
+    ranking = ranking_of([2, 3, 5], 5)
+    assert [recall_at(ranking, k).item() for k in (1, 2, 4, 5, 9)] == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
+    assert recall_at(ranking_of([], 4), 2).isnan().all()
+
+
+def test_averages_are_over_classes_or_over_queries():
+    values, labels = torch.tensor([1.0, 0.0, 0.5, 0.0]), torch.tensor([4, 2, 4, 4])
+    assert get_metric("mAP@all").average(values, labels).tolist() == pytest.approx([0, 0.5])  # the mean is 1/4
+    assert get_metric("Recall@5").average(values, labels).mean().item() == pytest.approx(1.5 / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_relevance_by_list_equals_relevance_by_class(dtype):
+    generator = torch.Generator().manual_seed(0)
+    scores = (torch.randint(9, (13, 90), generator=generator) / 9).to(dtype)
+    query_labels, gallery_labels = (torch.randint(4, (count,), generator=generator) for count in (13, 90))
+    by_class = SameClass(query_labels, gallery_labels)
+    by_list = ListedPhotos([(gallery_labels == label).nonzero()[:, 0] for label in query_labels], 90)
+    one, two = rank(scores, by_class, nearest=7), rank(scores, by_list, nearest=7)
+    assert torch.equal(one.hits, two.hits) and torch.equal(one.in_gallery, two.in_gallery)
+    assert torch.equal(one.nearest, two.nearest)
+    relevant = gallery_labels[one.nearest] == query_labels[:, None]
+    assert torch.equal(one.nearest_relevant(), relevant) and torch.equal(two.nearest_relevant(), relevant)
+    chosen = torch.tensor([5, 0, 5])
+    assert torch.equal(by_class[chosen].mask(), by_class.mask()[chosen])
+    assert torch.equal(by_list[chosen].mask(), by_class.mask()[chosen])
+
+
+def test_each_sketch_can_have_a_photo_of_its_own_and_galleries_other_classes():
+    scores = torch.tensor([[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]])
+    ranking = rank(scores, ListedPhotos([[2], [0]], 3))
+    assert ranking.hits.tolist() == [[3], [1]] and recall_at(ranking, 2).tolist() == [0, 1]
+    assert average_precision(ranking).tolist() == pytest.approx([1 / 3, 1])
+    assert rank(scores, SameClass(torch.tensor([0, 1]), torch.tensor([7, 0, 1]))).hits.tolist() == [[2], [3]]
+    none = rank(scores, ListedPhotos([[], [1, 1]], 3))
+    assert none.in_gallery.tolist() == [0, 1] and average_precision(none)[0].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_is_never_ranked(dtype):
+    scores = torch.rand(3, 5, dtype=dtype)
+    scores[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        rank(scores, SameClass(torch.arange(3), torch.arange(5)))
