@@ -9,7 +9,6 @@ Reading never touches an image; `check_images` is the only function that looks f
 """
 
 import os
-import pickle
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 
 from datasets.protocols import PROTOCOLS, Protocol
 from utils.cli import InputError
-from utils.files import atomic_write, check_stat, stat_error
+from utils.files import atomic_write, check_stat, stat_error, write_pickle
 from utils.safe_pickle import read_pickled_dict
 
 LIST_DESCRIPTIONS = {  # (kind, split) of every list: what it holds
@@ -284,9 +283,7 @@ def normalise_class_name(name):
 
 def write_mask(path, mask):
     """Write mask (C, 1000) as the authors do: a pickled {label: float64 vector}, for any Python and NumPy."""
-    content = pickle.dumps(dict(enumerate(np.asarray(mask, dtype=np.float64))), protocol=2)
-    with atomic_write(path) as file:
-        file.write(content.replace(b"cnumpy._core.", b"cnumpy.core."))  # the name before NumPy 2, which knows it, too
+    write_pickle(path, dict(enumerate(np.asarray(mask, dtype=np.float64))), protocol=2)
 
 
 def _numbered_lines(path):

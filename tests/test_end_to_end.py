@@ -20,8 +20,8 @@ import train_quickdraw_ext
 import train_sketchy_ext
 import train_tuberlin_ext
 from datasets.prepare.miniature import UNSEEN_CATEGORIES
+from models.eval.features import PartialFeatures
 from models.eval.metrics import SameClass, average_precision, class_means, precision_at, rank
-from models.eval.unfinished import PartialFeatures
 from models.networks import Student, create_backbone
 from models.weights import published_state
 
@@ -226,7 +226,7 @@ def test_photos_with_equal_features_are_named(tmp_path, capsys):
     assert rows[0]["mAP@all"] == rows[1]["mAP@all"]
 
 
-def test_a_killed_extraction_goes_on(trained, miniature, tmp_path, monkeypatch, capsys):
+def test_a_killed_extraction_is_resumed(trained, miniature, tmp_path, monkeypatch, capsys):
     shutil.copy(trained / "checkpoint.pth.tar", tmp_path)
     arguments = [
         *MODEL,
@@ -256,8 +256,8 @@ def test_a_killed_extraction_goes_on(trained, miniature, tmp_path, monkeypatch, 
     batches.clear()
     assert test_sketchy_ext_zeroshot.main(arguments)["rows"] == expected
     said = capsys.readouterr().err
-    assert "features: 45 of 48 photos are there already, going on" in said  # whole batches of 5
-    assert "features: 15 of 32 sketches are there already, going on" in said
+    assert "features: resuming, 45 of 48 photos are already extracted" in said  # whole batches of 5
+    assert "features: resuming, 15 of 32 sketches are already extracted" in said
     assert sum(batches) == 80 - 45 - 15
 
 
@@ -273,7 +273,7 @@ def test_features_older_than_the_checkpoint_are_named_and_recomputed(trained, mi
     assert test_sketchy_ext_zeroshot.main(arguments)["gallery"] == 48
     said = capsys.readouterr().err
     assert "features_zero.pickle is older than model_best.pth.tar beside it, computing them anew" in said
-    assert "that was there is now features_zero.pickle.old" in said
+    assert "the former features_zero.pickle is now features_zero.pickle.old" in said
     assert (tmp_path / "features_zero.pickle.old").read_bytes() == downloaded
 
 

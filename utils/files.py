@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import platform
 import tempfile
 from contextlib import contextmanager
@@ -49,6 +50,23 @@ def write_json(path, content):
     """Write `content` as indented JSON, whole or not at all."""
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_pickle(path, content, protocol):
+    """Write `content` as a pickle of `protocol` 2 or 3 that every version of NumPy can read, whole or not at all."""
+    with atomic_write(path) as file:
+        pickle.Pickler(_OldNumpyNames(file), protocol).dump(content)
+
+
+class _OldNumpyNames:
+    """A file that takes pickles with NumPy's module names from before version 2, which later versions know, too."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, data):
+        """Called with opcodes or with the data of one large array. Neither is copied without such a name."""
+        self.file.write(bytes(data).replace(b"cnumpy._core.", b"cnumpy.core."))
 
 
 def check_writable(folder):

@@ -1,13 +1,12 @@
-"""Features of unseen-class sketches (queries) and photos (gallery): computed, or read from a features_zero.pickle.
+"""Features of sketches (queries) and photos (gallery) of unseen classes: extracted, or read from features_zero.pickle.
 
 features_zero.pickle  [gallery features (N, D) float32, gallery labels (N,), query features (Q, D), query labels (Q,),
                       None or a distance matrix, which is not read], as the authors publish it
-features_zero.json    what our own pickle was computed from, so that an outdated one is never used without a word
+features_zero.json    checkpoint, lists and options that our own pickle was computed from, to detect a stale one
 """
 
 import json
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +16,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from datasets.loaders import evaluation_loader
-from models.eval.unfinished import PartialFeatures
 from models.networks import arithmetic, normalise
 from utils import distributed
 from utils.cli import InputError
 from utils.distributed import bar_disabled, log_rank0
-from utils.files import atomic_write, sha256_of, write_json
+from utils.files import sha256_of, write_json, write_pickle
 from utils.safe_pickle import read_pickled_list
 
 FEATURES = "features_zero.pickle"
@@ -39,35 +37,35 @@ class Features:
     names: list[str] | None = None  # of the classes, by label
 
 
-def extract_all(student, images, loading, precision="fp32", keep=None):
-    """Features of QueryGallery, each process extracting its share of them; None but in process 0.
+def extract_all(student, images, loading, precision="fp32", open_partial=None):
+    """Extract the Features of a QueryGallery; each rank extracts a part of the images. None on ranks other than 0.
 
-    loading: LoaderOptions; precision: see models.networks.arithmetic. keep: a function of (title, this rank's slice)
-    that gives an Unfinished to keep features in as they come; without it a killed extraction starts anew.
+    loading: LoaderOptions; precision: see models.networks.arithmetic. open_partial: a function of (title, slice of this
+    rank) that returns the PartialFeatures to write batches to; without it an extraction that is killed starts anew.
     Raises FloatingPointError for features that are not finite.
     """
-    parts = []
-    for files, title in images.items():
+    arrays = []
+    for files, title in images.named():
         share = distributed.rank_slice(len(files))
-        part = keep(title, share) if keep else None
-        done = part.done if part else 0
+        partial = open_partial(title, share) if open_partial else None
+        done = partial.done if partial else 0
         loader = evaluation_loader(files, loading, share.start + done, share.stop)
-        rows = []
+        batches = []
         for batch in extract(student, loader, loading.device, title, precision, done):
-            part.add(batch) if part else rows.append(batch)
-        rows = part.read() if part else np.concatenate([*rows, np.empty((0, student.width), np.float32)])
+            partial.add(batch) if partial else batches.append(batch)
+        rows = partial.read() if partial else np.concatenate([*batches, np.empty((0, student.width), np.float32)])
         if not np.isfinite(rows).all():
-            if part:
-                part.remove()
+            if partial:
+                partial.remove()
             raise FloatingPointError(f"features of {title} are not finite")
-        parts += [distributed.gather_concat(rows), files.labels]
-    return Features(*parts) if distributed.get_rank() == 0 else None
+        arrays += [distributed.gather_concat(rows), files.labels]
+    return Features(*arrays) if distributed.get_rank() == 0 else None
 
 
 def extract(student, loader, device, title="features", precision="fp32", done=0):
     """Yield the L2-normalised features of each batch of `loader`: (n, D) float32 arrays.
 
-    precision: see models.networks.arithmetic. The progress bar is called `title` and begins at `done` images.
+    precision: see models.networks.arithmetic; title: of the progress bar; done: images that were extracted before.
     """
     student.eval().to(memory_format=torch.channels_last)
     total = done + len(loader.dataset)
@@ -79,9 +77,9 @@ def extract(student, loader, device, title="features", precision="fp32", done=0)
 
 
 def embed(student, images, device, precision="fp32"):
-    """L2-normalised features of images (n, 3, H, W) uint8: (n, D) float32 array. `student` is as `extract` leaves it.
+    """L2-normalised features of images (n, 3, H, W) uint8: (n, D) float32 array.
 
-    precision: see models.networks.arithmetic.
+    student: in evaluation mode and channels_last, as `extract` sets it; precision: see models.networks.arithmetic.
     """
     with torch.inference_mode(), arithmetic(precision, device):
         images = normalise(images.to(device, non_blocking=True), *student.statistics)
@@ -90,37 +88,87 @@ def embed(student, images, device, precision="fp32"):
 
 
 def compute_features(folder, student, images, loading, precision, source):
-    """Extract the Features of QueryGallery, and write them to features_zero.pickle in `folder`, for all processes.
+    """Extract the Features of a QueryGallery and write them to features_zero.pickle in `folder`; returned on all ranks.
 
-    source: what they depend on, see `source_of`. An extraction that was killed goes on where it was.
-    Raises FloatingPointError for features that are not finite.
+    source: see `source_of`. An extraction that was killed is resumed. Raises FloatingPointError for features that are
+    not finite.
     """
-    unfinished = []
+    partials = []
 
-    def keep(title, share):
-        of = f".{distributed.get_rank()}-of-{distributed.get_world_size()}" if distributed.get_world_size() > 1 else ""
-        part = PartialFeatures(folder / f".{title}{of}.unfinished", source, student.width, loading.batch_size)
-        if part.done:
-            log_rank0(f"features: {part.done:,} of {share.stop - share.start:,} {title} are there already, going on")
-        unfinished.append(part)
-        return part
+    def open_partial(title, share):
+        size = distributed.get_world_size()
+        suffix = f".{distributed.get_rank()}-of-{size}" if size > 1 else ""
+        partial = PartialFeatures(folder / f".{title}{suffix}.unfinished", source, student.width, loading.batch_size)
+        if partial.done:
+            count = share.stop - share.start
+            log_rank0(f"features: resuming, {partial.done:,} of {count:,} {title} are already extracted")
+        partials.append(partial)
+        return partial
 
-    features = extract_all(student, images, loading, precision, keep)
+    features = extract_all(student, images, loading, precision, open_partial)
     if features:
         if os.path.isfile(folder / FEATURES) and not is_ours(folder / FEATURES):
             (folder / FEATURES).replace(folder / f"{FEATURES}.old")
-            log_rank0(f"features: the {FEATURES} that was there is now {FEATURES}.old")
+            log_rank0(f"features: the former {FEATURES} is now {FEATURES}.old")
         write_features(folder / FEATURES, features, source)
-    distributed.any_rank(False)  # wait until process 0 has written the whole
-    for part in unfinished:
-        part.remove()
+    distributed.any_rank(False)  # waits until rank 0 has written the file
+    for partial in partials:
+        partial.remove()
     return features or read_features(folder / FEATURES)[0]
 
 
-def stored_features(folder, checkpoint, source):
-    """Features of features_zero.pickle in `folder`, or None if there are none, or outdated ones; prints which.
+class PartialFeatures:
+    """Features of an extraction in progress, in a hidden file, so that a killed extraction can be resumed.
 
-    checkpoint: its path, or None to take the features whatever they were computed from; source: see `source_of`.
+    The file is a line of JSON with the source of the features, followed by the features, float32.
+    """
+
+    def __init__(self, path, source, width, batch_size):
+        """Resume from the file at `path` if it has the same `source` (JSON) and `width`, else start anew."""
+        self.path, self.width = path, width
+        self.header = json.dumps([source, width]).encode() + b"\n"
+        self.done = 0  # in whole batches, so that the remaining batches are the same as without an interruption
+        if self._has_same_header():
+            is_unit = np.abs(np.linalg.norm(self.read(), axis=1) - 1) < 0.01  # a disk failure can leave zeros
+            self.done = int(np.append(is_unit, False).argmin()) // batch_size * batch_size
+        with open(path, "r+b" if self.done else "wb") as file:
+            if self.done:
+                file.truncate(len(self.header) + 4 * width * self.done)
+            else:
+                file.write(self.header)
+
+    def add(self, rows):
+        """Append rows (n, width) float32; from here on they survive the process. Raises InputError if that fails."""
+        try:
+            with open(self.path, "ab") as file:
+                file.write(rows.tobytes())
+        except OSError as error:
+            raise InputError(
+                f"{self.path.parent}: features cannot be written ({error.strerror}); make room and start again, which "
+                "resumes the extraction"
+            ) from error
+
+    def read(self):
+        """All rows so far: (n, width) float32."""
+        values = np.fromfile(self.path, np.float32, offset=len(self.header))
+        return values[: len(values) // self.width * self.width].reshape(-1, self.width)
+
+    def remove(self):
+        """Delete the file."""
+        self.path.unlink()
+
+    def _has_same_header(self):
+        try:
+            with open(self.path, "rb") as file:
+                return file.readline() == self.header
+        except FileNotFoundError:
+            return False
+
+
+def stored_features(folder, checkpoint, source):
+    """Features of features_zero.pickle in `folder`, or None if there are none or they are stale, which is printed.
+
+    checkpoint: its path, or None to accept features of any source; source: see `source_of`.
     """
     path = folder / FEATURES
     if not os.path.isfile(path):
@@ -134,7 +182,7 @@ def stored_features(folder, checkpoint, source):
 
 
 def source_of(checkpoint, model, size, precision, benchmark=None):
-    """What features depend on, for the record beside them; without lists where there is no benchmark at hand."""
+    """The source of features, for features_zero.json: what they depend on; lists only where there is a benchmark."""
     source = {"checkpoint": sha256_of(checkpoint), "model": model, "input_size": size, "precision": precision}
     if benchmark is None:
         return source
@@ -143,14 +191,14 @@ def source_of(checkpoint, model, size, precision, benchmark=None):
 
 
 def read_features(path):
-    """Read a features_zero.pickle without trusting it. Returns (Features, whether it had to be normalised).
+    """Read a features_zero.pickle as data, never as code. Returns (Features, whether they had to be normalised).
 
-    Raises InputError if the file is refused, torn, of another form, or holds a feature that has no direction.
+    Raises InputError if the file is refused, torn, of another form, or holds a feature that cannot be normalised.
     """
     content = read_pickled_list(path, 4)
     if len(content) < 4:
         raise InputError(f"{path}: expected [gallery features, gallery labels, query features, query labels, ...]")
-    parts, rescaled = [], False
+    arrays, rescaled = [], False
     for name, values, labels in (("gallery", *content[:2]), ("query", *content[2:4])):
         values, labels = _numbers(values), _numbers(labels)
         if values is None or values.ndim != 2 or not values.size:
@@ -166,11 +214,11 @@ def read_features(path):
             raise InputError(
                 f"{path}: {name} feature {row} is zero, or holds NaN or infinity; extract the features again"
             )
-        # Features that have length 1 stay as they were published, to the bit.
+        # Features of length 1 are used as they were published, to the bit.
         if np.abs(norms - 1).max() > 1e-3:
             values, rescaled = values / norms[:, None], True
-        parts += [values.astype(np.float32, copy=False), labels.astype(np.int64)]
-    features = Features(*parts)
+        arrays += [values.astype(np.float32, copy=False), labels.astype(np.int64)]
+    features = Features(*arrays)
     widths = features.gallery.shape[1], features.query.shape[1]
     if widths[0] != widths[1]:
         raise InputError(f"{path}: gallery features have {widths[0]} values, query features {widths[1]}")
@@ -178,22 +226,21 @@ def read_features(path):
 
 
 def write_features(path, features, source):
-    """Write a features_zero.pickle in the authors' form, and beside it the `source` (JSON) it was computed from."""
-    with atomic_write(path) as file:
-        content = [features.gallery, features.gallery_labels, features.query, features.query_labels, None]
-        pickle.dump(content, file, protocol=4)
+    """Write a features_zero.pickle in the authors' form, readable by any NumPy, and features_zero.json beside it."""
+    content = [features.gallery, features.gallery_labels, features.query, features.query_labels, None]
+    write_pickle(path, content, protocol=3)
     write_json(_sidecar(path), {"source": source, "sha256": sha256_of(path)})
 
 
 def is_ours(path):
-    """Whether the features at `path` are those that the record beside them speaks of."""
+    """Whether the features at `path` are those of the record beside them, so that this project wrote them."""
     return record(path).get("sha256") == sha256_of(path)
 
 
 def why_stale(path, source, checkpoint):
-    """Why features at `path` must not stand for `source` (see `write_features`), or None if they may.
+    """Why features at `path` cannot be used for `source` (see `source_of`), or None if they can.
 
-    A pickle of somebody else's has no record of its source; it is stale if `checkpoint` is newer.
+    A pickle from elsewhere has no record of its source; it is stale if `checkpoint` is newer.
     """
     if is_ours(path):
         recorded = record(path).get("source", {})
@@ -205,7 +252,7 @@ def why_stale(path, source, checkpoint):
 
 
 def features_record(folder):
-    """Which features in `folder` a result was measured on, for results.json: {"features": ...}."""
+    """The features of `folder`, as results.json records them: {"features": {"file", "sha256", "source"}}."""
     path = folder / FEATURES
     source = record(path).get("source") if is_ours(path) else None
     return {"features": {"file": str(path), "sha256": sha256_of(path), "source": source}}
@@ -216,7 +263,7 @@ def _sidecar(path):
 
 
 def record(path):
-    """What `write_features` recorded beside the features at `path`: {"source", "sha256"}, or {}."""
+    """The record that `write_features` wrote beside the features at `path`: {"source", "sha256"}, or {}."""
     try:
         content = json.loads(_sidecar(path).read_text())
     except (OSError, ValueError, RecursionError):
@@ -224,7 +271,7 @@ def record(path):
     content = content if isinstance(content, dict) else {}
     source = content.get("source")
     if not isinstance(source, dict) or any(isinstance(value, dict | list) for value in source.values()):
-        content.pop("source", None)  # ours is flat
+        content.pop("source", None)  # a record of this project is flat
     return content
 
 

@@ -175,14 +175,14 @@ def decoder_killed(place):
 
 def extraction_killed(place):
     kill(place, start_test(place))
-    assert "are there already, going on" in "".join(place.run(TEST))
+    assert "are already extracted" in "".join(place.run(TEST))
 
 
 def extraction_terminated(place):
     process = start_test(place)
     os.kill(process.pid, signal.SIGTERM)
     place.end(process, -signal.SIGTERM)
-    assert "are there already, going on" in "".join(place.run(TEST))
+    assert "are already extracted" in "".join(place.run(TEST))
 
 
 def check_killed(place, number=signal.SIGKILL):

@@ -6,8 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.eval.features import Features, extract, is_ours, read_features, why_stale, write_features
-from models.eval.unfinished import PartialFeatures
+from models.eval.features import (
+    Features,
+    PartialFeatures,
+    extract,
+    is_ours,
+    read_features,
+    why_stale,
+    write_features,
+)
 from models.networks import normalise
 from utils.cli import InputError
 
@@ -37,7 +44,7 @@ def test_features_in_the_authors_form_are_read_as_they_are(features, tmp_path):
         assert one.dtype == two.dtype and np.array_equal(one, two)
 
 
-def test_features_of_any_length_are_scaled_to_one_and_said(features, tmp_path):
+def test_features_of_any_length_are_normalised(features, tmp_path):
     f = features
     path = save(tmp_path / "f.pickle", 3 * f.gallery, f.gallery_labels, f.query, f.query_labels, None)
     back, rescaled = read_features(path)
@@ -75,7 +82,7 @@ def test_unusable_features_are_named(features, tmp_path, change, words):
         read_features(save(tmp_path / "f.pickle", f.gallery))
 
 
-def test_features_are_stale_when_what_they_came_from_changed(features, tmp_path):
+def test_features_of_another_source_are_stale(features, tmp_path):
     path, checkpoint = tmp_path / "features_zero.pickle", tmp_path / "model_best.pth.tar"
     checkpoint.write_bytes(b"weights")
     write_features(path, features, {"checkpoint": "a", "input_size": 224})
@@ -84,7 +91,7 @@ def test_features_are_stale_when_what_they_came_from_changed(features, tmp_path)
     assert why_stale(path, {"checkpoint": "a", "input_size": 64}, checkpoint) == "computed with another input_size"
     (tmp_path / "features_zero.json").write_text("[]")
     assert not is_ours(path)
-    # Somebody else's pickle has no record, or one that is not its own: the older file loses.
+    # A pickle from elsewhere has no record, or that of another file: it is stale if it is older than the checkpoint.
     save(path, features.query)
     os.utime(checkpoint, (1000, 1000))
     assert why_stale(path, {"checkpoint": "b"}, checkpoint) is None
@@ -93,7 +100,7 @@ def test_features_are_stale_when_what_they_came_from_changed(features, tmp_path)
 
 
 class Means(torch.nn.Module):
-    """Features whose right answer is known: the mean colour."""
+    """A network whose features are the mean colour."""
 
     statistics = (0.5, 0.5, 0.5), (0.25, 0.5, 1.0)
 
@@ -117,17 +124,17 @@ def expected_of(images):
     return F.normalize(normalise(images, *Means.statistics).mean(dim=(2, 3)), dim=1)
 
 
-def fill(part, student, loader):
-    for rows in extract(student, loader, "cpu", done=part.done):
-        part.add(rows)
+def fill(partial, student, loader):
+    for rows in extract(student, loader, "cpu", done=partial.done):
+        partial.add(rows)
 
 
 def test_extraction_keeps_the_order_and_normalises(images, tmp_path):
-    part = PartialFeatures(tmp_path / "part", SOURCE, 3, 4)
-    fill(part, Means(), loader(images))
-    assert part.read().dtype == np.float32
-    np.testing.assert_allclose(part.read(), expected_of(images), atol=1e-6)
-    part.remove()
+    partial = PartialFeatures(tmp_path / "part", SOURCE, 3, 4)
+    fill(partial, Means(), loader(images))
+    assert partial.read().dtype == np.float32
+    np.testing.assert_allclose(partial.read(), expected_of(images), atol=1e-6)
+    partial.remove()
     assert not list(tmp_path.iterdir())
 
 
@@ -145,11 +152,11 @@ def test_bf16_is_near_and_not_the_same(images):
 
 
 @pytest.mark.parametrize("torn", [0, 5, 17])
-def test_a_killed_extraction_goes_on_at_its_last_whole_batch(images, tmp_path, torn):
-    part = PartialFeatures(tmp_path / "part", SOURCE, 3, 4)
-    assert part.done == 0
-    fill(part, Means(), loader(images[:8]))
-    with open(part.path, "ab") as file:
+def test_a_killed_extraction_is_resumed_at_its_last_whole_batch(images, tmp_path, torn):
+    partial = PartialFeatures(tmp_path / "part", SOURCE, 3, 4)
+    assert partial.done == 0
+    fill(partial, Means(), loader(images[:8]))
+    with open(partial.path, "ab") as file:
         file.write(b"\1" * torn)  # the kill came in the middle of a write
     again = PartialFeatures(tmp_path / "part", SOURCE, 3, 4)
     assert again.done == 8
@@ -158,7 +165,7 @@ def test_a_killed_extraction_goes_on_at_its_last_whole_batch(images, tmp_path, t
 
 
 @pytest.mark.parametrize("damage", ["another source", "another width", "no header", "zeros"])
-def test_what_cannot_be_trusted_is_extracted_anew(images, tmp_path, damage):
+def test_other_or_damaged_partial_features_are_extracted_anew(images, tmp_path, damage):
     path = tmp_path / "part"
     fill(PartialFeatures(path, SOURCE, 3, 4), Means(), loader(images[:8]))
     content = bytearray(path.read_bytes())
@@ -168,15 +175,43 @@ def test_what_cannot_be_trusted_is_extracted_anew(images, tmp_path, damage):
         content[-5 * 12 :] = bytes(5 * 12)
         path.write_bytes(content)
     source = {"checkpoint": "b"} if damage == "another source" else SOURCE
-    part = PartialFeatures(path, source, 4 if damage == "another width" else 3, 2)
-    assert part.done == (2 if damage == "zeros" else 0)  # three sound rows, batches of two
-    assert len(part.read()) == part.done
+    partial = PartialFeatures(path, source, 4 if damage == "another width" else 3, 2)
+    assert partial.done == (2 if damage == "zeros" else 0)  # three rows of length 1, batches of two
+    assert len(partial.read()) == partial.done
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk is Linux's /dev/full")
 def test_a_full_disk_is_named(tmp_path):
-    part = PartialFeatures(tmp_path / "part", SOURCE, 3, 4)
-    part.path.unlink()
-    part.path.symlink_to("/dev/full")
-    with pytest.raises(InputError, match=r"features cannot be kept \(No space left on device\); make room"):
-        part.add(np.zeros((1, 3), np.float32))
+    partial = PartialFeatures(tmp_path / "part", SOURCE, 3, 4)
+    partial.path.unlink()
+    partial.path.symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"features cannot be written \(No space left on device\); make room"):
+        partial.add(np.zeros((1, 3), np.float32))
+
+
+def test_features_that_we_write_are_read_by_a_numpy_before_version_2(features, tmp_path):
+    class OldNumpy(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module.startswith("numpy._core"):
+                raise ModuleNotFoundError(module)
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+    write_features(tmp_path / "features_zero.pickle", features, SOURCE)
+    assert b"numpy._core" not in (tmp_path / "features_zero.pickle").read_bytes()
+    with open(tmp_path / "features_zero.pickle", "rb") as file:
+        gallery, gallery_labels, query, query_labels, nothing = OldNumpy(file).load()
+    assert nothing is None and gallery.flags.writeable
+    for one, two in ((gallery, features.gallery), (query, features.query)):
+        assert one.dtype == np.float32 and np.array_equal(one, two)
+    assert np.array_equal(gallery_labels, features.gallery_labels) and np.array_equal(
+        query_labels, features.query_labels
+    )
+    back, rescaled = read_features(tmp_path / "features_zero.pickle")
+    assert not rescaled and np.array_equal(back.gallery, features.gallery)
+
+
+def test_an_array_too_large_for_one_buffer_is_written_whole(tmp_path):
+    large = Features(unit(40_000), np.arange(40_000), unit(3), np.arange(3))
+    write_features(tmp_path / "features_zero.pickle", large, SOURCE)
+    assert np.array_equal(read_features(tmp_path / "features_zero.pickle")[0].gallery, large.gallery)
+    assert b"numpy._core" not in (tmp_path / "features_zero.pickle").read_bytes()
