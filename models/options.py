@@ -100,8 +100,8 @@ def test_parser(protocol):
     add("--resume_dir", "-s", type=_path, metavar="DIR|FILE", help="checkpoint to test, or its folder, which also "
         f"takes the results and may hold features_zero.pickle (default: {_checkpoint_folder(protocol)})")  # fmt: skip
     add("--metrics", type=_metric, nargs="+", default=list(protocol.metrics), metavar="NAME",
-        help="columns of the table, of which the first sorts classes and pictures: "
-        f"{', '.join(METRICS)}, each with @k or, for a mAP, @all (default: {' '.join(protocol.metrics)})")  # fmt: skip
+        help=f"columns of the table: {', '.join(METRICS)}, each with a cut @k, or a mAP with @all; the first one sorts "
+        "classes and pictures")  # fmt: skip
     add(
         "--mode",
         type=int,

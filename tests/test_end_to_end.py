@@ -108,6 +108,25 @@ def test_features_alone_are_enough(tmp_path, monkeypatch, script, map_at, prec_a
     assert expected[0] < 0.99
 
 
+def test_any_test_takes_any_metrics(tmp_path, capsys):
+    gallery, gallery_labels, query, query_labels = features_of_three_classes(tmp_path / "features_zero.pickle")
+    arguments = ["--resume_dir", str(tmp_path), "--mode", "1", "--device", "cpu", "--distances", "float64"]
+    results = test_quickdraw_ext_zeroshot.main([*arguments, "--metrics", "Recall@5", "mAP@all", "plain mAP@9"])
+    assert results["metrics"] == results["options"]["metrics"] == ["Recall@5", "mAP@all", "plain mAP@9"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["matching", "M", "K", "Recall@5", "mAP@all", "plain", "mAP@9"]
+    distances = np.linalg.norm(query[:, None].astype(float) - gallery[None], axis=2)
+    relevant = gallery_labels[distances.argsort(axis=1)[:, :5]] == query_labels[:, None]
+    recall = relevant.sum(axis=1) / 20  # 60 photos of 3 classes
+    row = results["rows"][0]
+    assert row["Recall@5"] == pytest.approx(recall.mean(), abs=1e-12) and 0 < row["Recall@5"] < 0.25
+    assert row["per_class"]["0"]["Recall@5"] == pytest.approx(recall[query_labels == 0].mean(), abs=1e-12)
+    with np.load(tmp_path / "per_query.npz", allow_pickle=False) as kept:
+        np.testing.assert_allclose(kept["values"][0, list(kept["metrics"]).index("Recall@5")], recall, atol=1e-12)
+    default = test_quickdraw_ext_zeroshot.main(arguments)
+    assert default["metrics"] == ["mAP@all", "Prec@200"] and default["rows"][0]["mAP@all"] == row["mAP@all"]
+
+
 def test_a_terminated_test_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     features_of_three_classes(tmp_path / "features_zero.pickle", width=16)
     monkeypatch.setattr("models.testing.evaluate_grid", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
@@ -328,8 +347,9 @@ def test_bad_input_to_a_test_ends_in_one_line(trained, miniature, tiny, tmp_path
         return fails(test_sketchy_ext_zeroshot.main, *arguments)
 
     assert "neither model_best.pth.tar nor features_zero.pickle" in error(folder=tmp_path / "empty")
-    assert "holds a convnextv2_atto, see --model" in error("--model", "convnextv2_femto")
-    assert "its head has 1000 classes, not 12" in error("--imagenet_classes", 12)
+    assert "was trained with convnextv2_atto; leave --model out" in error("--model", "convnextv2_femto")
+    assert "was trained with 1000; leave --imagenet_classes out" in error("--imagenet_classes", 12)
+    assert "--metrics: there is no metric 'mAP@ten'; there are mAP@all" in error("--metrics", "Recall@5", "mAP@ten")
     assert "trained on 29 seen classes, but cname_cid.txt lists 2" in error("--data_root", tiny)
     assert "no such data folder" in error("--data_root", tmp_path / "nowhere")
     assert "--clusters 50: the gallery has only 48 photos" in error("--clusters", 50)

@@ -45,7 +45,7 @@ def extract_all(student, images, loading, precision="fp32", open_partial=None):
     Raises FloatingPointError for features that are not finite.
     """
     arrays = []
-    for files, title in images.named():
+    for files, title in images.items():
         share = distributed.rank_slice(len(files))
         partial = open_partial(title, share) if open_partial else None
         done = partial.done if partial else 0
