@@ -1,6 +1,7 @@
 """The lists, class names and semantic masks of a benchmark folder, read and written; every line is checked.
 
-    <root>/<zero_version>/<list>.txt     one image a line: `relative/path with spaces.png 12`, labels 0..C-1
+    <root>/<zero_version>/<list>.txt     one image a line: `relative/path with spaces.png 12`, labels 0..C-1; the label
+                                         follows a space or a tab
     <root>/<zero_version>/cname_cid.txt  seen classes, `class name 12`; cname_cid_zero.txt the unseen ones
     <root>/<zero_version>/cid_mask.pickle  {label: float64 vector (1000,)}, by Python 2 or 3
     <root>/<zero_version>/title.txt      optional, ours: a line, what tables and pictures call a benchmark of one's own
@@ -8,6 +9,7 @@
 Reading never touches an image; `check_images` is the only function that looks for them.
 """
 
+import io
 import os
 import unicodedata
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import numpy as np
 
 from datasets.protocols import PROTOCOLS, Protocol
 from utils.cli import InputError
-from utils.files import atomic_write, check_stat, stat_error, write_pickle
+from utils.files import atomic_write, check_stat, dump_pickle, stat_error
 from utils.safe_pickle import read_pickled_dict
 
 LIST_DESCRIPTIONS = {  # (kind, split) of every list: what it holds
@@ -25,11 +27,13 @@ LIST_DESCRIPTIONS = {  # (kind, split) of every list: what it holds
     ("sketch", "test"): "validation sketches",
     ("sketch", "zero"): "unseen sketches",
     ("photo", "train"): "training photos",
+    ("photo", "test"): "held-back photos",  # of seen classes, for generalised retrieval; optional
     ("photo", "zero"): "unseen photos",
 }
 CLASS_NAME_FILES = "cname_cid.txt", "cname_cid_zero.txt"  # of seen and of unseen classes
 MASK_FILE = "cid_mask.pickle"
 TITLE_FILE = "title.txt"
+WINDOWS_PATHS = "Windows paths: replace each \\ in the list by /"
 _MAKE_MASK = "make one with python -m datasets.prepare mask, or train without: --no_mask"
 
 
@@ -229,6 +233,13 @@ def read_class_names(path, on_error=raise_input_error):
     return [names[label] for label in sorted(names)]
 
 
+def read_names(path):
+    """Class names of a text file, one a line; a file like cname_cid.txt, with labels from 0, is read as well."""
+    lines = [line for _, line in _numbered_lines(path)]
+    labels = [line.rpartition(" ")[2] for line in lines]
+    return read_class_names(path) if sorted(labels) == sorted(map(str, range(len(lines)))) else lines
+
+
 def read_mask(path, classes, imagenet_classes=1000):
     """Semantic mask a (classes, imagenet_classes) float32, row c for seen class c.
 
@@ -258,7 +269,8 @@ def check_images(files):
             place = f"{files.source}:{files.lines[index]}"
             if why := stat_error(files.root / name):
                 raise InputError(f"{place}: {files.root / name} cannot be read ({why}); correct that")
-            raise InputError(f"{place}: no image {files.root / name}; unpack the data, or set --data_root")
+            way_out = WINDOWS_PATHS if "\\" in name else "unpack the data, or set --data_root"
+            raise InputError(f"{place}: no image {files.root / name}; {way_out}")
 
 
 def write_list(path, rows):
@@ -283,7 +295,15 @@ def normalise_class_name(name):
 
 def write_mask(path, mask):
     """Write mask (C, 1000) as the authors do: a pickled {label: float64 vector}, for any Python and NumPy."""
-    write_pickle(path, dict(enumerate(np.asarray(mask, dtype=np.float64))), protocol=2)
+    with atomic_write(path) as file:
+        file.write(format_mask(mask))
+
+
+def format_mask(mask):
+    """Bytes of a mask (C, 1000), see `write_mask`."""
+    file = io.BytesIO()
+    dump_pickle(file, dict(enumerate(np.asarray(mask, dtype=np.float64))), protocol=2)
+    return file.getvalue()
 
 
 def _numbered_lines(path):
@@ -307,7 +327,8 @@ def _numbered_lines(path):
 
 
 def _split_label(path, number, line, on_error):
-    name, _, label = line.rpartition(" ")
+    end = max(line.rfind(" "), line.rfind("\t"))
+    name, label = line[: max(end, 0)], line[end + 1 :]
     if not name.strip() or "\0" in name or not label.isascii() or not label.isdigit() or len(label) > 9:
         on_error(f"{path}:{number}: expected 'path label' with a whole number 0.. at the end, found {line!r}")
         return None

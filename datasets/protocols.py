@@ -51,6 +51,10 @@ class Protocol:
         patterns = self.sketch_lists if kind == "sketch" else self.photo_lists
         return [pattern.format(split) for pattern in patterns]
 
+    def is_derived(self, zero_version):
+        """Whether a folder of lists is derived from that of the protocol: zeroshot2_held_out_0 from zeroshot2."""
+        return zero_version.startswith(f"{self.zero_version}_")
+
     def split_batch(self, batch_size):
         """(sketches, photos) in a batch of `batch_size`: B//3 + 2·(B//3), or B//10 + 9·(B//10)."""
         unit = batch_size // (self.sketch_share + self.photo_share)
@@ -192,10 +196,13 @@ PROTOCOLS = {row.name: row for row in _ROWS}
 def protocol_of(name, zero_version):
     """Name of the protocol whose lists are in the folder `zero_version` of the data set of protocol `name`.
 
-    For a folder that belongs to no protocol, this is `name` itself.
+    Lists derived from those of a protocol, such as zeroshot2_held_out_0, belong to it, too. For a folder that belongs
+    to no protocol, this is `name` itself.
     """
     data_root = PROTOCOLS[name].data_root
     split = (
-        other for other, row in PROTOCOLS.items() if (row.data_root, row.zero_version) == (data_root, zero_version)
+        other
+        for other, row in PROTOCOLS.items()
+        if row.data_root == data_root and (zero_version == row.zero_version or row.is_derived(zero_version))
     )
     return next(split, name)

@@ -223,8 +223,12 @@ def _plain(value):
 
 def _checkpoint_folder(protocol, zero_version=None):
     folder = Path(protocol.checkpoint)
-    # Splits of one data set keep apart; a data set with one split has its checkpoints in a folder of its own name.
-    return folder.with_name(zero_version) if zero_version and folder.name == protocol.zero_version else folder
+    if zero_version is None:
+        return folder
+    # A folder for each split; a data set with one split has its checkpoints in a folder of its own name.
+    if folder.name == protocol.zero_version:
+        return folder.with_name(zero_version)
+    return folder / zero_version if protocol.is_derived(zero_version) else folder
 
 
 def _add_data(parser, protocol):

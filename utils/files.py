@@ -55,7 +55,12 @@ def write_json(path, content):
 def write_pickle(path, content, protocol):
     """Write `content` as a pickle of `protocol` 2 or 3 that every version of NumPy can read, whole or not at all."""
     with atomic_write(path) as file:
-        pickle.Pickler(_OldNumpyNames(file), protocol).dump(content)
+        dump_pickle(file, content, protocol)
+
+
+def dump_pickle(file, content, protocol):
+    """Write the pickle of `write_pickle` to an open binary file."""
+    pickle.Pickler(_OldNumpyNames(file), protocol).dump(content)
 
 
 class _OldNumpyNames:

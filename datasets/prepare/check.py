@@ -12,6 +12,7 @@ from datasets.lists import (
     CLASS_NAME_FILES,
     LIST_DESCRIPTIONS,
     MASK_FILE,
+    WINDOWS_PATHS,
     Benchmark,
     check_root,
     find_layout,
@@ -143,9 +144,9 @@ def _read_lists(benchmark, custom, findings):
     """{(kind, split): FileList} of the lists that can be read."""
     lists = {}
     for key in LIST_DESCRIPTIONS:
-        path, optional = benchmark.path(*key), key == ("sketch", "test")
+        path, optional = benchmark.path(*key), key[1] == "test"
         if optional and not os.path.isfile(path) and not stat_error(path):
-            if benchmark.protocol.has_validation:
+            if benchmark.protocol.has_validation and key[0] == "sketch":
                 report = findings.note if custom else findings.fault
                 report(
                     "lists",
@@ -265,6 +266,8 @@ def _missing(files, findings):
 
 def _way_out(path, names):
     """What the user can do about the missing image `path`; names: the _FileNames of its folder."""
+    if "\\" in str(path):
+        return WINDOWS_PATHS
     if names.error:
         return f"its folder cannot be read ({names.error}); correct that"
     if path.is_symlink():

@@ -3,19 +3,23 @@
 import os
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from datasets.lists import (
     LIST_DESCRIPTIONS,
     MASK_FILE,
+    TITLE_FILE,
     check_root,
     find_layout,
     format_list,
     open_benchmark,
+    read_names,
     write_mask,
 )
 from datasets.prepare.check import check_benchmark, check_result_to_json, print_check_result
-from datasets.prepare.make_lists import lists_from_images, lists_from_lists
+from datasets.prepare.hold_out import derive_lists
+from datasets.prepare.make_lists import lists_from_class_folders, lists_from_images, lists_from_lists
 from datasets.prepare.miniature import SEEN_CATEGORIES, UNSEEN_CATEGORIES, write_miniature
 from datasets.protocols import PROTOCOLS, protocol_of
 from utils import cli
@@ -44,16 +48,8 @@ def create_parser():
         added.add_argument("root", type=Path, help="folder of the data set")
         return added
 
-    lists = command("lists", make_lists, "write the lists of a benchmark from its image folders")
-    _add_protocol(lists)
-    _add_zero_version(lists, "that of the protocol")
-    lists.add_argument("--held_back", type=cli.number_type(int, 0, 10**6, "a whole number, 0 or more"), metavar="N",
-        help="number of sketches of each seen class in the validation list; 0 writes no such list (default: 50 for "
-        "Sketchy, 10 for TU-Berlin Ext, 0 for QuickDraw Ext)")  # fmt: skip
-    lists.add_argument("--seed", type=cli.seed_type, help="chooses the sketches that are held back (default: 0)")
-    lists.add_argument("--convert", type=cli.folder_name, metavar="NAME", help="convert the "
-        "lists of another release in this folder, such as zeroshot0, instead of reading the image folders")  # fmt: skip
-    lists.add_argument("--force", action="store_true", help="replace existing lists")
+    _add_lists_options(command("lists", make_lists, "write the lists of a benchmark from its image folders, from the "
+        "lists of another release, or with seen classes held out"))  # fmt: skip
 
     mask = command("mask", make_mask, "compute the semantic mask of the seen classes from WordNet 3.0")
     _add_protocol(mask)
@@ -81,6 +77,43 @@ def create_parser():
     return parser
 
 
+def _add_lists_options(parser):
+    either = parser.add_mutually_exclusive_group(required=True)
+    _add_protocol(either, required=False)
+    either.add_argument("--custom", action="store_true", help="a benchmark of your own, from any folders of class "
+        "folders")  # fmt: skip
+    _add_zero_version(parser, "that of the protocol; with --custom zeroshot1, or the first one found")
+    add, whole = parser.add_argument, cli.number_type(int, 0, 10**6, "a whole number, 0 or more")
+    add("--held_back", type=whole, metavar="N",
+        help="number of sketches of each seen class in the validation list; 0 writes no such list (default: 50 for "
+        "Sketchy, 10 for TU-Berlin Ext, else 0)")  # fmt: skip
+    add("--seed", type=cli.seed_type, help="chooses what is held back, and held-out and unseen classes (default: 0)")
+    add("--convert", type=cli.folder_name, metavar="NAME", help="convert the "
+        "lists of another release in this folder, such as zeroshot0, instead of reading the image folders")  # fmt: skip
+    add("--force", action="store_true", help="replace existing lists")
+    add = parser.add_argument_group("lists derived from the lists of --zero_version").add_argument
+    add("--hold_out_classes", type=cli.number_type(int, 2, 10**6, "a whole number, 2 or more"), metavar="N",
+        help="hold out N of the seen classes, which are the unseen ones of the new lists")  # fmt: skip
+    add("--hold_out_photos", type=_photos_of_a_class, metavar="SHARE|N",
+        help="hold back a share of the training photos of each seen class, such as 0.1, or N of each: the list "
+        "'test' of photos, for generalised retrieval")  # fmt: skip
+    add("--out", type=Path, metavar="NAME|DIR/NAME",
+        help="folder of the new lists; in another DIR, links to the image folders are made beside it (default: "
+        "<zero_version>_held_out_<seed>, or _held_back_<seed> without held-out classes)")  # fmt: skip
+    add = parser.add_argument_group("lists of a benchmark of your own (--custom)").add_argument
+    add("--sketches", nargs="+", metavar="DIR", help="folders of class folders, inside the data set (default: sketch, "
+        "or train/sketch and val/sketch)")  # fmt: skip
+    add("--photos", nargs="+", metavar="DIR", help="the same for photos")
+    add("--unseen", type=Path, metavar="FILE", help="names of the unseen classes, one a line (default: the classes of "
+        "val/)")  # fmt: skip
+    add("--unseen_classes", type=cli.positive_int, metavar="N", help="or their number; --seed chooses them")
+
+
+def _photos_of_a_class(text):
+    value = cli.number_type(float, 1e-6, 10**6, "a share below 1, or a whole number of photos")(text)
+    return cli.positive_int(text) if value >= 1 else value
+
+
 def _add_protocol(parser, **kwargs):
     kwargs = {"required": True} | kwargs
     parser.add_argument("--protocol", choices=PROTOCOLS, metavar="|".join(PROTOCOLS), help="the benchmark", **kwargs)
@@ -96,12 +129,22 @@ def make_lists(options):
 
     All lists are made before the first one is written, and they are written together.
     """
-    protocol = PROTOCOLS[options.protocol]
     check_root(options.root)
+    _check_lists_options(options)
+    if options.hold_out_classes or options.hold_out_photos:
+        return make_derived_lists(options)
+    protocol = PROTOCOLS[options.protocol or "sketchy"]
     if options.convert:
         if options.held_back is not None or options.seed is not None:
             raise InputError("--convert keeps the validation list of the release; leave out --held_back and --seed")
         lists, notes = lists_from_lists(protocol, options.root, options.convert)
+    elif options.custom:
+        protocol = replace(protocol, published={})
+        unseen = read_names(options.unseen) if options.unseen else options.unseen_classes
+        folders = {"sketch": options.sketches, "photo": options.photos}
+        lists, notes = lists_from_class_folders(
+            protocol, options.root, folders, unseen, options.held_back or 0, options.seed or 0
+        )
     else:
         held_back = protocol.held_back if options.held_back is None else options.held_back
         lists, notes = lists_from_images(protocol, options.root, held_back, options.seed or 0)
@@ -110,7 +153,7 @@ def make_lists(options):
     _check_old_lists(folder, protocol, lists, new, options)
     for line in notes:
         print(line, file=sys.stderr)
-    _write_together(folder, new)
+    _write_together(folder, {name: format_list(rows) for name, rows in new.items()})
     for name, rows in lists.items():
         published = _published(protocol, name)
         beside = f" (published: {published:,})" if published else ""
@@ -133,12 +176,87 @@ def _check_old_lists(folder, protocol, lists, new, options):
         raise InputError(f"{held_back}: is there, but nothing is held back; move it away, or see --held_back")
 
 
-def _write_together(folder, lists):
-    """Write {name: rows} into `folder`. No list changes before all new ones are on the disk under temporary names."""
+def _check_lists_options(options):
+    """Raise InputError for options of `lists` that do not go together."""
+    derived = options.hold_out_classes or options.hold_out_photos
+    own = {"--sketches": options.sketches, "--photos": options.photos, "--unseen": options.unseen,
+           "--unseen_classes": options.unseen_classes}  # fmt: skip
+    given = [name for name, value in own.items() if value]
+    if given and (derived or not options.custom):
+        raise InputError(f"{given[0]}: is for lists of a benchmark of your own from its class folders; see --custom")
+    if options.unseen and options.unseen_classes:
+        raise InputError("--unseen and --unseen_classes: use one of them")
+    if options.convert and (options.custom or derived):
+        raise InputError("--convert: is for the lists of a release of --protocol; hold out classes of its result")
+    if options.out and not derived:
+        raise InputError("--out: is for --hold_out_classes and --hold_out_photos; see --zero_version")
+
+
+def make_derived_lists(options):
+    """Write lists derived from others: with seen classes held out, or photos of seen classes held back, or both."""
+    name, zero_version = options.protocol, options.zero_version
+    if options.custom:
+        name, zero_version = find_layout(options.root, zero_version)
+    benchmark, seed = open_benchmark(name, options.root, zero_version), options.seed or 0
+    ending = "held_out" if options.hold_out_classes else "held_back"
+    out = options.out or Path(f"{benchmark.lists.name}_{ending}_{seed}")
+    folder = out if len(out.parts) > 1 else options.root / out
+    contents = derive_lists(
+        benchmark, options.hold_out_classes or 0, options.hold_out_photos or 0, options.held_back or 0, seed
+    )
+    _check_derived_folder(folder, contents, benchmark, options.force)
+    links = image_links(benchmark, folder.parent)
+    _write_together(folder, contents)
+    for link, target in links.items():
+        link.symlink_to(target)
+        print(f"{link}: a link to {target}")
+    for name, content in contents.items():
+        lines = content.count(b"\n") if name.endswith(".txt") else None
+        print(f"{folder / name}" + (f": {lines:,}" if lines and name != TITLE_FILE else ""))
+    print(f"{contents[TITLE_FILE].decode().strip()}: --data_root {folder.parent} --zero_version {folder.name}")
+
+
+def _check_derived_folder(folder, contents, benchmark, force):
+    """Raise InputError if writing `contents` into `folder` would replace lists without --force, or leave old ones."""
+    if os.path.realpath(folder) == os.path.realpath(benchmark.lists):
+        raise InputError(f"--out {folder}: is the folder that the new lists are made from; choose another")
+    if not os.path.lexists(folder):
+        return
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: is no folder; choose another with --out")
+    if not force:
+        raise InputError(f"{folder}: is there already; choose another with --out, or replace its lists with --force")
+    known = {name for key in LIST_DESCRIPTIONS for name in benchmark.protocol.list_names(*key)} | {MASK_FILE}
+    if left := sorted(name for name in known - contents.keys() if os.path.lexists(folder / name)):
+        raise InputError(f"{folder / left[0]}: would remain beside lists that it does not fit; move it away")
+
+
+def image_links(benchmark, root):
+    """{link: target} of the image folders that the lists of `benchmark` need in another data folder `root`.
+
+    Raises InputError where something else has the name of an image folder there.
+    """
+    links = {}
+    if os.path.realpath(root) == os.path.realpath(benchmark.root):
+        return links
+    for key in LIST_DESCRIPTIONS:
+        if not os.path.isfile(benchmark.path(*key)):
+            continue
+        for top in {path.split("/")[0] for path in benchmark.read(*key).paths}:
+            link, target = root / top, Path(os.path.realpath(benchmark.root / top))
+            if not os.path.lexists(link):
+                links[link] = target
+            elif os.path.realpath(link) != str(target):
+                raise InputError(f"{link}: is not {target}, which the lists need there; choose another --out DIR/NAME")
+    return links
+
+
+def _write_together(folder, contents):
+    """Write {name: bytes} into `folder`. No file changes before all new ones are on the disk under temporary names."""
     with signals_blocked(), ExitStack() as renames:
-        for name, rows in lists.items():
+        for name, content in contents.items():
             file = renames.enter_context(atomic_write(folder / name))
-            file.write(format_list(rows))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
 

@@ -1,11 +1,13 @@
 """Make the lists of a benchmark from its image folders, or from the lists of another release.
 
-`lists_from_images` reads class folders in any layout that the protocols name. `lists_from_lists` reads lists under any
-name that a release gives them. Both return the lists without writing them, and neither opens an image.
+`lists_from_images` reads class folders in any layout that the protocols name, `lists_from_class_folders` those of a
+benchmark of one's own. `lists_from_lists` reads lists under any name that a release gives them. They return the lists
+without writing them, and none opens an image.
 """
 
 import difflib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from utils.cli import InputError
 from utils.files import check_stat, is_regular_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+CLASS_FOLDERS = {"sketch": ("sketch", "sketches"), "photo": ("photo", "photos", "images")}  # of other projects
+PARTS = ("train", "val", "test")  # folders with such folders, in which seen and unseen classes are apart
 
 
 def lists_from_images(protocol, root, held_back, seed=0):
@@ -31,6 +35,17 @@ def lists_from_images(protocol, root, held_back, seed=0):
     classes = protocol.seen_names + protocol.unseen_names
     sketches = class_images(root, protocol.sketch_folders, classes, notes)
     photos = class_images(root, protocol.photo_folders, classes, notes)
+    lists = _lists_of_classes(protocol, root, sketches, photos, held_back, seed)
+    if held_back:
+        notes.append(
+            f"note: {held_back} sketches of each seen class are held back for validation, chosen by --seed {seed}; "
+            "they are not the ones that the release held back"
+        )
+    return lists, notes
+
+
+def _lists_of_classes(protocol, root, sketches, photos, held_back, seed):
+    """{file name: rows}, see `lists_from_images`; sketches, photos: {class: paths} of all classes of `protocol`."""
     rows = {(kind, split): [] for kind in ("sketch", "photo") for split in ("train", "zero")}
     rows["sketch", "test"] = []
     for label, name in enumerate(protocol.seen_names):
@@ -46,15 +61,10 @@ def lists_from_images(protocol, root, held_back, seed=0):
     for label, name in enumerate(protocol.unseen_names):
         rows["sketch", "zero"] += [(path, label) for path in sketches[name]]
         rows["photo", "zero"] += [(path, label) for path in photos[name]]
-    if held_back:
-        notes.append(
-            f"note: {held_back} sketches of each seen class are held back for validation, chosen by --seed {seed}; "
-            "they are not the ones that the release held back"
-        )
     lists = {protocol.list_names(*key)[0]: part for key, part in rows.items() if part}
     for name, names in zip(CLASS_NAME_FILES, (protocol.seen_names, protocol.unseen_names), strict=True):
         lists[name] = list(zip(names, range(len(names)), strict=True))
-    return lists, notes
+    return lists
 
 
 def class_images(root, sources, classes, notes):
@@ -217,3 +227,100 @@ def _left_out(protocol, root, classes, lists, notes):
         f"{counts.min()}{f' to {counts.max()}' if counts.max() > counts.min() else ''} of each class"
     )
     return rows
+
+
+def lists_from_class_folders(protocol, root, folders=None, unseen=None, held_back=0, seed=0):
+    """Make lists of a benchmark of one's own, named like those of `protocol`, from any folders of class folders.
+
+    folders: {"sketch": [...], "photo": [...]}, relative to root; None finds `sketch` and `photo`, or both of them in
+    `train` and `val`. unseen: a number of classes, chosen by `seed`, or names of classes; with None they are the
+    classes of `val`. held_back: as in `lists_from_images`. Labels follow the alphabet.
+    Returns the same as `lists_from_images`. Raises InputError where there are no such folders or classes, where no
+    class remains seen, and as `lists_from_images` does.
+    """
+    notes, images = [], {"sketch": {}, "photo": {}}  # {kind: {normalised class name: {folder: paths}}}
+    names = {}
+    for kind, known in images.items():
+        for source in (folders or {}).get(kind) or _find_class_folders(root, kind):
+            check_stat(Path(root) / source)
+            if not os.path.isdir(Path(root) / source):
+                raise InputError(f"{Path(root) / source}: no such folder; name folders of class folders inside {root}")
+            for name, folder in _own_class_folders(Path(root) / source, notes).items():
+                names.setdefault(name, folder)
+                found = _images(Path(root) / source / folder, notes)
+                known.setdefault(name, {})[source] = [f"{source}/{folder}/{image}" for image in found]
+    both = images["sketch"].keys() & images["photo"].keys()
+    if without := sorted(names[name] for name in names.keys() - both):
+        notes.append(f"note: {len(without)} classes have no sketches or no photos, first {without[0]!r}: left out")
+    classes = sorted(both, key=names.get)
+    if unseen is None:
+        chosen = _apart(root, images, classes, names)
+    elif isinstance(unseen, int):
+        if unseen >= len(classes):
+            raise InputError(f"--unseen_classes {unseen}: {root} has {len(classes)} classes; some must remain seen")
+        chosen = {classes[index] for index in np.random.default_rng(seed).permutation(len(classes))[:unseen]}
+    else:
+        chosen = set(map(normalise_class_name, unseen))
+        if unknown := [name for name in unseen if normalise_class_name(name) not in both]:
+            raise InputError(
+                f"--unseen: {unknown[0]!r} is no class of {root} with sketches and photos{_alike(unknown[0], names)}"
+            )
+    if not chosen or len(chosen) == len(classes):
+        raise InputError(f"{root}: {len(chosen)} of {len(classes)} classes are unseen; some must be, and not all")
+    seen = [names[name] for name in classes if name not in chosen]
+    own = replace(protocol, seen_names=tuple(seen), unseen_names=tuple(names[n] for n in classes if n in chosen))
+    paths = {
+        kind: {names[name]: [path for part in images[kind][name].values() for path in part] for name in classes}
+        for kind in images
+    }
+    return _lists_of_classes(own, root, paths["sketch"], paths["photo"], held_back, seed), notes
+
+
+def _find_class_folders(root, kind):
+    """Folders of class folders under the names that other projects give them, relative to `root`."""
+    for parts in ([""], PARTS):
+        own = [os.path.join(part, name) for part in parts for name in CLASS_FOLDERS[kind]]
+        if found := [each for each in own if os.path.isdir(Path(root) / each)]:
+            return found
+    option = {"sketch": "--sketches", "photo": "--photos"}[kind]
+    raise InputError(
+        f"{root}: no folder {CLASS_FOLDERS[kind][0]} or train/{CLASS_FOLDERS[kind][0]}; "
+        f"name the folders of class folders with {option}"
+    )
+
+
+def _own_class_folders(source, notes):
+    """{normalised class name: name of its folder in `source`}."""
+    folders = {}
+    for entry in _entries(source):
+        if not os.path.isdir(entry.path):
+            check_stat(entry.path)
+            continue
+        _check_name(entry.name, source)
+        name = normalise_class_name(entry.name)
+        if name in folders:
+            raise InputError(f"{source}: {folders[name]!r} and {entry.name!r} are one class; merge them")
+        folders[name] = entry.name
+        _note_links([entry], source, notes)
+    return folders
+
+
+def _apart(root, images, classes, names):
+    """The unseen classes of folders that have them apart from the seen ones: those that are not in `train`."""
+    parts = {
+        name: {source.split("/")[0] for kind in images for source in images[kind][name]} & set(PARTS)
+        for name in classes
+    }
+    if not all(parts.values()):
+        raise InputError(f"{root}: choose the unseen classes by --unseen FILE or --unseen_classes N")
+    if both := [names[name] for name in classes if "train" in parts[name] and len(parts[name]) > 1]:
+        raise InputError(
+            f"{root}: {both[0]!r} is in train and in {max(parts[normalise_class_name(both[0])] - {'train'})}, so these "
+            "folders do not part the classes; choose the unseen ones by --unseen FILE or --unseen_classes N"
+        )
+    return {name for name in classes if "train" not in parts[name]}
+
+
+def _alike(name, names):
+    alike = difflib.get_close_matches(name, names.values(), n=1)
+    return f"; rename it to {alike[0]!r} if that is it" if alike else ""

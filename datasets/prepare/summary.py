@@ -172,12 +172,13 @@ def _tile(sample, what):
 
 
 def _table(found):
-    top = {key: max([1, *(row.counts.get(key, 0) for row in found.classes)]) for key in LIST_DESCRIPTIONS}
-    heads = "".join(f"<th>{name}" for name in LIST_DESCRIPTIONS.values())
+    shown = [key for key in LIST_DESCRIPTIONS if key in found.lists]
+    top = {key: max([1, *(row.counts.get(key, 0) for row in found.classes)]) for key in shown}
+    heads = "".join(f"<th>{LIST_DESCRIPTIONS[key]}" for key in shown)
     lines = [f"<tr><th>label<th>class<th>{heads}</tr>"]
     for row in found.classes:
         cells = [f"<td>{row.label}", f'<th><a href="#{row.anchor}">{escape(row.name)}</a>', f"<td>{_seen(row)}"]
-        for key in LIST_DESCRIPTIONS:
+        for key in shown:
             share = 100 * row.counts.get(key, 0) / top[key]
             cells.append(f'<td style="--share:{share:.3g}%">{_format_count(row.counts.get(key))}')
         lines.append(f"<tr>{''.join(cells)}</tr>")

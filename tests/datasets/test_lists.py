@@ -25,6 +25,21 @@ def test_names_with_spaces_windows_line_ends_and_a_byte_order_mark(tmp_path):
     assert files.labels.tolist() == [0, 12]
 
 
+def test_a_label_after_a_tab(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("photo/alarm clock/n 1.jpg\t0\nphoto/cat/n\t2.jpg 12\nphoto/cat/3.jpg \t 4\n")
+    files = read_list(path, tmp_path, classes=13)
+    assert files.paths == ["photo/alarm clock/n 1.jpg", "photo/cat/n\t2.jpg", "photo/cat/3.jpg"]
+    assert files.labels.tolist() == [0, 12, 4]
+
+
+def test_backslashes_in_paths_are_named_windows_paths(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("photo\\cat\\1.jpg 0\n")
+    with pytest.raises(InputError, match=r"list\.txt:1: no image .*; Windows paths: replace each \\ in the list by /"):
+        check_images(read_list(path, tmp_path, classes=1))
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [

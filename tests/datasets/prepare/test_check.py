@@ -98,6 +98,10 @@ FAULTS = {
     "torn line": (edit(PHOTOS, replaced(1, "photo/b\0ell/zero1.png 0")), r"_zero\.txt:2: expected 'path label'"),
     "label too high": (edit(PHOTOS, replaced(3, "photo/cow/zero1.png 2")), r"_zero\.txt:4: label 2 is outside 0\.\.1"),
     "absolute path": (edit(PHOTOS, replaced(0, "/photo/bell/zero0.png 0")), r"_zero\.txt:1: .* leaves the data folder"),
+    "Windows paths": (
+        edit(PHOTOS, replaced(0, r"photo\bell\zero0.png 0")),
+        r"_zero\.txt:1: no image .*, Windows paths:",
+    ),
     "path out of root": (edit(PHOTOS, replaced(0, "../bell/zero0.png 0")), r"_zero\.txt:1: .* leaves the data folder"),
     "line twice": (
         edit(PHOTOS, lambda lines: [*lines, lines[0]]),

@@ -74,7 +74,7 @@ def wordnet(tmp_path, monkeypatch):
     folder = tmp_path / "wordnet"
     ids = write_wordnet(folder)
     monkeypatch.setattr(wordnet_mask, "imagenet_ids", lambda: [ids[name] for name in IMAGENET])
-    monkeypatch.setattr(wordnet_mask, "DEBIAN", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(wordnet_mask, "DEBIAN_FOLDER", str(tmp_path / "nowhere"))
     monkeypatch.setattr(nltk.data, "path", [])
     return folder, ids
 
@@ -210,7 +210,7 @@ def test_layouts_by_name_and_found_by_themselves(wordnet, tmp_path, monkeypatch,
 
 
 def test_debians_is_found_by_itself(wordnet, monkeypatch):
-    monkeypatch.setattr(wordnet_mask, "DEBIAN", str(wordnet[0]))
+    monkeypatch.setattr(wordnet_mask, "DEBIAN_FOLDER", str(wordnet[0]))
     assert compute_wordnet_mask(["cat"], [[]])[0].any()
     assert sorted(path.name for path in wordnet[0].iterdir()) == ["data.noun", "index.noun", "noun.exc"]
 
