@@ -5,14 +5,17 @@ and keeps its traceback.
 """
 
 import argparse
+import errno
 import functools
 import importlib
 import io
 import os
 import re
+import select
 import signal
 import sys
 import time
+import traceback
 from contextlib import contextmanager
 
 from utils import numpy_sort
@@ -128,29 +131,39 @@ def folder_name(text):
 
 
 def one_line_errors(should_print=lambda: True):
-    """A decorator for command lines: they end in one line instead of a traceback.
+    """A decorator for command lines: an error that a user can cause ends in one line instead of a traceback.
 
-    The exit status is 2 after an error that a user can put right, 130 after Ctrl-C and 143 after SIGTERM (see
-    `sigterm_as_exception`). A bug keeps its traceback.
-    should_print: says whether this process prints the line; of ranks with the same error, one is enough.
+    The exit status is 2 after such an error, 130 after Ctrl-C, 143 after SIGTERM (see `sigterm_as_exception`), and 141
+    if the output is a pipe that was closed, as after `| head`. Any other exception is a bug and passes.
+    should_print: whether this process prints the line; one of several ranks with the same error is enough.
     """
 
     def decorate(command):
         @functools.wraps(command)
         def wrapped(*args, **kwargs):
-            if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-                sys.stdout.reconfigure(errors="backslashreplace")  # file names can hold any bytes
+            _escape_unprintable(sys.stdout)
             try:
-                return command(*args, **kwargs)
-            except Terminated:
-                message, status, own = "terminated", 143, False
-            except KeyboardInterrupt:
-                message, status, own = "interrupted", 130, False
-            except Exception as error:
-                if (message := _one_line(error)) is None:
+                try:
+                    result = command(*args, **kwargs)
+                except SystemExit:  # after --help
+                    sys.stdout.flush()
                     raise
-                message, status, own = f"error: {message}", 2, isinstance(error, RankError)
-            if should_print() or own:
+                sys.stdout.flush()  # so that a full disk or a closed pipe is an error here, not when Python exits
+                return result
+            except Terminated:
+                message, status, is_own = "terminated", 143, False
+            except KeyboardInterrupt:
+                message, status, is_own = "interrupted", 130, False
+            except Exception as error:
+                is_closed = isinstance(error, BrokenPipeError) and any(map(_has_no_reader, (sys.stdout, sys.stderr)))
+                message = None if is_closed else _user_message(error)
+                if message is None and not is_closed:
+                    raise
+                _discard_unwritable_output()
+                if is_closed:
+                    raise SystemExit(141) from None
+                message, status, is_own = f"error: {message}", 2, isinstance(error, RankError)
+            if should_print() or is_own:
                 print(message, file=sys.stderr)
             elif status == 2:
                 exit_quietly()
@@ -161,49 +174,96 @@ def one_line_errors(should_print=lambda: True):
     return decorate
 
 
-def exit_quietly():
-    """End with status 2 after an error that another process tells, once that had the time for it.
+def _escape_unprintable(stream):
+    """Have a text stream write what its encoding lacks as escapes: file names can hold any bytes."""
+    if isinstance(stream, io.TextIOWrapper) and (stream.errors == "strict" or stream.encoding.lower() != "utf-8"):
+        stream.reconfigure(errors="backslashreplace")
 
-    torchrun ends all processes as soon as one has ended, and the one that tells may be slower.
+
+def _discard_unwritable_output():
+    """Redirect standard output and error to the null device if they cannot be written: Python flushes them at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+            is_writable = not _has_no_reader(stream)
+        except OSError:
+            is_writable = False
+        if not is_writable:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _has_no_reader(stream):
+    """Whether a stream is a pipe that its reader has closed."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # events that are always reported: error and hang-up
+    except (AttributeError, OSError, ValueError):  # Windows; a stream that is no file
+        return False
+    return bool(poll.poll(0))
+
+
+def exit_quietly():
+    """Exit with status 2 after an error that another rank prints, once that rank had the time to do so.
+
+    torchrun ends all processes as soon as one has ended.
     """
     time.sleep(RANK0_PRINT_TIMEOUT_S)
     raise SystemExit(2)
 
 
 def is_dead_worker(error):
-    """Whether an error means that a worker of a DataLoader died: torch noticed it, or the worker's pipe broke off."""
+    """Whether an error can mean that a worker of a DataLoader died: torch noticed it, or the worker's pipe broke."""
     return isinstance(error, EOFError | ConnectionResetError) or (
         isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
     )
 
 
 def is_out_of_memory(error):
-    """Whether an error says that memory is short, in the words of Python, of torch, or of CUDA's libraries."""
-    return isinstance(error, MemoryError) or bool(
-        re.search(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", str(error))
+    """Whether an error says that memory is exhausted: an exception of Python, of torch, or of CUDA's libraries."""
+    if isinstance(error, MemoryError):
+        return True
+    # torch raises OutOfMemoryError, a RuntimeError, for its own CUDA allocator only.
+    pattern = r"CUDA( error:)? out of memory|DefaultCPUAllocator: |_STATUS_ALLOC_FAILED"
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or bool(re.search(pattern, str(error)))
     )
 
 
-def _one_line(error):
+_MACHINE_LIMITS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
+
+
+def _user_message(error):
     """The message for an error that a user can put right; None for a bug."""
     if isinstance(error, InputError):
         # A worker of a DataLoader puts a traceback before the message; the last line is the message.
         return re.sub(r"^[\w.]*InputError: ", "", str(error).strip().split("\n")[-1])
     if isinstance(error, PermissionError) and error.filename:
         return f"{error.filename}: {error.strerror}; change its permissions, or choose another"
-    if is_dead_worker(error):
+    if is_dead_worker(error) and _raised_in(error, "torch.utils.data", "multiprocessing"):
         return "a process that decodes images was killed, perhaps for memory; lower --workers"
-    if isinstance(error, OSError):  # the machine refuses something: too many open files, a closed pipe
+    if isinstance(error, OSError) and error.errno and (error.filename or error.errno in _MACHINE_LIMITS):
         return str(error)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({str(error).splitlines()[0]}); train without --compile"
     if type(error).__name__ == "BrokenProcessPool":  # its class takes long to import
         return "a process that works on images was killed, perhaps for memory; free some memory and try again"
-    if isinstance(error, MemoryError | RuntimeError):  # torch raises RuntimeError when memory runs out
-        if "NCCL" in str(error):
-            return f"process {os.environ.get('RANK', 0)}: {str(error).strip().splitlines()[0]}"
-        if re.search(r"gloo|[Cc]onnection closed by peer", str(error)):
-            return "another process ended, and its message says why"
-        if is_out_of_memory(error):
-            return "out of memory; lower --batch_size or --input_size"
-    return None
+    if is_out_of_memory(error):
+        return "out of memory; lower --batch_size or --input_size"
+    return _peer_message(error)
+
+
+def _peer_message(error):
+    """The message for an error of torch.distributed; None for any other."""
+    distributed = sys.modules.get("torch.distributed")
+    if isinstance(error, getattr(distributed, "DistError", ())):  # of NCCL, of the store, of the network
+        return f"process {os.environ.get('RANK', 0)}: {str(error).strip().splitlines()[0]}"
+    # Gloo has no exception of its own: its messages begin with its source file, and torch's modules raise them.
+    is_gloo = type(error) is RuntimeError and re.match(r"\[\S*/gloo/\S+\]", str(error))
+    return "a peer process died; see its output above" if is_gloo and _raised_in(error, "torch") else None
+
+
+def _raised_in(error, *packages):
+    """Whether a frame of the error's traceback belongs to one of `packages`."""
+    frames = traceback.walk_tb(error.__traceback__)
+    names = [frame.f_globals.get("__name__", "") for frame, _ in frames]
+    return any(f"{name}.".startswith(f"{package}.") for name in names for package in packages)
