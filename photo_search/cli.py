@@ -1,22 +1,35 @@
 """The command line of search_photos.py: `index`, `find` and `page`."""
 
+import contextlib
 import functools
+import io
 import os
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from photo_search import update
 from photo_search.clean_sketch import clean_up
-from photo_search.encoder import BACKENDS, backend_of, check_checkpoint, encoder_of, fit_codebook, load_encoder
-from photo_search.figure import MAX_DRAWN_PHOTOS, draw_found
+from photo_search.encoder import (
+    BACKENDS,
+    add_photos,
+    backend_of,
+    check_checkpoint,
+    encoder_of,
+    fit_codebook,
+    load_encoder,
+)
 from photo_search.index import is_index, open_index
 from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, ONE_TO_ONE, is_missing, open_searcher, read_sketch
 from utils.cli import InputError, OneLineParser, image_side, number_type, one_line_errors, positive_int
 from utils.distributed import get_rank, get_world_size, log_rank0
-from utils.files import write_json
+from utils.files import atomic_write, write_json
 from utils.memory import keep_freed_memory
 from utils.process_pool import available_cores
 
 LOCAL, MILVUS = ENGINES = ("local", "milvus")
+MAX_DRAWN_SKETCHES, MAX_DRAWN_PHOTOS, COLUMNS = 20, 40, 10  # at most in a picture; photos in a row of it
 MAX_LISTED_UNREADABLE = 10  # unreadable files that are named
 
 
@@ -96,46 +109,74 @@ def create_parser():
 
 
 def make_index(options):
-    """Make or update an index; returns update.UpdateStats. Of several processes the first does; the others help it."""
+    """Make or update an index; returns update.UpdateStats. Rank 0 writes; all ranks compute features."""
     _check_backend(options)
     if get_rank():
         from photo_search import distributed_indexing
 
         return distributed_indexing.follow(options.checkpoint, options.device, options.workers)
-    folder, old = options.index, open_index(options.index).metadata if is_index(options.index) else None
-    if old:
-        _check_same(old, options)
-    elif not options.folders or not options.checkpoint:
-        missing = "--checkpoint" if options.folders else "a folder of photos"
-        raise InputError(f"{folder}: there is no index yet, and a new one needs {missing} (see --help)")
-
+    old = open_index(options.index).metadata if is_index(options.index) else None
+    _check_index_options(options, old)
     publish = _publisher(options)
-
-    @functools.cache
-    def network():
-        if old:
-            return encoder_of(old, options.checkpoint, options.device)
-        own = (options.model, options.input_size, options.imagenet_classes)
-        return load_encoder(options.checkpoint, *own, options.device)
-
-    folders = [os.path.realpath(each) for each in options.folders] or old["folders"]
-    exclude = old["exclude"] if old and options.exclude is None else options.exclude or []
     checkpoint = str(options.checkpoint.absolute()) if options.checkpoint else None
-    plan = update.IndexOptions(folders, exclude, options.clusters, options.subspaces, options.refit, options.batch_size,
-                       options.workers, checkpoint)  # fmt: skip
+    encoder = functools.cache(functools.partial(_load_encoder, options, old))
     fit = functools.partial(fit_codebook, checkpoint or old["checkpoint"])
-    with keep_freed_memory():
-        if get_world_size() > 1:
-            from photo_search import distributed_indexing
-
-            with distributed_indexing.leading():
-                totals = update.update_index(folder, network, fit, plan, distributed_indexing.add_photos)
-        else:
-            totals = update.update_index(folder, network, fit, plan)
-    _tell(folder, totals)
+    with keep_freed_memory(), _feature_computation() as add:
+        stats = update.update_index(options.index, encoder, fit, _index_options(options, old, checkpoint), add)
+    _print_stats(options.index, stats)
     if publish:
         publish()
-    return totals
+    return stats
+
+
+def _check_index_options(options, old):
+    """Raise InputError if options contradict the metadata of an index, or do not suffice for a new one (old: None)."""
+    if old is None:
+        if not options.folders or not options.checkpoint:
+            missing = "--checkpoint" if options.folders else "a folder of photos"
+            raise InputError(f"{options.index}: there is no index yet, and a new one needs {missing} (see --help)")
+        return
+    if options.checkpoint:
+        check_checkpoint(old, options.checkpoint)
+    for name in ("model", "input_size", "imagenet_classes"):
+        if getattr(options, name) not in (None, old[name]):
+            raise InputError(
+                f"--{name} {getattr(options, name)}: {options.index} was made with {old[name]}, and features of two do "
+                "not mix; name another --index"
+            )
+
+
+def _load_encoder(options, old):
+    if old:
+        return encoder_of(old, options.checkpoint, options.device)
+    return load_encoder(options.checkpoint, options.model, options.input_size, options.imagenet_classes, options.device)
+
+
+def _index_options(options, old, checkpoint):
+    """update.IndexOptions; what the command line leaves out stays as it is in an index with the metadata `old`."""
+    exclude = old["exclude"] if old and options.exclude is None else options.exclude or []
+    return update.IndexOptions(
+        folders=[os.path.realpath(folder) for folder in options.folders] or old["folders"],
+        exclude=exclude,
+        clusters=options.clusters,
+        subspaces=options.subspaces,
+        refit=options.refit,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        checkpoint=checkpoint,
+    )
+
+
+@contextlib.contextmanager
+def _feature_computation():
+    """Yields the add_photos function for update.update_index: of this process alone, or shared by all ranks."""
+    if get_world_size() == 1:
+        yield add_photos
+        return
+    from photo_search import distributed_indexing
+
+    with distributed_indexing.leading():
+        yield distributed_indexing.add_photos
 
 
 def _publisher(options):
@@ -176,29 +217,17 @@ def _milvus(options):
     return milvus
 
 
-def _check_same(old, options):
-    """Raise InputError if options ask for other features than those of the index."""
-    if options.checkpoint:
-        check_checkpoint(old, options.checkpoint)
-    for name in ("model", "input_size", "imagenet_classes"):
-        if getattr(options, name) not in (None, old[name]):
-            raise InputError(
-                f"--{name} {getattr(options, name)}: {options.index} was made with {old[name]}, and features of two do "
-                "not mix; name another --index"
-            )
-
-
-def _tell(folder, totals):
-    for line in totals.unreadable[:MAX_LISTED_UNREADABLE]:
+def _print_stats(folder, stats):
+    for line in stats.unreadable[:MAX_LISTED_UNREADABLE]:
         log_rank0(f"note: not indexed: {line}")
-    if len(totals.unreadable) > MAX_LISTED_UNREADABLE:
-        log_rank0(f"note: not indexed: {len(totals.unreadable) - MAX_LISTED_UNREADABLE:,} more that cannot be read")
+    if len(stats.unreadable) > MAX_LISTED_UNREADABLE:
+        log_rank0(f"note: not indexed: {len(stats.unreadable) - MAX_LISTED_UNREADABLE:,} more that cannot be read")
     index = open_index(folder)
     kinds = ("new", "changed", "moved", "removed")
-    parts = [f"{getattr(totals, kind):,} {kind}" for kind in kinds] + [f"{len(totals.unreadable):,} unreadable"]
-    rate = f", {totals.extracted / totals.seconds:.1f} photos a second" if totals.extracted else ""
+    parts = [f"{getattr(stats, kind):,} {kind}" for kind in kinds] + [f"{len(stats.unreadable):,} unreadable"]
+    rate = f", {stats.extracted / stats.seconds:.1f} photos a second" if stats.extracted else ""
     clusters = "M {}, K {}".format(*index.clusters) if index.clusters else "one-to-one matching alone"
-    print(f"{folder}: {totals.photos:,} photos ({', '.join(parts)}), {clusters}; {totals.seconds:.1f} s{rate}")
+    print(f"{folder}: {stats.photos:,} photos ({', '.join(parts)}), {clusters}; {stats.seconds:.1f} s{rate}")
     if not index.clusters:
         log_rank0(f"note: clusters are fitted from {update.MIN_PHOTOS_FOR_CLUSTERS} photos on, or with --clusters")
     if index.share_new > update.REFIT_SHARE:
@@ -280,7 +309,7 @@ def _draw(options, finder, sketches, found):
 def serve_page(options):
     """Serve the page until Ctrl-C."""
     try:
-        from photo_search.serving import serve
+        from photo_search.server import serve
     except ImportError as error:
         raise InputError(f"the page needs {error.name}; pip install -r requirements-page.txt") from None
     _check_backend(options)
@@ -306,3 +335,42 @@ def _path(text):
     if not text.strip():
         raise InputError("an empty text is no file or folder (see --help)")
     return Path(text)
+
+
+def draw_found(path, rows):
+    """Draw the first sketches, each beside the first of its photos.
+
+    rows: [(name, PIL.Image of the sketch, [(photo as JPEG bytes, score), ...]), ...]. Raises ImportError without
+    matplotlib, and InputError if `path` cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    lines = [line for row in rows[:MAX_DRAWN_SKETCHES] for line in _lines(*row)]
+    columns = 1 + max(len(photos) for _, photos in lines)
+    figure = Figure(figsize=(1.25 * columns, 1.5 * len(lines) + 0.2), layout="constrained")
+    for axes, (sketch, photos) in zip(figure.subplots(len(lines), columns, squeeze=False), lines, strict=True):
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, shown in zip(axes, [sketch, *photos], strict=False):
+            if shown is not None:
+                axis.imshow(np.asarray(shown[0]))
+                axis.set_title(shown[1], fontsize=8, parse_math=False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def _lines(name, sketch, photos):
+    """The lines of a sketch: [((picture, caption) or None, [(picture, caption), ...]), ...]."""
+    sketch = sketch.copy()
+    sketch.thumbnail((160, 160))
+    shown = [(_decoded(photo), f"{score:.3f}") for photo, score in photos[:MAX_DRAWN_PHOTOS]]
+    parts = [shown[start : start + COLUMNS] for start in range(0, len(shown), COLUMNS)]
+    name = name.encode("utf-8", "replace").decode()[:24]  # of any bytes
+    return [((sketch, name) if number == 0 else None, part) for number, part in enumerate(parts)]
+
+
+def _decoded(photo):
+    try:
+        return Image.open(io.BytesIO(photo), formats=["JPEG"]).convert("RGB")
+    except Exception:  # a damaged thumbnail can fail in any way, and the path is told all the same
+        return Image.new("RGB", (8, 8), "lightgrey")

@@ -1,7 +1,7 @@
-"""The network of a checkpoint, without the benchmark that it was trained on, and what it makes of photos.
+"""Feature extraction for the photo search: encoders on PyTorch (checkpoints) or ONNX Runtime (exported files).
 
-PyTorch computes with checkpoints (trained.py), ONNX Runtime with those that models.export wrote as .onnx (exported.py).
-Nothing else of the search knows which; with the latter, PyTorch is never loaded.
+PyTorch is only imported where a checkpoint is loaded, so exported files need none. Code outside this module does not
+depend on the backend.
 """
 
 from collections.abc import Callable
@@ -13,21 +13,27 @@ from pathlib import Path
 import numpy as np
 
 from datasets.images import resize, stack
+from models.export import INSTALL, onnx_session, read_onnx_metadata
 from photo_search.photos import read_photo, thumbnail
 from utils.cli import InputError
-from utils.distributed import bar_disabled
+from utils.distributed import bar_disabled, local_device
 from utils.files import sha256_of
-from utils.process_pool import parallel_map
+from utils.process_pool import available_cores, parallel_map
 
 BACKENDS = ("torch", "onnx")
+PRECISION = "tf32"  # of PyTorch on a GPU, as in the test scripts
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A network that is ready to compute features, which several threads may do."""
+    """Computes features of images; safe to use from several threads.
 
-    metadata: dict  # "checkpoint", "sha256", "model", "imagenet_classes", "input_size", "width": ready for JSON
-    compute: Callable  # from (n, 3, size, size) uint8 to L2-normalised features (n, D) float32, both arrays
+    metadata: "checkpoint", "sha256", "model", "imagenet_classes", "input_size", "width"; ready for JSON.
+    compute: a function from (n, 3, size, size) uint8 to L2-normalised features (n, D) float32, both NumPy arrays.
+    """
+
+    metadata: dict
+    compute: Callable
 
     def features(self, images):
         """L2-normalised features of RGB images (PIL.Image): (n, D) float32."""
@@ -37,75 +43,113 @@ class Encoder:
         """L2-normalised features of (n, 3, size, size) uint8: (n, D) float32. Raises InputError if not finite."""
         rows = self.compute(images)
         if not np.isfinite(rows).all():
-            raise InputError(f"{self.metadata['checkpoint']}: its features are not finite; take another checkpoint")
+            raise InputError(f"{self.metadata['checkpoint']}: its features are not finite; use another checkpoint")
         return rows
 
 
 def backend_of(checkpoint):
-    """Which of BACKENDS computes with a file: its name tells."""
+    """The one of BACKENDS that computes with a file, by the suffix of its name."""
     return "onnx" if Path(checkpoint).suffix.lower() == ".onnx" else "torch"
 
 
-def _room(checkpoint):
-    if backend_of(checkpoint) == "onnx":
-        from photo_search import exported as room
-    else:
-        from photo_search import trained as room
-    return room
-
-
 def load_encoder(checkpoint, model=None, input_size=None, imagenet_classes=None, device=None):
-    """The Encoder of a checkpoint, ours or the authors', or of one that models.export wrote as .onnx.
+    """The Encoder of a training checkpoint, ours or the authors', or of a file that models.export wrote.
 
-    model, input_size, imagenet_classes: what it was trained with, if it does not tell. The authors' do not, and are
-    taken for convnextv2_tiny's. device: None for a GPU where there is one. Raises InputError if it is none, or of
-    another model, or there is no such device.
+    model, input_size, imagenet_classes: see models.checkpoints.load_student; device: None for a GPU if there is one.
+    Raises InputError for a file of another kind, values that contradict it, or a device that does not exist.
     """
     path = Path(checkpoint).absolute()
-    return Encoder(*_room(path).load(path, model, input_size, imagenet_classes, device))
+    load = _load_onnx if backend_of(path) == "onnx" else _load_torch
+    return load(path, model, input_size, imagenet_classes, device)
+
+
+def _load_torch(path, model, input_size, imagenet_classes, device):
+    import torch
+
+    from models.checkpoints import load_student
+    from models.eval.features import embed
+    from models.options import check_device
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device("--device", device)
+    device = local_device(device)
+    student, metadata, _ = load_student(path, model, input_size, imagenet_classes)
+    del metadata["seen_classes"]  # an index does not record them
+    student.to(device).to(memory_format=torch.channels_last)
+    return Encoder(metadata, lambda images: embed(student, torch.from_numpy(images), device, PRECISION))
+
+
+def _load_onnx(path, model, input_size, imagenet_classes, device):
+    if device not in (None, "cpu"):
+        raise InputError(f"--device {device}: exported networks compute on the cpu; leave --device out")
+    metadata = _read_metadata(path)
+    for name, given in (("model", model), ("input_size", input_size), ("imagenet_classes", imagenet_classes)):
+        if given not in (None, metadata[name]):
+            raise InputError(f"--{name} {given}: {path} was exported with {metadata[name]}; leave --{name} out")
+    try:
+        session = onnx_session(str(path), available_cores())
+    except Exception as error:  # ONNX Runtime raises classes of its own
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise InputError(f"{path}: damaged ({reason}); export it again") from error
+    shapes = [each.shape[1:] for each in (*session.get_inputs(), *session.get_outputs())]
+    if shapes != [[3, metadata["input_size"], metadata["input_size"]], [metadata["width"]]]:
+        raise InputError(f"{path}: its network is not the one of its metadata; export it again")
+
+    def compute(images):
+        return session.run(["features"], {"images": np.ascontiguousarray(images)})[0]
+
+    return Encoder({"checkpoint": str(path), **metadata}, compute)
+
+
+def _read_metadata(path):
+    """What a file records without being loaded: "sha256" of the checkpoint; of an exported file, all its metadata."""
+    try:
+        return read_onnx_metadata(path) if backend_of(path) == "onnx" else {"sha256": sha256_of(path)}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); see --checkpoint") from None
+    except ImportError:
+        raise InputError(f"{path}: needs onnxruntime; {INSTALL}") from None
 
 
 def encoder_of(metadata, checkpoint=None, device=None):
     """The Encoder that an index was made with.
 
-    metadata: of the index; checkpoint: its present path, if the file was moved.
-
-    Raises InputError if it is not there, or another one.
+    metadata: of the index; checkpoint: its path now, None if the file was not moved.
+    Raises InputError if the file does not exist, or is another one.
     """
     path = checkpoint or metadata["checkpoint"]
     if not Path(path).is_file():
-        raise InputError(f"{path}: the checkpoint of the index is not there; name its place with --checkpoint")
+        raise InputError(f"{path}: the checkpoint of the index does not exist; give its path with --checkpoint")
     check_checkpoint(metadata, path)
     own = {name: metadata[name] for name in ("model", "input_size", "imagenet_classes")}
-    network = load_encoder(path, **own, device=device)
-    if network.metadata["width"] != metadata["width"]:
-        raise InputError(f"{path}: gives features of {network.metadata['width']} values, the index {metadata['width']}")
-    return network
+    encoder = load_encoder(path, **own, device=device)
+    if encoder.metadata["width"] != metadata["width"]:
+        raise InputError(
+            f"{path}: computes features of {encoder.metadata['width']} values, the index has {metadata['width']}"
+        )
+    return encoder
 
 
 def check_checkpoint(metadata, path):
-    """Raise InputError unless the file at `path` is the checkpoint of an index with these metadata, or its export."""
-    try:
-        own = _room(path).read_metadata(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); see --checkpoint") from None
-    if own["sha256"] != metadata["sha256"]:
+    """Raise InputError unless the file at `path` is the checkpoint of an index with this metadata, or its export."""
+    recorded = _read_metadata(path)
+    if recorded["sha256"] != metadata["sha256"]:
         raise InputError(
             f"{path}: not the checkpoint that the index was made with, and features of two do not mix; "
-            "name that one with --checkpoint, or another index"
+            "give that one with --checkpoint, or another --index"
         )
-    for name, value in own.items():
+    for name, value in recorded.items():
         if metadata[name] != value:
             raise InputError(
                 f"{path}: exported with {name} {value}, while the index has {metadata[name]}; export it again with "
-                f"--{name} {metadata[name]}, or name another index"
+                f"--{name} {metadata[name]}, or give another --index"
             )
 
 
 def fit_codebook(checkpoint, features, subspaces, clusters):
-    """The codebook (M, K, D/M) of features (N, D), fitted by our EM where PyTorch computes, else by scikit-learn.
+    """The codebook (M, K, D/M) of features (N, D): by our EM if PyTorch computes, else by scikit-learn.
 
-    Both take long to load, and most commands need neither. Raises CollapsedComponent.
+    Both are slow to import, and most commands need neither. Raises CollapsedComponent.
     """
     from models.eval import codebooks
 
@@ -114,32 +158,38 @@ def fit_codebook(checkpoint, features, subspaces, clusters):
 
 
 def share_cores(checkpoint, threads):
-    """Have what this thread computes take its share of the cores, where as many `threads` compute at a time."""
-    _room(checkpoint).share_cores(threads)
+    """Limit PyTorch in this thread to its share of the cores, if `threads` threads compute at a time.
+
+    ONNX Runtime needs no limit: all threads share the pool of their session.
+    """
+    if backend_of(checkpoint) == "torch":
+        import torch
+
+        torch.set_num_threads(max(1, available_cores() // threads))
 
 
-def add_photos(network, metadata, found, unfinished, batch_size=64, workers=0):
-    """Compute the features of Founds, and add them to an PartialIndex batch by batch.
+def add_photos(encoder, metadata, photos, partial_index, batch_size=64, workers=0):
+    """Compute the features of PhotoFiles, and add them to a PartialIndex batch by batch.
 
-    network: a function that gives the Encoder, called where a photo can be read; metadata: those of the Encoder.
+    encoder: a function that returns the Encoder, called once a photo can be read; metadata: of that Encoder.
     workers: processes that decode; with 0 the calling process decodes.
     """
-    decode = partial(_decoded, size=metadata["input_size"])
-    decoded = parallel_map(decode, found, "photos", workers, -(-batch_size // max(workers, 1)), bar_disabled())
+    decode = partial(_decode, size=metadata["input_size"])
+    decoded = parallel_map(decode, photos, "photos", workers, -(-batch_size // max(workers, 1)), bar_disabled())
     while items := list(islice(decoded, batch_size)):
-        batch, found = list(zip(found[: len(items)], items, strict=True)), found[len(items) :]
-        unreadable = {each: item for each, item in batch if isinstance(item, str)}
-        good = [(each, *item) for each, item in batch if not isinstance(item, str)]
-        own, images, thumbnails, digests = zip(*good, strict=True) if good else ((), (), (), ())
-        rows = network().embed(stack(images)) if good else np.empty((0, metadata["width"]), np.float32)
-        unfinished.add(own, rows, digests, thumbnails, unreadable)
+        batch, photos = list(zip(photos[: len(items)], items, strict=True)), photos[len(items) :]
+        unreadable = {photo: item for photo, item in batch if isinstance(item, str)}
+        readable = [(photo, *item) for photo, item in batch if not isinstance(item, str)]
+        files, images, thumbnails, digests = zip(*readable, strict=True) if readable else ((), (), (), ())
+        rows = encoder().embed(stack(images)) if readable else np.empty((0, metadata["width"]), np.float32)
+        partial_index.add(files, rows, digests, thumbnails, unreadable)
 
 
-def _decoded(found, size):
-    """A photo decoded: (pixels (3, size, size) uint8, thumbnail, digest), or why it cannot be read."""
+def _decode(photo, size):
+    """A PhotoFile decoded: (pixels (3, size, size) uint8, thumbnail, digest), or why it cannot be read."""
     try:
-        image = read_photo(found.path, size)
-        return resize(image, size), thumbnail(image), sha256_of(found.path)
+        image = read_photo(photo.path, size)
+        return resize(image, size), thumbnail(image), sha256_of(photo.path)
     except InputError as error:
         return str(error)
     except OSError as error:

@@ -1,6 +1,6 @@
 """The index of photos on disk: opened with every check, and replaced as a whole.
 
-    index.json           which generation is current, what it has_fields, and the sizes of its files
+    index.json           which generation is current, what it holds, and the sizes of its files
     features-3.npy ...   the arrays of generation 3, see ARRAYS
     thumbnails-1.bin     small JPEGs, one after the other; later generations add to it
 
@@ -13,19 +13,21 @@ import json
 import mmap
 import os
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from photo_search import cells as search_cells
 from photo_search.cells import BLOCK, CLUSTER_WEIGHT, Cells
-from photo_search.folders import folders_of
 from utils.cli import InputError
 from utils.files import write_json
 from utils.sampling import evenly_spaced
 
 INDEX_FILE, INDEX_FORMAT = "index.json", 1
+MAX_FOLDERS, MAX_FOLDER_DEPTH = 2000, 40  # of the folders that a search can be limited to
 RECORD = np.dtype([
     ("size", "<i8"), ("mtime", "<i8"), ("digest", "u1", 32),  # of the file: bytes, nanoseconds, SHA-256
     ("path_end", "<i8"),  # in `paths`, where the path of a photo begins where that of the one before ends
@@ -39,12 +41,8 @@ ARRAYS = {
     "places": ("<i4", 1, False), "codebook": ("<f4", 3, False), "codes": ("<i4", 2, False),
     "ends": ("<i8", 1, False), "radii": ("<f4", 1, False), "basis": ("<f4", 2, False),
 }  # fmt: skip
-CELLS_FIELDS = {
-    "outlines": "pca_projection",
-    "places": "path_order",
-    "ends": "cell_ends",
-    "basis": "pca_basis",
-}  # of Cells
+# Fields of Cells with another name than the file of their array, which is older.
+CELLS_FIELDS = {"outlines": "pca_projection", "places": "path_order", "ends": "cell_ends", "basis": "pca_basis"}
 # Keys of index.json beside the files, and their types.
 INDEX_METADATA = {
     "generation": int, "checkpoint": str, "sha256": str, "model": str, "imagenet_classes": int, "input_size": int,
@@ -160,7 +158,7 @@ def _read_metadata(folder):
     except (ValueError, RecursionError) as error:
         raise _damaged(folder, f"{INDEX_FILE}: {error}") from None
     if not has_fields(metadata, {**INDEX_METADATA, "format": int, "files": dict, "thumbnails": str}):
-        raise _damaged(folder, f"{INDEX_FILE} has_fields something else")
+        raise _damaged(folder, f"{INDEX_FILE} holds something else")
     if metadata["format"] != INDEX_FORMAT:
         raise InputError(f"{folder}: an index of another version of this program; delete it, and index again")
     names = {f"{name}-{metadata['generation']}.npy" for name in ARRAYS} | {metadata["thumbnails"]}
@@ -187,7 +185,7 @@ def _open(folder, metadata):
         path = folder / f"{name}-{metadata['generation']}.npy"
         array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
         if array.dtype != kind or array.ndim != dimensions or not array.flags.c_contiguous:
-            raise ValueError(f"{path.name} has_fields other values")
+            raise ValueError(f"{path.name} holds other values")
         arrays[name] = array.view(np.ndarray)
     records, paths = arrays.pop("records"), arrays.pop("paths")
     cells = Cells(**{cells_field(name): array for name, array in arrays.items()})
@@ -216,7 +214,7 @@ def check_table(cells, width):
     for name in ("codebook", "codes", "ends", "centres", "radii", "basis"):
         kind, dimensions, _ = ARRAYS[name]
         if (array := getattr(cells, cells_field(name))).dtype != kind or array.ndim != dimensions:
-            raise ValueError(f"{name} has_fields other values")
+            raise ValueError(f"{name} holds other values")
     number, (parts, words, own) = len(cells.cell_ends), cells.codebook.shape
     fit = (
         number > 0 and (np.diff(cells.cell_ends, prepend=0) > 0).all()
@@ -300,3 +298,50 @@ def remove_stale_files(folder, keep=()):
         if _OURS.fullmatch(path.name) and path.name not in current and path.name not in keep:
             with contextlib.suppress(OSError):  # Windows keeps what a reader has mapped; the next writer tries again
                 path.unlink()
+
+
+_SEPARATOR = os.fsencode(os.sep)
+
+
+class Folder(NamedTuple):
+    """A folder with photos. Photos have places in the order of their paths, so a folder's follow one another."""
+
+    name: str
+    depth: int  # 0 for a folder of the index, 1 for one directly in it, and so on
+    first: int  # its photos have places from first to last - 1
+    last: int
+
+    def rows(self, index):
+        """Which photos of the index are in it, as its `nearest` has them allowed."""
+        return index.between(self.first, self.last)
+
+
+def folders_of(index):
+    """The Folders of an Index, in the order of their paths, a folder before those in it, MAX_FOLDERS at most."""
+    rows = np.argsort(index.cells.path_order)
+    found = []
+
+    def path(place):
+        return os.fsencode(index.path(rows[place]))
+
+    def add(prefix, depth, among):
+        """Add the folder with this path, if it has photos `among` these places, and those in it; returns its end."""
+        after = prefix[:-1] + bytes([prefix[-1] + 1])
+        first, last = (bisect_left(among, edge, key=path) + among.start for edge in (prefix, after))
+        if first < last and len(found) < MAX_FOLDERS:
+            found.append(Folder(readable(os.path.basename(prefix[:-1]) or prefix), depth, first, last))
+            place = first
+            while place < last and len(found) < MAX_FOLDERS:
+                name, inside, _ = path(place).removeprefix(prefix).partition(_SEPARATOR)
+                deeper = inside and depth < MAX_FOLDER_DEPTH
+                place = add(prefix + name + inside, depth + 1, range(place, last)) if deeper else place + 1
+        return last
+
+    for root in filter(os.path.isabs, index.metadata["folders"]):
+        add(os.path.join(os.fsencode(root), b""), 0, range(len(rows)))
+    return found
+
+
+def readable(path):
+    """A path, or a part of one, as text that every output can show: bytes that are no text become "�"."""
+    return os.fsencode(path).decode("utf-8", "replace")

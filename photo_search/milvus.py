@@ -28,8 +28,7 @@ from pymilvus import MilvusClient, MilvusException
 
 from photo_search import rounds
 from photo_search.cells import CLUSTER_WEIGHT, Cells, assign_codes
-from photo_search.folders import Folder
-from photo_search.index import INDEX_METADATA, cells_field, check_table, has_fields
+from photo_search.index import INDEX_METADATA, Folder, cells_field, check_table, has_fields
 from utils.cli import InputError
 from utils.sampling import evenly_spaced
 
@@ -103,9 +102,7 @@ class Server:
             name = self.call("describe_alias", self.collection)["collection_name"]
             if re.fullmatch(rf"{self.collection}_{MARK}_{GENERATION}", name):
                 return name
-        raise InputError(
-            f"{self.address}: has_fields something else than photos of this program; name another --collection"
-        )
+        raise InputError(f"{self.address}: holds something else than photos of this program; name another --collection")
 
     def stamp(self):
         """What tells the generation that is current from others."""
@@ -140,7 +137,7 @@ def _check_names(uri, collection):
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", collection):
         raise InputError(f"--collection {collection}: use letters, digits and _, and begin with a letter")
     if "@" in uri:
-        raise InputError("--uri: has_fields a name or password; put them into the environment variable MILVUS_TOKEN")
+        raise InputError("--uri: holds a name or password; put them into the environment variable MILVUS_TOKEN")
     if _is_file(uri):
         if not Path(uri).parent.is_dir():
             raise InputError(f"--uri {uri}: its folder is not there; make it, or correct --uri")
@@ -171,7 +168,7 @@ class MilvusIndex:
     server: Server
     generation: str  # name of its collection
     metadata: dict  # as those of photo_search.index.Index
-    cells: Cells  # what belongs to cells; it has_fields no photos
+    cells: Cells  # what belongs to cells; it holds no photos
     shown: list[Folder]
 
     def __len__(self):
@@ -213,7 +210,7 @@ class MilvusIndex:
         return self.thumbnails_of([row])[0]
 
     def digests_of(self, rows):
-        """As Index.digests_of; None each, since Milvus has_fields no digests."""
+        """As Index.digests_of; None each, since Milvus holds no digests."""
         return [None for _ in rows]
 
     def features_of(self, rows):
@@ -285,7 +282,7 @@ def _path(text):
 
 @contextmanager
 def _as_data(server):
-    """Within this block, which reads what a server has_fields, an error becomes an InputError."""
+    """Within this block, which reads what a server holds, an error becomes an InputError."""
     try:
         yield
     except InputError:
@@ -349,7 +346,7 @@ def _check_photos(index):
     server, width = index.server, index.metadata["width"]
     fields = {field["name"]: field for field in server.call("describe_collection", index.generation)["fields"]}
     if not fields.keys() >= {"row", "cell", "path", "thumbnail", "feature"}:
-        raise ValueError("it has_fields other fields")
+        raise ValueError("it holds other fields")
     dimension = fields["feature"]["params"].get("dim")
     if dimension != width:
         raise ValueError(f"features of {dimension} values, where {width} are told of")

@@ -1,9 +1,11 @@
 """The drawing page: what it answers, from an index that may be replaced while it is open."""
 
 import asyncio
+import errno
 import mimetypes
 import os
 import re
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,20 +13,21 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import numpy as np
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from photo_search.access import AccessMiddleware, content_security_policy, read_body, refusal
+from photo_search.access import LOOPBACK, AccessMiddleware, content_security_policy, read_body, refusal
 from photo_search.clean_sketch import clean_up
 from photo_search.encoder import share_cores
-from photo_search.folders import Folder, readable
-from photo_search.index import INDEX_FILE
-from photo_search.pictures import MAX_UPLOAD_BYTES, open_photo, read_drawing
+from photo_search.index import INDEX_FILE, Folder, readable
+from photo_search.photos import MAX_UPLOAD_BYTES, open_photo, read_drawing
 from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, Searcher, check_drawn, open_location, open_searcher
 from utils.cli import InputError
 
+MIN_TOKEN_LENGTH = 8
 HTML = Path(__file__).with_name("page.html")
 # What belongs to the page, in this order, and goes into it: it stays one file under one policy.
 STYLES, SCRIPTS = ("page.css",), ("page.js",)
@@ -263,3 +266,49 @@ def _chunks(file):
     with file:
         while chunk := file.read(CHUNK):
             yield chunk
+
+
+MAX_CONNECTIONS = 256  # at a time
+
+
+def serve(place, checkpoint=None, device=None, host="127.0.0.1", port=8000, token=None):
+    """Serve the page of the index at a place, see find.open_location, until Ctrl-C, which raises KeyboardInterrupt.
+
+    token: what visitors must show; another machine can only reach the page with one. port 0: one that is free.
+    Raises InputError as `open_searcher` does, for a host that is not this machine, and for a port that is in use.
+    """
+    if host not in LOOPBACK and not token:
+        raise InputError(f"--host {host}: others could see your photos there; guard them with --token")
+    if token is not None and not re.fullmatch(rf"[A-Za-z0-9_-]{{{MIN_TOKEN_LENGTH},}}", token):
+        raise InputError(
+            f"--token: shorter ones can be guessed; give at least {MIN_TOKEN_LENGTH} letters, digits, - and _"
+        )
+    with _listen(host, port) as listener:
+        shelf = ReloadingIndex(place, checkpoint, device)
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(_config(create_app(shelf, port, token)))
+        own, index = f"[{host}]" if ":" in host else host, shelf.album.finder.index
+        shown = f"/?token={token}" if token else "/"
+        print(f"{index.name}: {len(index):,} photos; draw at http://{own}:{port}{shown}", flush=True)
+        server.run(sockets=[listener])
+
+
+def _config(app):
+    return uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, lifespan="off", http="h11", ws="none",
+        limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=2, h11_max_incomplete_event_size=1 << 14,
+    )  # fmt: skip
+
+
+def _listen(host, port):
+    """A socket that listens at host and port."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
+    except socket.gaierror as error:
+        raise InputError(f"--host {host}: not an address of this machine ({error.strerror})") from None
+    except OSError as error:
+        why = os.strerror(error.errno)
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise InputError(f"--host {host}: not an address of this machine ({why.lower()})") from None
+        raise InputError(f"--host {host} --port {port}: {why.lower()}; choose another --port") from None

@@ -1,8 +1,17 @@
-"""An index brought up to date: only what changed is computed, and the new index replaces the old one as a whole."""
+"""Brings an index of photos up to date: features of new photos are computed, and a new index replaces the old one.
 
+A PartialIndex keeps the batches that are done, so that an interrupted run continues from them:
+
+    unfinished.features    features, float32
+    unfinished.photos      a line of JSON with what the features depend on, then a line for each batch
+
+A batch is complete once its line is written, which happens last. Its thumbnails are in the index's file of thumbnails.
+"""
+
+import json
 import os
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,33 +21,31 @@ from models.eval.codebooks import CollapsedComponent
 from photo_search.encoder import add_photos
 from photo_search.index import RECORD, is_index, open_index, remove_stale_files, write_index
 from photo_search.photos import PhotoFile, find_photos
-from photo_search.unfinished import PartialIndex, write_errors_as_input_errors
 from utils.cli import InputError
 from utils.distributed import log_rank0
 from utils.files import check_writable, folder_lock, sha256_of
 from utils.sampling import evenly_spaced
 
-MIN_PHOTOS_FOR_CLUSTERS = (
-    200  # photos that clusters are fitted to unasked; fewer may be too few of a class, which does harm
-)
-MAX_DEFAULT_CLUSTERS = 100  # clusters that are fitted unasked
-MAX_FITTED_PHOTOS = 20_000  # photos that clusters are fitted to at most
-REFIT_SHARE = 1 / 3  # share of photos newer than the clusters from which these should be fitted anew
-FEATURE_KEYS = ("sha256", "model", "imagenet_classes", "input_size")  # what features depend on
-MIN_UNUSED_BYTES = 1 << 20  # bytes of thumbnails that are no longer used, from which they may be left out
+FEATURES_FILE, PHOTOS_FILE = "unfinished.features", "unfinished.photos"
+MIN_PHOTOS_FOR_CLUSTERS = 200  # below this, no clusters by default: they would mix classes and hurt
+MAX_DEFAULT_CLUSTERS = 100
+MAX_FITTED_PHOTOS = 20_000  # size of the sample of photos that a codebook is fitted to
+REFIT_SHARE = 1 / 3  # share of photos newer than the clusters from which --refit is recommended
+FEATURE_KEYS = ("sha256", "model", "imagenet_classes", "input_size")  # the metadata that features depend on
+MIN_UNUSED_BYTES = 1 << 20  # of thumbnails, below which their file is not rewritten
 
 
 class IndexOptions(NamedTuple):
-    """What an index is to hold, and how it is made."""
+    """What an index contains, and how it is made."""
 
     folders: list[str]
     exclude: list[str] = ()
-    clusters: int | None = None  # K; None for the default, or as it was
+    clusters: int | None = None  # K; None for the default, or the present number
     subspaces: int | None = None  # M
     refit: bool = False
     batch_size: int = 64
     workers: int = 0
-    checkpoint: str | None = None  # where the checkpoint is now, if that is not where the index had it from
+    checkpoint: str | None = None  # present path of the checkpoint, if the index records another one
 
 
 @dataclass
@@ -55,225 +62,237 @@ class UpdateStats:
     seconds: float = 0.0
 
 
-def update_index(folder, network, fit, plan, add=add_photos):
-    """Make the index in `folder` that of a IndexOptions, or bring it up to date; returns UpdateStats.
+def update_index(folder, encoder, fit, options, add=add_photos):
+    """Make the index in `folder` as IndexOptions say, or bring it up to date; returns UpdateStats.
 
-    network: a function that gives the Encoder, called where features are to be computed or there is no index yet.
-    fit: a function of features (N, D), M and K that gives their codebook, see network.fit_codebook.
-    add: network.add_photos, or sharing.add_photos, which computes them.
-    Raises InputError for folders without photos, an index of another checkpoint, and where another process writes.
+    encoder: a function that returns the Encoder, called if features are to be computed or there is no index yet.
+    fit: a function of features (N, D), M and K that returns their codebook, see encoder.fit_codebook.
+    add: encoder.add_photos, or distributed_indexing.add_photos, which compute features.
+    Raises InputError for folders without photos, an index of another checkpoint, and if another process is writing.
     """
     is_new = not folder.exists()
     check_writable(folder)
     try:
         with folder_lock(folder, "indexing"):
-            return _Update(folder, network, fit, plan, add).run()
+            return _update(folder, encoder, fit, options, add)
     except InputError:
         if is_new:
-            with suppress(OSError):  # it holds what was done so far
+            with suppress(OSError):  # not empty: a later run continues from what it contains
                 folder.rmdir()
         raise
 
 
-class _Update:
-    def __init__(self, folder, network, fit, plan, add):
-        self.folder, self.network, self.fit, self.plan, self.add = folder, network, fit, plan, add
-        self.began = time.perf_counter()
-        self.old = open_index(folder) if is_index(folder) else None
-        if self.old:
-            self.metadata = {name: self.old.metadata[name] for name in ("checkpoint", *FEATURE_KEYS, "width")}
-            self.metadata["checkpoint"] = plan.checkpoint or self.metadata["checkpoint"]
+def _update(folder, encoder, fit, options, add):
+    started = time.perf_counter()
+    old = open_index(folder) if is_index(folder) else None
+    metadata = _metadata_of(old, options) if old else encoder().metadata
+    _check_subspaces(options.subspaces, metadata["width"])
+    files, unreadable = find_photos(options.folders, options.exclude)
+    if not files:
+        raise InputError(f"{options.folders[0]}: contains no photos; give a folder with photos")
+    _check_clusters(options.clusters, len(files))
+
+    partial = _open_partial_index(folder, old, metadata)
+    known = KnownPhotos(old, partial)
+    missing, known_rows = _split_by_known(files, known)
+    before = len(partial.photos)
+    if missing:
+        add(encoder, metadata, missing, partial, options.batch_size, options.workers)
+    rows = _rows_of_readable(files, known_rows, partial, known.first)
+    if not rows:
+        raise InputError(f"{options.folders[0]}: none of {len(files):,} photos can be read; give another folder")
+    _check_clusters(options.clusters, len(rows))
+
+    stats = _count_changes(rows, known)
+    stats.photos, stats.extracted = len(rows), len(partial.photos) - before
+    in_folders = set(files)
+    stats.unreadable = unreadable + [
+        f"{file.path}: {why}" for file, why in partial.unreadable.items() if file in in_folders
+    ]
+    codebook, is_changed = _choose_codebook(rows, known, fit, options, metadata["width"])
+    metadata = metadata | {"folders": list(options.folders), "exclude": list(options.exclude)}
+    if is_changed or _is_outdated(old, rows, known, metadata):
+        with write_errors_as_input_errors(folder):
+            _write(folder, metadata, rows, known, codebook, is_refitted=is_changed)
+    partial.remove()
+    remove_stale_files(folder)
+    stats.seconds = time.perf_counter() - started
+    return stats
+
+
+def _metadata_of(old, options):
+    """The metadata of an index that concern the encoder, with the present path of its checkpoint."""
+    metadata = {name: old.metadata[name] for name in ("checkpoint", *FEATURE_KEYS, "width")}
+    return metadata | ({"checkpoint": options.checkpoint} if options.checkpoint else {})
+
+
+def _open_partial_index(folder, old, metadata):
+    """The PartialIndex in `folder`, with what an interrupted run has computed."""
+    thumbnails = folder / (old.metadata["thumbnails"] if old else "thumbnails-1.bin")
+    remove_stale_files(folder, [thumbnails.name])
+    used = old.metadata["files"][thumbnails.name] if old else 0
+    source = {name: metadata[name] for name in FEATURE_KEYS}
+    partial = PartialIndex(folder, source, metadata["width"], (thumbnails, used))
+    if partial.photos:
+        log_rank0(f"note: continuing an interrupted run, which has computed {len(partial.photos):,} photos")
+    return partial
+
+
+def _split_by_known(files, known):
+    """([PhotoFile, ...] whose features must be computed, {PhotoFile: row} of those that are known)."""
+    rows = {file: known.row_of(file) for file in files}
+    missing = [file for file, row in rows.items() if row is None and file not in known.partial.unreadable]
+    return missing, {file: row for file, row in rows.items() if row is not None}
+
+
+def _rows_of_readable(files, known_rows, partial, first):
+    """{PhotoFile: row} of all photos that can be read, in the order of `files`."""
+    computed = {photo.file: row for row, photo in enumerate(partial.photos, first)}
+    rows = {file: known_rows.get(file, computed.get(file)) for file in files}
+    return {file: row for file, row in rows.items() if row is not None}
+
+
+def _count_changes(rows, known):
+    """UpdateStats with the numbers of new, changed, moved and removed photos."""
+    stats = UpdateStats()
+    now = {file.path for file in rows}
+    removed = {row for path, row in known.paths.items() if path not in now}
+    for file, row in rows.items():
+        if file.path in known.paths:
+            stats.changed += not known.is_same(known.paths[file.path], row)
+        elif row in removed:
+            removed.discard(row)
+            stats.moved += 1
         else:
-            self.metadata = network().metadata
-        _check_subspaces(plan.subspaces, self.metadata["width"])
-        self.thumbnails = folder / (self.old.metadata["thumbnails"] if self.old else "thumbnails-1.bin")
-        self.totals = UpdateStats()
+            stats.new += 1
+    stats.removed = len(removed)
+    return stats
 
-    def run(self):
-        found, self.totals.unreadable = find_photos(self.plan.folders, self.plan.exclude)
-        if not found:
-            raise InputError(f"{self.plan.folders[0]}: no photos are there; name a folder with photos")
-        self._check_clusters(len(found))
-        remove_stale_files(self.folder, [self.thumbnails.name])
-        used = self.old.metadata["files"][self.thumbnails.name] if self.old else 0
-        source = {name: self.metadata[name] for name in FEATURE_KEYS}
-        self.unfinished = PartialIndex(self.folder, source, self.metadata["width"], (self.thumbnails, used))
-        self.known = KnownPhotos(self.old, self.unfinished)
-        goes_on = len(self.unfinished.photos)
-        if goes_on:
-            log_rank0(f"note: {goes_on:,} photos are there already from an indexing that was stopped, going on")
-        rows = self._extract(found)
-        if not rows:
-            raise InputError(f"{self.plan.folders[0]}: none of {len(found):,} photos can be read; name another folder")
-        self._count(rows)
-        self._check_clusters(len(rows))
-        codebook, fitted = self._codebook(rows)
-        if self._differs(rows, fitted):
-            with write_errors_as_input_errors(self.folder):
-                self._write(rows, codebook, fitted)
-        self.unfinished.remove()
-        remove_stale_files(self.folder)
-        self.totals.photos, self.totals.seconds = len(rows), time.perf_counter() - self.began
-        return self.totals
 
-    def _extract(self, found):
-        """{PhotoFile: row} of all photos that can be read, computing the features of those that are not known."""
-        rows, rest = {}, []
-        for each in found:
-            row = self.known.row_of(each)
-            rows[each] = row
-            if row is None and each not in self.unfinished.unreadable:
-                rest.append(each)
-        if rest:
-            before = len(self.unfinished.photos)
-            self.add(self.network, self.metadata, rest, self.unfinished, self.plan.batch_size, self.plan.workers)
-            self.totals.extracted = len(self.unfinished.photos) - before
-            for number, photo in enumerate(self.unfinished.photos[before:], before + self.known.first):
-                rows[photo.found] = number
-        self.totals.unreadable += [
-            f"{each.path}: {why}" for each, why in self.unfinished.unreadable.items() if each in rows
-        ]
-        return {each: row for each, row in rows.items() if row is not None}
+def _choose_codebook(rows, known, fit, options, width):
+    """(codebook (M, K, D/M), M 0 for none; whether it differs from that of the old index)."""
+    photos, old = len(rows), known.codebook
+    wanted = options.subspaces, options.clusters
+    if (
+        old is not None
+        and not options.refit
+        and all(each in (None, present) for each, present in zip(wanted, old.shape[:2], strict=True))
+    ):
+        return old, False
+    none = np.empty((0, 0, 0), np.float32), old is not None
+    is_small = photos < MIN_PHOTOS_FOR_CLUSTERS
+    if is_small and old is None and wanted == (None, None):
+        return none
+    subspaces = options.subspaces or (2 if width % 2 == 0 else 1)
+    # A small index only has clusters because --clusters or --subspaces asked for them: their number stays.
+    clusters = options.clusters or (old.shape[1] if is_small and old is not None else default_clusters(photos))
+    if clusters > photos:
+        return none
+    features = known.rows(np.fromiter(rows.values(), np.int64)[evenly_spaced(photos, MAX_FITTED_PHOTOS)])
+    try:
+        return fit(features, subspaces, clusters), True
+    except CollapsedComponent as error:
+        log_rank0(f"note: M {subspaces}, K {clusters}: {error}; only one-to-one matching is available")
+        return none
 
-    def _count(self, rows):
-        """Fill in UpdateStats: a photo is new, changed, moved, or removed."""
-        before = self.known.paths
-        now = {each.path for each in rows}
-        gone = {row for path, row in before.items() if path not in now}
-        for each, row in rows.items():
-            if each.path in before:
-                self.totals.changed += not self.known.is_same(before[each.path], row)
-            elif row in gone:
-                gone.discard(row)
-                self.totals.moved += 1
-            else:
-                self.totals.new += 1
-        self.totals.removed = len(gone)
 
-    def _check_clusters(self, photos):
-        if self.plan.clusters and self.plan.clusters > photos:
-            raise InputError(f"--clusters {self.plan.clusters}: there are only {photos:,} photos; use fewer")
+def _is_outdated(old, rows, known, metadata):
+    """Whether the index must be written though its codebook has not changed."""
+    if old is None or len(rows) != len(old) or not rows.keys() <= known.exact.keys():
+        return True
+    return any(old.metadata[name] != value for name, value in metadata.items())
 
-    def _codebook(self, rows):
-        """(codebook (M, K, D/M), M 0 for none; whether it is newly fitted)."""
-        plan, photos, width = self.plan, len(rows), self.metadata["width"]
-        asked = plan.clusters is not None or plan.subspaces is not None
-        old = self.old.cells.codebook if self.old and self.old.clusters else None
-        if old is not None and not plan.refit and not self._asks_for_others(old):
-            return old, False
-        subspaces = plan.subspaces or (2 if width % 2 == 0 else 1)
-        few = (
-            photos < MIN_PHOTOS_FOR_CLUSTERS
-        )  # such have clusters only if they were asked for, and then as many as before
-        clusters = plan.clusters or (old.shape[1] if few and old is not None else default_clusters(photos))
-        none = np.empty((0, 0, 0), np.float32)
-        if (few and not asked and old is None) or clusters > photos:
-            return none, old is not None
-        features = self.known.rows(np.fromiter(rows.values(), np.int64)[evenly_spaced(photos, MAX_FITTED_PHOTOS)])
-        try:
-            return self.fit(features, subspaces, clusters), True
-        except CollapsedComponent as error:
-            log_rank0(f"note: M {subspaces}, K {clusters}: {error}; there is one-to-one matching alone")
-            return none, old is not None
 
-    def _asks_for_others(self, codebook):
-        plan, (subspaces, clusters) = self.plan, codebook.shape[:2]
-        return plan.clusters not in (None, clusters) or plan.subspaces not in (None, subspaces)
+def _write(folder, metadata, rows, known, codebook, is_refitted):
+    numbers = np.fromiter(rows.values(), np.int64)
+    records = known.records(numbers)
+    records["size"] = [file.size for file in rows]
+    records["mtime"] = [file.mtime for file in rows]
+    if is_refitted:
+        records["fitted"] = len(codebook) > 0
+    thumbnails = _compact_thumbnails(folder, known, records)
+    paths = [os.fsencode(file.path) for file in rows]
+    write_index(
+        folder, metadata | {"thumbnails": thumbnails.name}, (paths, records),
+        lambda chosen: known.rows(numbers[chosen]), codebook,
+    )  # fmt: skip
 
-    def _differs(self, rows, fitted):
-        """Whether there is anything to write."""
-        if fitted or not self.old or len(rows) != len(self.old) or not rows.keys() <= self.known.exact.keys():
-            return True
-        now = {"folders": list(self.plan.folders), "exclude": list(self.plan.exclude), **self.metadata}
-        return any(self.old.metadata[name] != value for name, value in now.items())
 
-    def _write(self, rows, codebook, fitted):
-        numbers = np.fromiter(rows.values(), np.int64)
-        records = self.known.records(numbers)
-        records["size"] = [each.size for each in rows]
-        records["mtime"] = [each.mtime for each in rows]
-        if fitted:
-            records["fitted"] = len(codebook) > 0
-        thumbnails = self._compacted(records)
-        metadata = {**self.metadata, "folders": list(self.plan.folders), "exclude": list(self.plan.exclude),
-                 "thumbnails": thumbnails.name}  # fmt: skip
-        paths = [os.fsencode(each.path) for each in rows]
-        write_index(self.folder, metadata, (paths, records), lambda chosen: self.known.rows(numbers[chosen]), codebook)
-
-    def _compacted(self, records):
-        """The file of thumbnails; a new one, where less than half of the old one is used. Changes `records`."""
-        used, stored = int(records["thumbnail_size"].sum()), self.unfinished.end
-        if stored - used < max(used, MIN_UNUSED_BYTES):
-            return self.thumbnails
-        path = self.folder / f"thumbnails-{self.old.metadata['generation'] + 1 if self.old else 2}.bin"
-        with open(self.thumbnails, "rb") as source, open(path, "wb") as target:
-            for record in records:
-                source.seek(record["thumbnail"])
-                record["thumbnail"] = target.tell()
-                target.write(source.read(record["thumbnail_size"]))
-        return path
+def _compact_thumbnails(folder, known, records):
+    """The file of thumbnails; a new one if less than half of the old one is used. Changes `records`."""
+    used, stored = int(records["thumbnail_size"].sum()), known.partial.end
+    if stored - used < max(used, MIN_UNUSED_BYTES):
+        return known.partial.thumbnails
+    path = folder / f"thumbnails-{known.old.metadata['generation'] + 1 if known.old else 2}.bin"
+    with open(known.partial.thumbnails, "rb") as source, open(path, "wb") as target:
+        for record in records:
+            source.seek(record["thumbnail"])
+            record["thumbnail"] = target.tell()
+            target.write(source.read(record["thumbnail_size"]))
+    return path
 
 
 class KnownPhotos:
-    """What is known of photos: rows below `first` are the old index's, then come those of PartialIndex.
+    """Photos with computed features: rows below `first` are those of the old index, the others of a PartialIndex.
 
     paths: {path: row} and exact: {PhotoFile: row} of the old index.
     """
 
-    def __init__(self, old, unfinished):
-        self.old, self.unfinished = old, unfinished
+    def __init__(self, old, partial):
+        self.old, self.partial = old, partial
         self.first = len(old) if old else 0
+        self.codebook = old.cells.codebook if old and old.clusters else None
         self.old_records = old.records if old else np.empty(0, RECORD)
         self.paths = {old.path(row): row for row in range(self.first)} if old else {}
         sizes, times = self.old_records["size"].tolist(), self.old_records["mtime"].tolist()
         self.exact = {PhotoFile(path, sizes[row], times[row]): row for path, row in self.paths.items()}
-        self.added = {photo.found: row for row, photo in enumerate(unfinished.photos, self.first)}
-        self.sizes = {*sizes, *(photo.found.size for photo in unfinished.photos)}
+        self.added = {photo.file: row for row, photo in enumerate(partial.photos, self.first)}
+        self.sizes = {*sizes, *(photo.file.size for photo in partial.photos)}
         self.by_digest = None
 
-    def row_of(self, found):
-        """The row of a photo that is known by its path, size and time, or by its digest; None if it is not."""
-        row = self.exact.get(found, self.added.get(found))
-        if row is not None or found.size not in self.sizes:
+    def row_of(self, file):
+        """The row of a PhotoFile with known path, size and time, or else with known digest; None if it is not known."""
+        row = self.exact.get(file, self.added.get(file))
+        if row is not None or file.size not in self.sizes:
             return row
         if self.by_digest is None:
-            every = enumerate(self.unfinished.photos, self.first)
-            self.by_digest = {bytes.fromhex(photo.digest): row for row, photo in every}
+            computed = enumerate(self.partial.photos, self.first)
+            self.by_digest = {bytes.fromhex(photo.digest): row for row, photo in computed}
             self.by_digest |= {record.tobytes(): row for row, record in enumerate(self.old_records["digest"])}
         try:
-            return self.by_digest.get(bytes.fromhex(sha256_of(found.path)))
+            return self.by_digest.get(bytes.fromhex(sha256_of(file.path)))
         except OSError:
             return None
 
     def records(self, numbers):
-        """The records of rows (n,): (n,) of RECORD, without what index.write_index fills in."""
+        """The records of rows (n,): (n,) of RECORD, without the fields that index.write_index sets."""
         result = np.zeros(len(numbers), RECORD)
         is_old = numbers < self.first
         result[is_old] = self.old_records[numbers[is_old]]
-        for place in np.flatnonzero(~is_old):
-            photo = self.unfinished.photos[numbers[place] - self.first]
-            result["digest"][place] = np.frombuffer(bytes.fromhex(photo.digest), np.uint8)
-            result["thumbnail"][place], result["thumbnail_size"][place] = photo.thumbnail, photo.thumbnail_size
+        for i in np.flatnonzero(~is_old):
+            photo = self.partial.photos[numbers[i] - self.first]
+            result["digest"][i] = np.frombuffer(bytes.fromhex(photo.digest), np.uint8)
+            result["thumbnail"][i], result["thumbnail_size"][i] = photo.thumbnail, photo.thumbnail_size
         return result
 
     def is_same(self, one, other):
-        """Whether two rows are of the same content."""
+        """Whether two rows have the same content."""
         one, other = self.records(np.array([one, other]))["digest"]
         return bool((one == other).all())
 
     def rows(self, numbers):
         """Features (n, D) of rows (n,)."""
-        result = np.empty((len(numbers), self.unfinished.width), np.float32)
+        result = np.empty((len(numbers), self.partial.width), np.float32)
         is_old = numbers < self.first
         if is_old.any():
             result[is_old] = self.old.cells.features[numbers[is_old]]
         if not is_old.all():
-            result[~is_old] = self.unfinished.rows()[numbers[~is_old] - self.first]
+            result[~is_old] = self.partial.rows()[numbers[~is_old] - self.first]
         return result
 
 
 def default_clusters(photos):
-    """K for a number of photos, of classes that nobody has counted; benchmarks/clusters.py compares it with others."""
+    """K by the number of photos; benchmarks/clusters.py compares this rule with others."""
     return max(2, min(MAX_DEFAULT_CLUSTERS, photos // 25))
 
 
@@ -282,3 +301,143 @@ def _check_subspaces(subspaces, width):
         raise InputError(
             f"--subspaces {subspaces}: features of {width} values cannot be cut into {subspaces} equal parts"
         )
+
+
+def _check_clusters(clusters, photos):
+    if clusters and clusters > photos:
+        raise InputError(f"--clusters {clusters}: there are only {photos:,} photos; use fewer")
+
+
+class ComputedPhoto(NamedTuple):
+    """A photo of a PartialIndex."""
+
+    file: PhotoFile
+    digest: str  # SHA-256 in hex
+    thumbnail: int  # offset in the file of thumbnails
+    thumbnail_size: int
+
+
+class PartialIndex:
+    """The batches of photos that have been computed for the index in `folder`.
+
+    source: what the features depend on, JSON; thumbnails: (path of their file, bytes of it that the index uses).
+    Raises InputError if an interrupted run in this folder had another source.
+    """
+
+    def __init__(self, folder, source, width, thumbnails):
+        self.folder, self.width = folder, width
+        self.thumbnails, self.end = thumbnails
+        self.photos, self.unreadable = [], {}  # {PhotoFile: why}
+        header = json.dumps([source, width, self.thumbnails.name]).encode() + b"\n"
+        length = self._read(header)
+        with write_errors_as_input_errors(folder):
+            with open(folder / PHOTOS_FILE, "ab") as file:
+                file.truncate(length)
+                if not length:
+                    file.write(header)
+            for path, length in ((folder / FEATURES_FILE, 4 * width * len(self.photos)), (self.thumbnails, self.end)):
+                with open(path, "ab") as file:
+                    file.truncate(length)
+
+    def _read(self, header):
+        """Read the complete batches; returns the length of their lines."""
+        try:
+            lines = (self.folder / PHOTOS_FILE).read_bytes().splitlines(keepends=True)
+            features = np.fromfile(self.folder / FEATURES_FILE, np.float32)
+            stored = self.thumbnails.stat().st_size
+        except FileNotFoundError:
+            return 0
+        if not lines or not lines[0].endswith(b"\n"):
+            return 0
+        if lines[0] != header:
+            if _source_of(lines[0]) == json.loads(header)[:2]:
+                return 0  # of an index with another file of thumbnails
+            raise InputError(
+                f"{self.folder}: contains an unfinished index of another checkpoint, model or input size; continue "
+                "with the same, or delete the folder"
+            )
+        features = features[: len(features) // self.width * self.width].reshape(-1, self.width)
+        is_unit = np.abs(np.linalg.norm(features, axis=1) - 1) < 0.01  # a crash can leave blocks of zeros
+        length = len(header)
+        for line in lines[1:]:
+            photos, unreadable = _parse_batch(line)
+            rows = is_unit[len(self.photos) : len(self.photos) + len(photos or ())]
+            end = max([self.end, *(photo.thumbnail + photo.thumbnail_size for photo in photos or ())])
+            if photos is None or len(rows) < len(photos) or not rows.all() or end > stored:
+                break
+            self.photos += photos
+            self.unreadable |= unreadable
+            self.end, length = end, length + len(line)
+        return length
+
+    def add(self, files, rows, digests, thumbnails, unreadable):
+        """Add a batch: PhotoFiles, their features (n, width), digests, thumbnails, and unreadable {PhotoFile: why}."""
+        photos = []
+        for file, digest, thumbnail in zip(files, digests, thumbnails, strict=True):
+            photos.append(ComputedPhoto(file, digest, self.end, len(thumbnail)))
+            self.end += len(thumbnail)
+        line = [[[*photo.file, *photo[1:]] for photo in photos], [[*file, why] for file, why in unreadable.items()]]
+        with write_errors_as_input_errors(self.folder):
+            for path, content in (
+                (self.thumbnails, b"".join(thumbnails)),
+                (self.folder / FEATURES_FILE, np.ascontiguousarray(rows, np.float32).tobytes()),
+                (self.folder / PHOTOS_FILE, json.dumps(line).encode() + b"\n"),
+            ):
+                with open(path, "ab") as file:
+                    file.write(content)
+        self.photos += photos
+        self.unreadable |= unreadable
+
+    def rows(self):
+        """All features so far, (n, width) float32, mapped."""
+        if not self.photos:
+            return np.empty((0, self.width), np.float32)
+        return np.memmap(self.folder / FEATURES_FILE, np.float32, "r", shape=(len(self.photos), self.width))
+
+    def remove(self):
+        """Delete its files, once its photos are in the index."""
+        (self.folder / PHOTOS_FILE).unlink()
+        (self.folder / FEATURES_FILE).unlink()
+
+
+@contextmanager
+def write_errors_as_input_errors(folder):
+    """Within this block, which writes the index in `folder`, an OSError becomes an InputError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"{folder}: the index cannot be written ({reason}); free some space, and run the command again to continue"
+        ) from error
+
+
+def _source_of(header):
+    """[source, width] of a first line, or None."""
+    try:
+        return json.loads(header)[:2]
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _parse_batch(line):
+    """(photos, unreadable) of a line, (None, None) if it is damaged."""
+    try:
+        photos, unreadable = json.loads(line if line.endswith(b"\n") else b"")
+        photos = [ComputedPhoto(_photo_file(*values[:3]), *_checked_record(*values[3:])) for values in photos]
+        return photos, {_photo_file(*values[:3]): str(values[3]) for values in unreadable}
+    except (ValueError, TypeError, IndexError, RecursionError):
+        return None, None
+
+
+def _photo_file(path, size, mtime):
+    if not isinstance(path, str) or not os.path.isabs(path):
+        raise ValueError("not an absolute path")
+    os.fsencode(path)
+    return PhotoFile(path, int(size), int(mtime))
+
+
+def _checked_record(digest, thumbnail, size):
+    if len(bytes.fromhex(digest)) != 32 or min(int(thumbnail), int(size)) < 0:
+        raise ValueError("not the record of a photo")
+    return digest, int(thumbnail), int(size)

@@ -12,7 +12,6 @@ from starlette.testclient import TestClient
 
 from datasets.images import resize, stack
 from photo_search import server as page_server
-from photo_search import serving
 from photo_search.index import open_index
 from photo_search.search import Searcher
 from photo_search.server import ReloadingIndex, create_app
@@ -41,9 +40,9 @@ def visitor(shelf, host=f"127.0.0.1:{PORT}", **more):
 @contextmanager
 def served(shelf, **more):
     """Serve a page as the command does; yields its port, which takes connections from the start."""
-    with serving._listen("127.0.0.1", 0) as listener:
+    with page_server._listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        server = uvicorn.Server(serving._config(create_app(shelf, port, **more)))
+        server = uvicorn.Server(page_server._config(create_app(shelf, port, **more)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -14,7 +14,7 @@ from albums import FakeEncoder, update, write_album, write_photo
 from pages import PORT, drawing, say, served, shelf_of, visitor
 from PIL import Image
 
-from photo_search.pictures import MAX_UPLOAD_BYTES
+from photo_search.photos import MAX_UPLOAD_BYTES
 
 TOKEN = "abcdefgh-123"
 PATIENCE = 0.3  # seconds, where a test waits for it to run out

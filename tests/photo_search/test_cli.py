@@ -172,7 +172,7 @@ def test_a_checkpoint_may_move(photos, checkpoint, sketch, tmp_path, fails):
     shutil.copy(checkpoint, "c.pth.tar")
     run("index", photos, "--checkpoint", "c.pth.tar", *INDEX)
     os.rename("c.pth.tar", "d.pth.tar")
-    assert "c.pth.tar: the checkpoint of the index is not there; name its place" in fails(
+    assert "c.pth.tar: the checkpoint of the index does not exist; give its path" in fails(
         search_photos.main, "find", sketch
     )
     assert run("find", sketch, "--checkpoint", "d.pth.tar", *HERE)
@@ -211,8 +211,8 @@ def bad_sketches(folder):
     ("find sketch.png --collection cats", "--collection cats: it is for --engine milvus"),
     ("index --index new", "a new one needs a folder of photos"), ("index photos --index new", "needs --checkpoint"),
     ("index none --index new --checkpoint {}", "none: cannot be searched for photos"),
-    ("index empty --index new --checkpoint {}", "empty: no photos are there"),
-    ("index empty", "empty: no photos are there"),
+    ("index empty --index new --checkpoint {}", "empty: contains no photos"),
+    ("index empty", "empty: contains no photos"),
     ("index empty --index sketch.png --checkpoint {}", "sketch.png: cannot be written"),
     ("index photos --index new --checkpoint none", "none: no such file"),
     ("index photos --index new --checkpoint sketch.png", "sketch.png: refused, it is torn or no torch file"),
@@ -220,7 +220,7 @@ def bad_sketches(folder):
     ("index photos --index new --checkpoint {} --subspaces 7", "--subspaces 7: features of 320 values"),
     ("index photos --index new --checkpoint {} --clusters 9", "--clusters 9: there are only 5 photos"),
     ("index photos --clusters 0", "argument --clusters"),
-    ("index photos --exclude *.png", "photos0: no photos are there"),
+    ("index photos --exclude *.png", "photos0: contains no photos"),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_line(arguments, told, small, photos, sketch, checkpoint, tmp_path, fails):
     bad_sketches(tmp_path)

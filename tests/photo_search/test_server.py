@@ -19,9 +19,8 @@ from PIL import Image
 import search_photos
 from photo_search import server as pages
 from photo_search.clean_sketch import clean_up
-from photo_search.folders import folders_of
-from photo_search.index import open_index
-from photo_search.pictures import MAX_UPLOAD_BYTES, open_photo, read_drawing
+from photo_search.index import folders_of, open_index
+from photo_search.photos import MAX_UPLOAD_BYTES, open_photo, read_drawing
 from photo_search.search import DEFAULT_CLUSTER_WEIGHT
 
 
@@ -312,8 +311,8 @@ def test_the_command_is_refused_in_one_line(index, fails, monkeypatch):
     assert "--host 192.0.2.1: not an address of this machine" in fails(search_photos.main, *own, *other)
     assert "argument --port: '65536' is not a port" in fails(search_photos.main, *own, "--port", "65536")
     assert "no index of photos" in fails(search_photos.main, "page", "--index", index / "x", "--port", "0")
-    assert "the checkpoint of the index is not there" in fails(search_photos.main, *own, "--port", "0")
-    monkeypatch.setitem(sys.modules, "photo_search.serving", None)
+    assert "the checkpoint of the index does not exist" in fails(search_photos.main, *own, "--port", "0")
+    monkeypatch.setitem(sys.modules, "photo_search.server", None)
     assert "pip install -r requirements-page.txt" in fails(search_photos.main, *own)
 
 

@@ -304,7 +304,7 @@ def test_a_full_disk_leaves_the_old_index(album, index, network, monkeypatch):
         real(file, array, **options)
 
     monkeypatch.setattr(np.lib.format, "write_array", full)
-    with pytest.raises(InputError, match=r"cannot be kept \(No space left on device\); make room, and start again"):
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\); free some space"):
         update(index, network, album)
     assert photos_of(index) == before
     monkeypatch.undo()
@@ -315,7 +315,7 @@ def test_a_full_disk_leaves_the_old_index(album, index, network, monkeypatch):
 
 def test_folders_without_photos_are_refused(tmp_path, index, network):
     (tmp_path / "none").mkdir()
-    with pytest.raises(InputError, match="none: no photos are there"):
+    with pytest.raises(InputError, match="none: contains no photos"):
         update(index, network, tmp_path / "none")
     (tmp_path / "none/torn.png").write_text("no image")
     with pytest.raises(InputError, match="none of 1 photos can be read"):
