@@ -27,7 +27,8 @@ from utils import numpy_sort  # noqa: E402
 
 numpy_sort.choose_sort_kernel()  # before NumPy, as in the scripts
 import numpy as np  # noqa: E402
-from benchmarks.peers import PEERS  # noqa: E402
+
+from benchmarks.other_libraries import PEERS  # noqa: E402
 
 SIZES = {  # unseen sketches, photos
     "sketchy": (15229, 17101),

@@ -34,7 +34,7 @@ class Protocol:
     teacher_lr: float
     clusters: tuple[int, ...]  # K
     subspaces: tuple[int, ...]  # M
-    metrics: tuple[str, ...]  # columns of its table (see models.eval.metrics); the first one sorts classes and pictures
+    metrics: tuple[str, ...]  # columns of its table (see models.eval.metrics); the first sorts classes and pictures
 
     @property
     def seen_classes(self):

@@ -1,9 +1,9 @@
-"""Features, codebooks, matching and metrics of a folder of images without a command line.
+"""Computes features, codebooks, matching and metrics of a folder of images, from Python.
 
     python -m docs.evaluate_a_folder demo/data
 
 The folder is a benchmark's; `python -m datasets.prepare miniature demo/data` draws one. Nothing is written.
-The network is untrained here, so the result is about that of a random ranking.
+The network is untrained, so the result is close to that of a random ranking.
 """
 
 import sys

@@ -193,7 +193,7 @@ def check_features(features, rows):
             raise InputError(f"--clusters {clusters}: the gallery has only {count} photos ({row}); use fewer")
         if width % subspaces:
             raise InputError(
-                f"--subspaces {subspaces}: features of {width} values cannot be cut into {subspaces} equal parts"
+                f"--subspaces {subspaces}: features of {width} values cannot be cut into {subspaces} equal sub-spaces"
             )
 
 
@@ -207,7 +207,7 @@ def check_relevance(relevance, query_labels, names):
     if len(missing):
         raise InputError(
             f"{len(missing)} query classes have no photo in the gallery, first {names[missing[0]]!r}: "
-            "its sketches have no AP; add photos to the zero list or take its sketches out"
+            "its sketches have no AP; add photos to the zero list or remove its sketches"
         )
 
 

@@ -1,4 +1,4 @@
-"""The seven scripts as a user runs them, on a small miniature benchmark and on files swapped in."""
+"""The seven scripts as a user runs them, on a small miniature benchmark and on files from elsewhere."""
 
 import json
 import os
@@ -78,9 +78,9 @@ def test_train_then_retrieve(trained, miniature, capsys):
     assert "computing them anew" not in capsys.readouterr().err
     larger = [*MODEL, "--input_size", "48", "--mode", "1", "--data_root", str(miniature), "--resume_dir", str(trained)]
     assert len(test_sketchy_ext_zeroshot.main(larger)["rows"]) == 1
-    said = capsys.readouterr().err
-    assert "computed with another input_size, computing them anew" in said
-    assert "was trained with --input_size 32, not 48" in said
+    output = capsys.readouterr().err
+    assert "computed with another input_size, computing them anew" in output
+    assert "was trained with --input_size 32, not 48" in output
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_terminated_test_ends_in_one_line_and_leaves_nothing(tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["features_zero.pickle"]
 
 
-def test_each_weight_is_a_set_of_rows_and_each_sketch_is_kept(tmp_path, capsys):
+def test_each_weight_adds_rows_and_per_query_values_are_written(tmp_path, capsys):
     _, _, _, labels = features_of_three_classes(tmp_path / "features_zero.pickle", width=16, photos=200)
     arguments = ["--resume_dir", str(tmp_path), "--clusters", "3", "6", "--subspaces", "2", "--device", "cpu"]
     more = ["--cluster_weight", "0.5", "0.8", "--mixture_seeds", "1", "2", "--definitions"]
@@ -161,13 +161,13 @@ def test_each_weight_is_a_set_of_rows_and_each_sketch_is_kept(tmp_path, capsys):
 
 
 @pytest.mark.draws
-def test_the_plane_of_unseen_classes_is_drawn(tmp_path):
+def test_tsne_is_drawn(tmp_path):
     features_of_three_classes(tmp_path / "features_zero.pickle", width=16, photos=200)
     test_tuberlin_ext_zeroshot.main(["--resume_dir", str(tmp_path), "--mode", "1", "--device", "cpu", "--tsne"])
     assert (tmp_path / "tsne.png").stat().st_size > 10_000
 
 
-def test_mixtures_of_several_seeds_are_summed_up(tmp_path, capsys):
+def test_mixtures_of_several_seeds_are_averaged(tmp_path, capsys):
     features_of_three_classes(tmp_path / "features_zero.pickle", width=16, photos=200)
     arguments = ["--resume_dir", str(tmp_path), "--clusters", "3", "6", "--subspaces", "2", "--device", "cpu"]
     single = {
@@ -185,8 +185,8 @@ def test_mixtures_of_several_seeds_are_summed_up(tmp_path, capsys):
             "range": [min(values), max(values)],
         }
     assert len(set(values)) > 1
-    said = capsys.readouterr().out
-    assert "mAP@all over seeds" in said and "class  one-to-one mAP@all" in said
+    output = capsys.readouterr().out
+    assert "mAP@all over seeds" in output and "class  one-to-one mAP@all" in output
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == results["rows"]
 
 
@@ -217,7 +217,7 @@ def test_a_collapsed_mixture_leaves_the_other_rows(tmp_path, capsys, monkeypatch
     assert everything[0]["mAP@all"] == one_to_one["mAP@all"] and "failed" in everything[1]
 
 
-def test_labels_that_do_not_start_at_0_are_taken_in_order_and_that_is_said(tmp_path, miniature, capsys):
+def test_labels_that_do_not_start_at_0_are_renumbered_with_a_note(tmp_path, miniature, capsys):
     gallery, gallery_labels, query, query_labels = features_of_three_classes(tmp_path / "features_zero.pickle")
     none = ["--mode", "1", "--device", "cpu", "--resume_dir", str(tmp_path), "--data_root", str(tmp_path / "none")]
     expected = test_sketchy_ext_zeroshot.main(none)["rows"][0]
@@ -235,7 +235,7 @@ def test_labels_that_do_not_start_at_0_are_taken_in_order_and_that_is_said(tmp_p
     assert sorted(row["per_class"]) == sorted(UNSEEN_CATEGORIES)
 
 
-def test_photos_with_equal_features_are_named(tmp_path, capsys):
+def test_photos_with_equal_features_give_a_note(tmp_path, capsys):
     gallery, gallery_labels, query, query_labels = features_of_three_classes(tmp_path / "features_zero.pickle")
     gallery[:] = gallery[0]
     (tmp_path / "features_zero.pickle").write_bytes(pickle.dumps([gallery, gallery_labels, query, query_labels]))
@@ -274,9 +274,9 @@ def test_a_killed_extraction_is_resumed(trained, miniature, tmp_path, monkeypatc
     assert not (tmp_path / "features_zero.pickle").exists()
     batches.clear()
     assert test_sketchy_ext_zeroshot.main(arguments)["rows"] == expected
-    said = capsys.readouterr().err
-    assert "features: resuming, 45 of 48 photos are already extracted" in said  # whole batches of 5
-    assert "features: resuming, 15 of 32 sketches are already extracted" in said
+    output = capsys.readouterr().err
+    assert "features: resuming, 45 of 48 photos are already extracted" in output  # whole batches of 5
+    assert "features: resuming, 15 of 32 sketches are already extracted" in output
     assert sum(batches) == 80 - 45 - 15
 
 
@@ -290,9 +290,9 @@ def test_features_older_than_the_checkpoint_are_named_and_recomputed(trained, mi
     assert "move model_best.pth.tar away to test features_zero.pickle as it is" in message
     arguments = [*MODEL, "--mode", "1", "--data_root", str(miniature), "--resume_dir", str(tmp_path)]
     assert test_sketchy_ext_zeroshot.main(arguments)["gallery"] == 48
-    said = capsys.readouterr().err
-    assert "features_zero.pickle is older than model_best.pth.tar beside it, computing them anew" in said
-    assert "the former features_zero.pickle is now features_zero.pickle.old" in said
+    output = capsys.readouterr().err
+    assert "features_zero.pickle is older than model_best.pth.tar beside it, computing them anew" in output
+    assert "the former features_zero.pickle is now features_zero.pickle.old" in output
     assert (tmp_path / "features_zero.pickle.old").read_bytes() == downloaded
 
 
@@ -365,7 +365,7 @@ def test_bad_input_to_a_test_ends_in_one_line(trained, miniature, tiny, tmp_path
 
 
 @pytest.mark.draws
-def test_what_a_missing_extra_skips_is_said_in_a_line(miniature, tmp_path, monkeypatch, capsys):
+def test_a_missing_extra_gives_a_note(miniature, tmp_path, monkeypatch, capsys):
     for module in ("torch.utils.tensorboard", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
     train_sketchy_ext.main([*TRAIN, "--data_root", str(miniature), "-s", str(tmp_path)])
@@ -377,7 +377,7 @@ def test_what_a_missing_extra_skips_is_said_in_a_line(miniature, tmp_path, monke
     assert not (tmp_path / "retrievals.png").exists() and not (tmp_path / "curves").exists()
 
 
-def test_what_features_alone_cannot_do_is_said(tmp_path, fails):
+def test_features_without_a_checkpoint_or_with_one_photo(tmp_path, fails):
     gallery, gallery_labels, query, _ = features_of_three_classes(tmp_path / "features_zero.pickle")
     assert "holds no checkpoint" in fails(test_tuberlin_ext_zeroshot.main, "--resume_dir", tmp_path, "--recompute")
     one = [gallery[:1], gallery_labels[:1], query[:1], gallery_labels[:1], None]
@@ -408,7 +408,7 @@ def _denied(**_):
     "train_sketchy_ext", "train_tuberlin_ext", "train_quickdraw_ext", "test_sketchy_ext_zeroshot",
     "test_sketchy_ext_split_zeroshot", "test_tuberlin_ext_zeroshot", "test_quickdraw_ext_zeroshot",
 ])  # fmt: skip
-def test_help_explains_itself_and_tells_every_default(script, capsys):
+def test_help_has_every_option_and_default(script, capsys):
     with pytest.raises(SystemExit) as end:
         sys.modules[script].main(["--help"])
     help_text = capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""The zero-shot test: features, codebooks, matching, metrics and the report, each usable alone."""
+"""The zero-shot test: features, codebooks, matching, metrics and the report; each module can be used from Python."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-SORT_BYTES = 1 << 20  # keys sorted at a time on a CPU, so that they stay in its cache
+SORT_BYTES = 1 << 20  # keys sorted at a time on a CPU, so that they fit its cache
 RECALL_LEVELS = torch.linspace(0, 1, 11, dtype=torch.float64)
 
 
@@ -55,7 +55,7 @@ class SameClass:
 
 
 class ListedPhotos:
-    """Relevance by list: each query has its own relevant photos, a single right one, say, in instance-level retrieval.
+    """Relevance by list: each query has its own relevant photos, for instance one in instance-level retrieval.
 
     photos: Q sequences of indices into a gallery of `gallery_size` photos. Methods are those of SameClass.
     """
@@ -138,8 +138,9 @@ def _rank_by_order(scores, relevance, in_gallery, nearest):
 def _rank_by_keys(scores, relevance, in_gallery, nearest):
     """(hits, nearest) of float32 scores of 0 or more by sorting integers, several times as fast on a CPU.
 
-    Such scores are in the order of their bits. So one integer of 64 bits holds all that counts: first the score but for
-    its sign, then the photo's index in the gallery, which breaks ties, and at the end a 1 if the photo is not relevant.
+    The bits of such scores, read as integers, have the same order. So a uint64 key, from its highest bit, is the score
+    without its sign (31 bits), the photo's index in the gallery, which breaks ties (32 bits), and 1 if the photo is not
+    relevant (1 bit).
     """
     scores, photos, counts = scores.numpy(), scores.shape[1], in_gallery.numpy()
     hits = np.full((len(scores), counts.max()), np.inf)
@@ -245,7 +246,7 @@ METRICS = {  # without the cut, see `get_metric`
     "plain mAP": Metric(plain_average_precision, over_queries),
     "capped Prec": Metric(capped_precision_at, over_queries),
 }
-STANDARD = ("mAP@all", "mAP@200", "Prec@100", "Prec@200")  # what every results.json holds
+STANDARD = ("mAP@all", "mAP@200", "Prec@100", "Prec@200")  # in every results.json
 
 
 class Definition(NamedTuple):
@@ -262,7 +263,8 @@ DEFINITIONS = {
     "SEM-PCYC": Definition("plain mAP", "Prec", average=over_queries),
     "torchmetrics": Definition("plain mAP", None, average=over_queries),
 }
-DEFINED = (*STANDARD, "plain mAP@all", "plain mAP@200", "capped Prec@100", "capped Prec@200")  # what they need
+# The metrics that DEFINITIONS need.
+DEFINED = (*STANDARD, "plain mAP@all", "plain mAP@200", "capped Prec@100", "capped Prec@200")
 
 
 def by_definition(values, labels):

@@ -20,7 +20,7 @@ QUERIES = "per_query.npz"
 
 
 def summarise(features, averages, run_record):
-    """What results.json says of named Features.
+    """The results of named Features as results.json has them.
 
     averages: that of a models.eval.evaluate.EvalResult; run_record: options and versions.
     """
@@ -91,7 +91,7 @@ def write_report(folder, results, features, result, images, count=4):
             draw_tsne(folder / "tsne.png", features, results["benchmark"])
             print(f"figure: {folder / 'tsne.png'}")
         if not readable:
-            log_rank0("note: no picture of retrievals, the images of these features are not at hand (see --data_root)")
+            log_rank0("note: no retrievals.png, the images of these features cannot be read (see --data_root)")
             return
         groups = retrieval_groups(features, result, results["metrics"][0], images, count)
         title = f"{results['benchmark']}, {matching_name(result.shown)}"
@@ -100,7 +100,7 @@ def write_report(folder, results, features, result, images, count=4):
     except ImportError:
         log_rank0("note: no figures, matplotlib is not installed")
     except InputError as error:
-        log_rank0(f"note: no picture of retrievals, {error}")
+        log_rank0(f"note: no retrievals.png, {error}")
 
 
 def matching_name(row):

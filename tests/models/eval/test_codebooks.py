@@ -72,8 +72,8 @@ def test_without_a_bar_the_remaining_time_is_printed_once(monkeypatch, capsys):
     monkeypatch.setattr(codebooks, "ETA_ABOVE_S", 0)
     gallery = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
     codebooks.fit_codebooks(gallery, [(2, 3), (4, 2)])
-    said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if "minutes" in line] == ["note: the other 2 mixtures take about 0 minutes"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "minutes" in line] == ["note: the other 2 mixtures take about 0 minutes"]
     monkeypatch.setattr(codebooks, "ETA_ABOVE_S", 1e9)
     codebooks.fit_codebooks(gallery, [(2, 3), (4, 2)])
     assert "minutes" not in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_the_shown_row_names_its_nearest_photos(features, codebooks):
     torch.testing.assert_close(measured[None]["mAP@all"], average_precision(ranking), rtol=0, atol=1e-12)
 
 
-def test_a_chunk_that_does_not_fit_is_halved_and_said_once(features, codebooks, monkeypatch, capsys):
+def test_a_chunk_that_does_not_fit_is_halved_with_one_note(features, codebooks, monkeypatch, capsys):
     expected, tried = evaluate_rows(features, codebooks, dtype=torch.float64), []
 
     def short_of_memory(part, gallery, out=None):
@@ -103,8 +103,8 @@ def test_a_chunk_that_does_not_fit_is_halved_and_said_once(features, codebooks, 
     monkeypatch.setattr(evaluation, "euclidean_distances", short_of_memory)
     monkeypatch.setattr(evaluation, "thread_pool", lambda: thread_pool(1))
     same(evaluate_rows(features, codebooks, dtype=torch.float64), expected, 1e-12)
-    said = f"note: {tried[0]} sketches at a time do not fit into the device's memory, trying fewer\n"
-    assert capsys.readouterr().err == said
+    note = f"note: {tried[0]} sketches at a time do not fit into the device's memory, trying fewer\n"
+    assert capsys.readouterr().err == note
     failed = [count for count in tried if count > 20]
     assert failed == sorted(failed, reverse=True) and len(set(failed)) == len(failed)  # no size is tried twice
 
@@ -116,7 +116,7 @@ def test_a_chunk_that_does_not_fit_is_halved_and_said_once(features, codebooks, 
         evaluate_rows(features, codebooks)
 
 
-def test_every_kind_of_gallery_has_an_answer():
+def test_small_classes_small_galleries_and_equal_features():
     """A class of one photo, a gallery shorter than every cut, and all features equal, where gallery order decides."""
     gallery = np.full((6, 4), 0.5, np.float32)
     features = Features(gallery, np.array([0, 1, 0, 0, 0, 2]), gallery[:3], np.array([1, 0, 2]))
@@ -127,7 +127,7 @@ def test_every_kind_of_gallery_has_an_answer():
         assert row["Prec@100"].tolist() == pytest.approx([1 / 6, 4 / 6, 1 / 6])
 
 
-def test_room_is_made_before_a_chunk_is_halved():
+def test_memory_is_freed_before_a_chunk_is_halved():
     done = []
 
     def measure(chosen):

@@ -68,21 +68,21 @@ def test_distances_equal_plain_loops():
     for q in range(4):
         for g in range(9):
             for m in range(3):
-                part = slice(2 * m, 2 * m + 2)
-                code = min(range(5), key=lambda k: (gallery[g, part] - codebook[m, k]).norm())
-                expected[q, g] += ((query[q, part] - codebook[m, code]) ** 2).sum()
+                subspace = slice(2 * m, 2 * m + 2)
+                code = min(range(5), key=lambda k: (gallery[g, subspace] - codebook[m, k]).norm())
+                expected[q, g] += ((query[q, subspace] - codebook[m, code]) ** 2).sum()
     members = code_members(nearest_codes(gallery, codebook), 5)
     assert (members.sum(dim=0) == 3).all()
     close(cluster_distances(query, codebook, members.double()), expected, 1e-12)
     close(euclidean_distances(query, gallery), torch.cdist(query, gallery), 1e-12)
 
 
-def test_a_photo_as_query_finds_itself():
+def test_the_nearest_photo_of_a_photo_is_itself():
     gallery = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     assert torch.equal(euclidean_distances(gallery, gallery).argmin(dim=1), torch.arange(50))
 
 
-def test_results_go_where_they_are_told(z):
+def test_results_are_written_to_out(z):
     query, gallery, codebook = z["query"], z["gallery"], z["M2K5_codebook"]
     members = code_members(nearest_codes(gallery, codebook), 5).float()
     out = torch.empty(2, len(query), len(gallery))

@@ -59,22 +59,24 @@ def test_metrics_equal_golden(golden, case):
 def test_definitions_of_other_papers_equal_golden(golden):
     z = golden("definitions")
     ranking = rank(z["distances"], SameClass(z["query_labels"], z["gallery_labels"]))
-    found = by_definition({name: get_metric(name).function(ranking) for name in DEFINED}, z["query_labels"])
+    table = by_definition({name: get_metric(name).function(ranking) for name in DEFINED}, z["query_labels"])
     prefixes = {"SBKA, SAKE": "sbka", "ZSE-SBIR": "zse", "SEM-PCYC": "sem_pcyc", "torchmetrics": "torchmetrics"}
-    assert found.keys() == prefixes.keys()
-    for definition, values in found.items():
+    assert table.keys() == prefixes.keys()
+    for definition, values in table.items():
         for name, value in values.items():
             expected = z[f"{prefixes[definition]}_{name.lower().replace('@', '_')}"].item()
             # torchmetrics computes in float32
             assert value == pytest.approx(expected, abs=1e-5 if definition == "torchmetrics" else 1e-12)
-    assert list(found["torchmetrics"]) == ["mAP@all", "mAP@200"]
-    assert all(list(found[name]) == list(STANDARD) for name in list(prefixes)[:3])
+    assert list(table["torchmetrics"]) == ["mAP@all", "mAP@200"]
+    assert all(list(table[name]) == list(STANDARD) for name in list(prefixes)[:3])
 
 
 def test_other_definitions_by_hand():
     ranking = ranking_of([2, 3, 5], 5)
     assert plain_average_precision(ranking).item() == pytest.approx((1 / 2 + 2 / 3 + 3 / 5) / 3)
-    assert plain_average_precision(ranking, 4).item() == pytest.approx((1 / 2 + 2 / 3) / 2)  # of those it found
+    assert plain_average_precision(ranking, 4).item() == pytest.approx(
+        (1 / 2 + 2 / 3) / 2
+    )  # over 2 hits in the first 4
     assert plain_average_precision(ranking, 1).item() == 0
     assert plain_average_precision(ranking_of([], 4)).item() == 0
     assert capped_precision_at(ranking, 2).item() == 1 / 2
@@ -127,7 +129,7 @@ def test_a_tie_at_the_very_end_and_across_queries():
 
 
 def test_five_photos_of_which_three_tie():
-    # In order: photo 1, then the tie of 0, 2 and 4 as they stand in the gallery, then photo 3.
+    # In order: photo 1, then the tie of 0, 2 and 4 in gallery order, then photo 3.
     scores = torch.tensor([[0.5, 0.25, 0.5, 2.0, 0.5]])
     for label, ranks in ((0, [1, 3]), (1, [2, 4]), (2, [5])):
         ranking = rank(scores, SameClass(torch.tensor([label]), torch.tensor([1, 0, 0, 2, 1])), nearest=4)

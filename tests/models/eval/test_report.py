@@ -9,7 +9,7 @@ from models.eval.figures import draw_precision_recall, draw_retrievals, main_row
 from models.eval.report import print_classes, print_table
 
 
-def test_best_typical_and_worst_come_from_as_many_classes_as_there_are():
+def test_best_typical_and_worst_are_of_as_many_classes_as_possible():
     average_precision = np.array([0.9, 1.0, 0.8, 0.1, 0.2, 0.3, 0.5, 0.52])
     labels = np.array([0, 0, 1, 0, 1, 2, 0, 1])
     picked = pick_queries(average_precision, labels, 2)
@@ -44,7 +44,7 @@ def test_the_table_marks_as_many_clusters_as_classes(capsys):
     assert lines[4].split()[3:] == ["0.5000", "0.2500"]
 
 
-def test_the_table_tells_the_spread_of_seeds_and_what_collapsed(capsys):
+def test_the_table_shows_the_spread_of_seeds_and_collapsed_mixtures(capsys):
     results = results_of(
         ONE,
         many(20, spread={"mAP@all": {"deviation": 0.0123, "range": [0.2, 0.3]}}),
@@ -90,8 +90,8 @@ def test_the_figure_shows_one_curve_for_each_number_of_subspaces(tmp_path):
 def groups(tmp_path):
     for name, colour in (("sketch", "white"), ("right", "green"), ("wrong", "red")):
         Image.new("RGB", (40, 30), colour).save(tmp_path / f"{name}.png")
-    found = [(tmp_path / "right.png", True), (tmp_path / "wrong.png", False)]
-    queries = [("a$_$b\nAP 0.50", tmp_path / "sketch.png", found)] * 2
+    photos = [(tmp_path / "right.png", True), (tmp_path / "wrong.png", False)]
+    queries = [("a$_$b\nAP 0.50", tmp_path / "sketch.png", photos)] * 2
     return [("best", queries), ("typical", []), ("worst", queries[:1])]
 
 
