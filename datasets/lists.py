@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.protocols import PROTOCOLS, Protocol
+from datasets.protocols import LABEL_ORDERS, PROTOCOLS, Protocol, protocol_of
 from utils.cli import InputError
 from utils.files import atomic_write, check_stat, dump_pickle, stat_error
 from utils.safe_pickle import read_pickled_dict
@@ -34,6 +34,7 @@ CLASS_NAME_FILES = "cname_cid.txt", "cname_cid_zero.txt"  # of seen and of unsee
 MASK_FILE = "cid_mask.pickle"
 TITLE_FILE = "title.txt"
 WINDOWS_PATHS = "Windows paths: replace each \\ in the list by /"
+_MIXED = "lists of two releases in one folder; take all files from one release"
 _MAKE_MASK = "make one with python -m datasets.prepare mask, or train without: --no_mask"
 
 
@@ -94,8 +95,29 @@ class Benchmark:
         return next((self.lists / name for name in names if os.path.isfile(self.lists / name)), self.lists / names[0])
 
     def read(self, kind, split, on_error=raise_input_error):
-        """FileList of `kind` and `split`, see `path` and `read_list`."""
-        return read_list(self.path(kind, split), self.root, len(self.names(split)), on_error)
+        """FileList of `kind` and `split`, see `path` and `read_list`.
+
+        Raises InputError if its labels follow another release than the class names do, and as `read_list` does.
+        """
+        files = read_list(self.path(kind, split), self.root, len(self.names(split)), on_error)
+        self._check_release(files, split)
+        return files
+
+    def _check_release(self, files, split):
+        pairs = set(zip((path.rpartition("/")[0] for path in files.paths), files.labels.tolist(), strict=True))
+        labels = {(normalise_class_name(folder.rpartition("/")[2]), label) for folder, label in pairs}
+        if not labels or labels <= set(_label_order(self.names(split))):
+            return
+        for release, orders in LABEL_ORDERS.items():
+            if labels <= set(_label_order(orders[split == "zero"])):
+                name = CLASS_NAME_FILES[split == "zero"]
+                raise InputError(f"{files.source}: its labels follow {release}, unlike {name}: {_MIXED}")
+
+    @property
+    def release(self):
+        """Which of LABEL_ORDERS the class names follow; None for none of them."""
+        own = [_label_order(names) for names in (self.seen_names, self.unseen_names)]
+        return next((name for name, of in LABEL_ORDERS.items() if own == [*map(_label_order, of)]), None)
 
     def read_query_gallery(self):
         """QueryGallery."""
@@ -135,7 +157,24 @@ def open_benchmark(protocol_name, root=None, zero_version=None, on_error=raise_i
     seen, unseen = (read_class_names(lists / name, on_error) for name in CLASS_NAME_FILES)
     if both := sorted(set(seen) & set(unseen)):
         on_error(f"{lists}: {both[0]!r} is in cname_cid.txt and in cname_cid_zero.txt; unseen classes must be new")
+    _check_one_release(lists, seen, unseen, on_error)
     return Benchmark(protocol, _benchmark_title(protocol, lists, seen, unseen), root, lists, seen, unseen)
+
+
+def _label_order(names):
+    return [(normalise_class_name(name), label) for label, name in enumerate(names)]
+
+
+def _check_one_release(lists, seen, unseen, on_error):
+    """Call `on_error` if the seen and the unseen class names follow two of LABEL_ORDERS."""
+    releases = [
+        [name for name, of in LABEL_ORDERS.items() if _label_order(of[part]) == _label_order(names)]
+        for part, names in enumerate((seen, unseen))
+    ]
+    if all(releases) and releases[0] != releases[1]:
+        on_error(
+            f"{lists}: {CLASS_NAME_FILES[0]} follows {releases[0][0]}, {CLASS_NAME_FILES[1]} {releases[1][0]}: {_MIXED}"
+        )
 
 
 def _benchmark_title(protocol, lists, seen, unseen):
@@ -169,7 +208,7 @@ def find_layout(root, zero_version=None):
         for folder in sorted(folders, key=lambda each: each != protocol.zero_version):
             kinds = (protocol.list_names(kind, "zero") for kind in ("sketch", "photo"))
             if all(any(os.path.isfile(Path(root) / folder / each) for each in names) for names in kinds):
-                return name, folder
+                return protocol_of(name, folder), folder
     inside = Path(root) / zero_version if zero_version else f"{root}/zeroshot*"
     hidden = _hidden_lists(root, folders)
     raise InputError(

@@ -192,6 +192,24 @@ _ROWS = (
 )
 PROTOCOLS = {row.name: row for row in _ROWS}
 
+# {release: (seen names, unseen names), in the order of labels} of a split that was published in two orders
+LABEL_ORDERS = {
+    "SAKE's followers (zeroshot0)": (classes.SKETCHY_SPLIT_SEEN, classes.SKETCHY_SPLIT_UNSEEN),
+    "the authors' next release (CMCA)": (classes.CMCA_SPLIT_SEEN, classes.CMCA_SPLIT_UNSEEN),
+}
+
+
+def unseen_names_of(sketches):
+    """(release, unseen names in the order of labels) of published features, told by the sketches of each label.
+
+    sketches: numbers of sketches of the labels 0, 1, ... Returns (None, None) if they are not those of LABEL_ORDERS.
+    """
+    counts = dict(zip(classes.SKETCHY_SPLIT_UNSEEN, classes.SKETCHY_SPLIT_UNSEEN_SKETCHES, strict=True))
+    for release, (_, unseen) in LABEL_ORDERS.items():
+        if [counts[name] for name in unseen] == list(sketches):
+            return release, list(unseen)
+    return None, None
+
 
 def protocol_of(name, zero_version):
     """Name of the protocol whose lists are in the folder `zero_version` of the data set of protocol `name`.

@@ -20,7 +20,7 @@ from datasets.lists import (
     open_benchmark,
 )
 from datasets.prepare.make_lists import link_note
-from datasets.protocols import PROTOCOLS
+from datasets.protocols import LABEL_ORDERS, PROTOCOLS
 from utils.cli import InputError
 from utils.files import is_regular_file, stat_error
 from utils.process_pool import parallel_map
@@ -66,11 +66,12 @@ class CheckResult:
     opened: tuple | None = None  # (decoded images, seconds); None if no image was decoded
 
 
-def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
+def check_benchmark(root, protocol_name=None, zero_version=None, decode=False, test_only=False):
     """Check a benchmark folder; returns a Checked.
 
     protocol_name: None for a user's own benchmark, which may have any known layout.
     decode: also decode every image, on all cores. Otherwise the check only looks whether the files exist.
+    test_only: leave out what only training reads: the lists of seen classes and the mask.
     """
     findings = Findings()
     custom = protocol_name is None
@@ -88,13 +89,14 @@ def check_benchmark(root, protocol_name=None, zero_version=None, decode=False):
         title = f"{benchmark.title}, in the layout of {benchmark.protocol.title}"
         benchmark = replace(benchmark, title=title, protocol=replace(benchmark.protocol, published={}))
     _check_class_names(benchmark, custom, findings)
-    lists = _read_lists(benchmark, custom, findings)
+    lists = _read_lists(benchmark, custom, findings, {"zero"} if test_only else {"train", "test", "zero"})
     for (_, split), files in lists.items():
         _check_labels(files, benchmark, split, findings)
     _check_repeats(lists, findings)
     missing = find_missing(lists, benchmark.root, findings)
     unreadable, opened = decode_all(lists, missing, findings) if decode else ({}, None)
-    _check_mask(benchmark, custom, findings)
+    if not test_only:
+        _check_mask(benchmark, custom, findings)
     rows = [_row(key, files, benchmark, missing, unreadable) for key, files in lists.items()]
     for row in rows:
         if row["published"] not in (None, row["images"]):
@@ -132,7 +134,7 @@ def _check_class_names(benchmark, custom, findings):
                 f"{benchmark.lists / name}: not the {len(own)} classes of {protocol.title} "
                 f"({min(differing)!r} is only in one of the two); see --protocol, --zero_version and --custom",
             )
-        elif given != list(own):
+        elif given != list(own) and not benchmark.release:
             findings.note(
                 "class names",
                 f"{benchmark.lists / name}: another order or spelling of the classes than published; "
@@ -140,10 +142,10 @@ def _check_class_names(benchmark, custom, findings):
             )
 
 
-def _read_lists(benchmark, custom, findings):
-    """{(kind, split): FileList} of the lists that can be read."""
+def _read_lists(benchmark, custom, findings, splits):
+    """{(kind, split): FileList} of the lists of `splits` that can be read."""
     lists = {}
-    for key in LIST_DESCRIPTIONS:
+    for key in (each for each in LIST_DESCRIPTIONS if each[1] in splits):
         path, optional = benchmark.path(*key), key[1] == "test"
         if optional and not os.path.isfile(path) and not stat_error(path):
             if benchmark.protocol.has_validation and key[0] == "sketch":
@@ -347,6 +349,8 @@ def print_check_result(checked):
     """Print the table of lists and the findings."""
     if checked.benchmark:
         print(f"{checked.benchmark.title}: {checked.benchmark.lists}")
+        if of := label_order(checked.benchmark):
+            print(f"label order: {of}")
     if checked.rows:
         width = max(len(row["list"]) for row in checked.rows)
         titles = ("images", "published", "classes", "missing", "unreadable")
@@ -361,9 +365,18 @@ def print_check_result(checked):
         print(line)
 
 
+def label_order(benchmark):
+    """Which release of a split the labels follow, if it was published in two orders; None for other classes."""
+    names = [set(map(normalise_class_name, part)) for part in (benchmark.seen_names, benchmark.unseen_names)]
+    published = ([set(map(normalise_class_name, part)) for part in orders] for orders in LABEL_ORDERS.values())
+    return (benchmark.release or "that of no known release") if names in published else None
+
+
 def check_result_to_json(checked):
     """The table and all findings, ready for JSON."""
     findings = {"faults": checked.findings.faults, "notes": checked.findings.notes}
     benchmark = checked.benchmark
     where = {"title": benchmark.title, "lists": str(benchmark.lists)} if benchmark else {}
+    if benchmark and (of := label_order(benchmark)):
+        where["label order"] = of
     return {**where, "rows": checked.rows, **findings}

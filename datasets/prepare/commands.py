@@ -21,7 +21,7 @@ from datasets.prepare.check import check_benchmark, check_result_to_json, print_
 from datasets.prepare.hold_out import derive_lists
 from datasets.prepare.make_lists import lists_from_class_folders, lists_from_images, lists_from_lists
 from datasets.prepare.miniature import SEEN_CATEGORIES, UNSEEN_CATEGORIES, write_miniature
-from datasets.protocols import PROTOCOLS, protocol_of
+from datasets.protocols import PROTOCOLS
 from utils import cli
 from utils.cli import InputError, signals_blocked
 from utils.files import atomic_write, check_writable, write_json
@@ -63,6 +63,8 @@ def create_parser():
     _add_protocol(either, required=False)
     either.add_argument("--custom", action="store_true", help="a benchmark of your own, in any known layout")
     _add_zero_version(checked, "that of the protocol; with --custom, the first one found")
+    checked.add_argument("--test_only", action="store_true", help="check only what a zero-shot test reads: class names "
+        "and the lists of unseen classes")  # fmt: skip
     checked.add_argument("--images", action="store_true", help="also decode every image, on all cores")
     checked.add_argument("--json", type=Path, metavar="FILE", help="write all findings to FILE; a link is followed")
 
@@ -273,7 +275,7 @@ def _published(protocol, name):
 def check(options):
     """Print a table of the lists and all findings; raise InputError if there is a fault."""
     target = _findings_file(options.json) if options.json else None
-    checked = check_benchmark(options.root, options.protocol, options.zero_version, options.images)
+    checked = check_benchmark(options.root, options.protocol, options.zero_version, options.images, options.test_only)
     print_check_result(checked)
     if target:
         write_json(target, check_result_to_json(checked))
@@ -281,7 +283,8 @@ def check(options):
     if count := sum(map(len, checked.findings.faults.values())):
         faults = "a fault" if count == 1 else f"{count:,} faults"
         raise InputError(f"{options.root}: not ready, {faults} (see above); correct this, and check again")
-    print("ready" if options.images else "ready, but no image was decoded; --images decodes them all")
+    ready = "ready for tests" if options.test_only else "ready"
+    print(ready if options.images else f"{ready}, but no image was decoded; --images decodes them all")
 
 
 def _findings_file(path):
@@ -330,7 +333,6 @@ def make_summary(options):
     from datasets.prepare.summary import write_summary  # loads torch, which takes seconds
 
     name, zero_version = find_layout(options.root, options.zero_version)
-    name = protocol_of(name, zero_version)
     benchmark = open_benchmark(name, options.root, zero_version, on_error=lambda _: None)  # the check below reports it
     published = set(PROTOCOLS[name].unseen_names) == set(benchmark.unseen_names)
     checked = check_benchmark(options.root, name if published else None, zero_version)

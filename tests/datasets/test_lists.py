@@ -3,7 +3,9 @@ import pickle
 import numpy as np
 import pytest
 
+from datasets import classes
 from datasets.lists import (
+    CLASS_NAME_FILES,
     check_images,
     normalise_class_name,
     open_benchmark,
@@ -13,7 +15,7 @@ from datasets.lists import (
     write_list,
     write_mask,
 )
-from datasets.protocols import PROTOCOLS
+from datasets.protocols import LABEL_ORDERS, PROTOCOLS, unseen_names_of
 from utils.cli import InputError
 
 
@@ -170,3 +172,56 @@ def test_batches_split_as_published(name, default):
     assert protocol.split_batch(protocol.batch_size) == default
     assert protocol.split_batch(2) == (0, 0)
     assert PROTOCOLS["sketchy"].split_batch(8) == (2, 4)
+
+
+@pytest.fixture
+def two_orders(tmp_path):
+    """A folder for each release of the 104/21 split: one image of each class, labelled in its order."""
+    protocol = PROTOCOLS["sketchy_split"]
+    for number, orders in enumerate(LABEL_ORDERS.values()):
+        for split, names in zip(("train", "zero"), orders, strict=True):
+            labels = range(len(names))
+            write_list(tmp_path / str(number) / CLASS_NAME_FILES[split == "zero"], zip(names, labels, strict=True))
+            for kind in ("sketch", "photo"):
+                rows = [(f"{kind}/{name}/1.png", label) for label, name in enumerate(names)]
+                write_list(tmp_path / str(number) / protocol.list_names(kind, split)[0], rows)
+    return tmp_path
+
+
+def test_both_label_orders_of_the_split_are_read_and_named(two_orders):
+    for number, (release, (seen, unseen)) in enumerate(LABEL_ORDERS.items()):
+        benchmark = open_benchmark("sketchy_split", two_orders, str(number))
+        assert benchmark.release == release and benchmark.title == "Sketchy Ext Split"
+        assert (benchmark.seen_names, benchmark.unseen_names) == (list(seen), list(unseen))
+        for split in ("train", "zero"):
+            files = benchmark.read("sketch", split)
+            assert [path.split("/")[1] for path in files.paths] == benchmark.names(split)
+    orders = list(LABEL_ORDERS.values())
+    assert all(sorted(orders[0][part]) == sorted(orders[1][part]) for part in (0, 1))
+    protocol = PROTOCOLS["sketchy_split"]
+    assert orders[0] == (protocol.seen_names, protocol.unseen_names) != orders[1]
+
+
+@pytest.mark.parametrize("name", ["sketch_tx_000000000000_ready_filelist_train.txt", "all_photo_filelist_zero.txt"])
+def test_lists_of_two_releases_in_one_folder_are_refused(two_orders, name):
+    kind, split = name.split("_")[0].replace("all", "photo"), name[-9:-4].replace("_", "")
+    (two_orders / "1" / name).replace(two_orders / "0" / name)
+    benchmark = open_benchmark("sketchy_split", two_orders, "0")
+    with pytest.raises(InputError, match=rf"{name}: its labels follow .*CMCA.*: lists of two releases in one folder"):
+        benchmark.read(kind, split)
+
+
+def test_class_names_of_two_releases_in_one_folder_are_refused(two_orders):
+    (two_orders / "1/cname_cid_zero.txt").replace(two_orders / "0/cname_cid_zero.txt")
+    with pytest.raises(InputError, match=r"cname_cid_zero.txt .*CMCA.*: lists of two releases in one folder"):
+        open_benchmark("sketchy_split", two_orders, "0")
+
+
+def test_sketches_of_each_label_tell_the_order():
+    counts = {"bat": 635, "helicopter": 746, "cow": 728}
+    for release, (_, unseen) in LABEL_ORDERS.items():
+        sketches = [classes.SKETCHY_SPLIT_UNSEEN_SKETCHES[classes.SKETCHY_SPLIT_UNSEEN.index(name)] for name in unseen]
+        assert all(sketches[unseen.index(name)] == count for name, count in counts.items())
+        assert unseen_names_of(np.array(sketches)) == (release, list(unseen))
+    assert len(set(sketches)) == 21 and sum(sketches) == 12_694
+    assert unseen_names_of(sketches[:-1]) == unseen_names_of(sketches[::-1]) == (None, None)

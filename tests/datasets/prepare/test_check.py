@@ -465,3 +465,13 @@ def test_a_killed_process_is_told_in_one_line(benchmark, fails, monkeypatch):
 
 def _end(_):
     os._exit(1)
+
+
+def test_a_folder_without_training_lists_is_ready_for_tests_only(benchmark, capsys, fails):
+    for name in (TRAIN, SKETCHES.format("test"), "all_photo_filelist_train.txt", "cid_mask.pickle"):
+        (benchmark / "zeroshot1" / name).unlink()
+    prepare.main(["check", str(benchmark), "--custom", "--test_only", "--images"])
+    assert capsys.readouterr().out.endswith("ready for tests\n")
+    assert "not ready" in fails(prepare.main, "check", benchmark, "--custom")
+    (benchmark / "photo/bell/zero0.png").unlink()
+    assert "not ready" in fails(prepare.main, "check", benchmark, "--custom", "--test_only")

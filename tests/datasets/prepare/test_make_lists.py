@@ -4,13 +4,15 @@ import errno
 import itertools
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
-from datasets.lists import normalise_class_name, read_class_names
+from datasets.lists import normalise_class_name, open_benchmark, read_class_names, write_list
 from datasets.prepare import __main__ as prepare
+from datasets.prepare.check import check_benchmark, check_result_to_json, label_order, print_check_result
 from datasets.prepare.make_lists import lists_from_images
-from datasets.protocols import PROTOCOLS
+from datasets.protocols import LABEL_ORDERS, PROTOCOLS
 from utils.cli import InputError
 
 SIZES = {"sketchy": (100, 25), "sketchy_split": (104, 21), "tuberlin": (220, 30), "quickdraw": (80, 30)}
@@ -274,6 +276,28 @@ def test_a_split_of_another_release_is_converted_and_its_held_back_sketches_are_
         assert path.read_bytes() == (converted / path.name).read_bytes()
     wrong = "lists", tmp_path, "--protocol", "sketchy", "--convert", "zeroshot0"
     assert "cname_cid.txt: not the classes of Sketchy Ext; choose another" in fails(prepare.main, *wrong)
+
+
+def test_lists_of_the_authors_next_release_are_converted_in_its_label_order(tmp_path, capsys):
+    protocol = PROTOCOLS["sketchy_split"]
+    lay_out(tmp_path, protocol, count=2)
+    seen, unseen = LABEL_ORDERS["the authors' next release (CMCA)"]
+    lists_in_its_order, _ = lists_from_images(replace(protocol, seen_names=seen, unseen_names=unseen), tmp_path, 1)
+    for name, of in lists_in_its_order.items():
+        write_list(tmp_path / "cmca" / name, of)
+    make(tmp_path, "--protocol", "sketchy_split", "--convert", "cmca")
+    for path in (tmp_path / "cmca").iterdir():
+        assert path.read_bytes() == (tmp_path / "zeroshot2" / path.name).read_bytes()
+    assert len(rows(tmp_path / "zeroshot2" / protocol.list_names("sketch", "test")[0])) == 104
+    capsys.readouterr()
+    checked = check_benchmark(tmp_path, "sketchy_split")
+    print_check_result(checked)
+    assert "label order: the authors' next release (CMCA)\n" in capsys.readouterr().out
+    assert check_result_to_json(checked)["label order"] == "the authors' next release (CMCA)"
+    assert [*checked.findings.faults] == ["mask"] and [*checked.findings.notes] == ["counts"]
+    names = tmp_path / "zeroshot2/cname_cid_zero.txt"
+    write_list(names, [(name, label) for label, name in enumerate(sorted(unseen, reverse=True))])
+    assert label_order(open_benchmark("sketchy_split", tmp_path)) == "that of no known release"
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,9 @@ def test_a_class_of_sketchy_has_its_published_row_whatever_the_order_of_a_list(w
     published = [ids["tabby"], ids["siamese"]]
     expected, _ = compute_wordnet_mask(["cat"], [published], folder)
     assert (compute_wordnet_mask(["cat"], [published[::-1]], folder)[0] != expected).any()
-    monkeypatch.setattr(wordnet_mask, "SKETCHY_IDS", [" ".join(id_[1:] for id_ in published), "00000001 00000002"])
+    monkeypatch.setattr(
+        wordnet_mask, "SKETCHY_WORDNET_IDS", [" ".join(id_[1:] for id_ in published), "00000001 00000002"]
+    )
     np.testing.assert_array_equal(compute_wordnet_mask(["cat"], [published[::-1]], folder)[0], expected)
     assert len({frozenset(order.split()) for order in SKETCHY_WORDNET_IDS}) == 48
     assert all(len(number) == 8 and number.isdigit() for order in SKETCHY_WORDNET_IDS for number in order.split())
