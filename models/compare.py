@@ -47,8 +47,10 @@ def main(argv=None):
     if len(names) != len(settings):
         raise InputError(f"--names: {len(names)} names for {len(settings)} settings; name each of them, or none")
     metric = options.metric or settings[0][0].results["metrics"][0]
-    if metric not in settings[0][0].metrics:
-        raise InputError(f"--metric {metric}: there is {', '.join(settings[0][0].metrics)}")
+    if without := next((run for runs in settings for run in runs if metric not in run.metrics), None):
+        raise InputError(
+            f"--metric {metric}: {without.folder} has {', '.join(without.metrics)}; test it with --metrics {metric}"
+        )
     check_writable(options.out)
     table = compare(settings, names, metric, options.draws, options.seed)
     _write(options.out / "comparison.md", markdown(table, names, metric))

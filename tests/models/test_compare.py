@@ -41,6 +41,14 @@ def runs(tmp_path):
     ]
 
 
+def test_columns_and_devices_of_a_table_make_no_setting(runs):
+    path = runs[1] / "results.json"
+    results = json.loads(path.read_text())
+    results["options"] |= {"metrics": ["Recall@5"], "device": "cuda"}
+    path.write_text(json.dumps(results))
+    assert [len(setting) for setting in group([read_tested(folder) for folder in runs])] == [2, 2]
+
+
 def test_seeds_are_one_setting_and_differences_are_paired(runs):
     tested = [read_tested(folder) for folder in runs]
     settings = group(tested)
@@ -122,7 +130,10 @@ def test_what_is_missing_or_torn_is_named(runs, tmp_path, fails):
     out = ["--out", tmp_path / "out"]
     assert "results.json: no such file; run the test first" in fails(main, tmp_path / "none", *out)
     assert "--names: 1 names for 2 settings" in fails(main, *runs, "--names", "a", *out)
-    assert "--metric Prec@7: there is mAP@all" in fails(main, *runs, "--metric", "Prec@7", *out)
+    assert "has mAP@all; test it with --metrics Prec@7" in fails(main, *runs, "--metric", "Prec@7", *out)
+    values = np.zeros((2, 2, 12))
+    more = write_test(tmp_path / "more", values[:, 0], metrics=np.array(["mAP@all", "Hit@1"]), values=values)
+    assert f"--metric Hit@1: {runs[0]} has mAP@all" in fails(main, more, runs[0], "--metric", "Hit@1", *out)
     assert "--draws" in fails(main, *runs, "--draws", 5, *out)
     whole = (runs[1] / "per_query.npz").read_bytes()
     for torn in (whole[:200], b"", b"hello", whole[:-40]):
