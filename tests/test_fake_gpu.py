@@ -227,7 +227,7 @@ def illegal(tried):
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-def test_extraction_waits_once_a_batch(gpu):
+def test_extraction_synchronises_once_a_batch(gpu):
     images = torch.randint(0, 256, (10, 3, 48, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     batches = [(gpu.pin(part.clone()), None) for part in images.split(4)]
     loader = type("Loader", (), {"dataset": images, "__iter__": lambda self: iter(batches)})()
@@ -240,7 +240,7 @@ def test_extraction_waits_once_a_batch(gpu):
         np.testing.assert_allclose(one, two, atol=1e-6)
 
 
-def test_evaluation_waits_a_handful_a_chunk(gpu, golden):
+def test_evaluation_synchronises_a_few_times_a_chunk(gpu, golden):
     z = golden("matching")
     features = Features(*(z[name].numpy() for name in ("gallery", "gallery_labels", "query", "query_labels")))
     rows = {None: None, (2, 5): z["M2K5_codebook"].numpy()}
@@ -254,7 +254,7 @@ def test_evaluation_waits_a_handful_a_chunk(gpu, golden):
             torch.testing.assert_close(found[key][name], value, rtol=0, atol=1e-12)
 
 
-def test_a_chunk_of_sketches_that_is_halved_lets_go_of_the_whole(gpu, golden, monkeypatch):
+def test_the_memory_of_a_chunk_is_freed_before_it_is_halved(gpu, golden, monkeypatch):
     z, tried = golden("matching"), []
     features = Features(*(z[name].numpy() for name in ("gallery", "gallery_labels", "query", "query_labels")))
 
@@ -272,7 +272,7 @@ def test_a_chunk_of_sketches_that_is_halved_lets_go_of_the_whole(gpu, golden, mo
     assert before - after == (whole - half) * 8 * (2 * len(features.gallery) + features.query.shape[1] + 1)
 
 
-def test_ranks_are_the_cpus(gpu):
+def test_ranks_equal_the_cpus(gpu):
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(0, 9, (5, 40), generator=generator).float()  # with ties
     labels, gallery = torch.arange(5) % 3, torch.arange(40) % 3
@@ -305,14 +305,14 @@ def test_what_waits_is_counted(gpu):
 
 
 def points_of(components):
-    """Points (600, 12) float32 about as many centres, and the component that each starts in."""
+    """Points (600, 12) float32 around as many centres, and the component that each point starts in."""
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(components, 12))[generator.integers(components, size=600)]
     points = centres + 0.7 * generator.normal(size=(600, 12))
     return torch.from_numpy(points).float(), torch.arange(600) % components
 
 
-def test_a_mixture_is_the_cpus_and_waits_once_an_iteration(gpu, monkeypatch):
+def test_a_mixture_equals_the_cpus_and_synchronises_once_an_iteration(gpu, monkeypatch):
     monkeypatch.setattr(gmm, "ITERATIONS", 8)
     points, start = points_of(5)
     expected = fit_mixture(points, start, 5)
@@ -321,34 +321,36 @@ def test_a_mixture_is_the_cpus_and_waits_once_an_iteration(gpu, monkeypatch):
     found = fit_mixture(on_gpu, start, 5)
     assert found.iterations == expected.iterations > 3 and found.means.dtype == torch.float64
     torch.testing.assert_close(values(found.means), expected.means, rtol=0, atol=1e-9)
-    # Before the first iteration the start goes there, and the first components are known to be sound.
+    # Before the first iteration the start is copied, and the first factorisations are checked.
     assert sum(gpu.waits.values()) <= found.iterations + 3, gpu.waits
 
 
-def test_an_iteration_asks_no_more_of_a_gpu_for_more_components(gpu, monkeypatch):
-    kernels = []
-    for iterations, components in ((1, 2), (1, 9), (2, 9)):
-        monkeypatch.setattr(gmm, "ITERATIONS", iterations)
+def test_each_iteration_launches_as_many_kernels_whatever_the_number_of_components(gpu, monkeypatch):
+    kernels = {}
+    for components in (2, 9):
         points, start = points_of(components)
-        gpu.reset()
-        assert fit_mixture(points.to("cuda"), start, components).iterations == iterations
-        kernels.append(gpu.kernels)
-    assert kernels[0] == kernels[1] and kernels[2] - kernels[1] < 60
+        for iterations in (1, 2, 3):
+            monkeypatch.setattr(gmm, "ITERATIONS", iterations)
+            gpu.reset()
+            assert fit_mixture(points.to("cuda"), start, components).iterations == iterations
+            kernels[components, iterations] = gpu.kernels
+    assert all(kernels[2, iterations] == kernels[9, iterations] for iterations in (1, 2, 3))
+    assert kernels[9, 3] - kernels[9, 2] == kernels[9, 2] - kernels[9, 1] > 0
 
 
-def test_codebooks_are_the_cpus_and_k_means_stays_on_the_cpu(gpu, golden):
+def test_codebooks_equal_the_cpus_and_k_means_runs_on_the_cpu(gpu, golden):
     gallery = golden("matching")["gallery"].numpy()
     expected, _ = fit_codebooks(gallery, [(2, 5), (4, 6)])
     gpu.reset()
     found, failures = fit_codebooks(gallery, [(2, 5), (4, 6)], device="cuda")
-    assert gpu.copies >= 6 and gpu.kernels > 100  # all six mixtures were there
+    assert gpu.copies >= 6 and gpu.kernels > 0  # all six mixtures were fitted there
     assert not failures and found.keys() == expected.keys()
     for key, codebook in expected.items():
         np.testing.assert_allclose(found[key], codebook, atol=1e-6)
 
 
 @pytest.mark.parametrize(("on_gpu", "device"), [(0.01, "cuda"), (0.5, "cpu")])
-def test_a_gpu_that_is_slow_in_float64_leaves_mixtures_to_the_cpu(monkeypatch, on_gpu, device):
+def test_mixtures_are_fitted_on_the_cpu_if_the_gpu_is_slow_in_float64(monkeypatch, on_gpu, device):
     monkeypatch.setattr(codebooks, "_time_matmul", {"cpu": 1.0, "cuda": on_gpu}.get)
     codebooks.mixture_device.cache_clear()
     assert codebooks.mixture_device("cuda") == device and codebooks.mixture_device("cpu") == "cpu"
