@@ -9,7 +9,7 @@ import torch
 
 from datasets.lists import Benchmark, QueryGallery, open_benchmark
 from datasets.loaders import LoaderOptions
-from datasets.protocols import PROTOCOLS, protocol_of
+from datasets.protocols import PROTOCOLS, protocol_of, unseen_names_of
 from models.checkpoints import check_seen_classes, find_checkpoint, load_student
 from models.eval.codebooks import mixture_device
 from models.eval.evaluate import Grid, class_relevance, evaluate_grid, evaluate_rows
@@ -49,7 +49,7 @@ def main(protocol_name, argv=None):
         )
         rows = [(m, k) for m in options.subspaces for k in options.clusters] if options.mode == 2 else []
         with distributed.same_error_on_all_ranks():  # which have the same features
-            features = name_classes(features, eval_input.benchmark)
+            features = name_classes(features, eval_input.benchmark, eval_input.checkpoint is None)
             check_features(features, rows)
         if rows and options.mixture == "torch" and options.mixture_device is None:
             options.mixture_device = _fastest_mixture_device(options.device)
@@ -154,11 +154,20 @@ def get_features(
         raise InputError(f"{checkpoint}: its features are not finite; {way_out}") from None
 
 
-def name_classes(features, benchmark=None):
+def name_classes(features, benchmark=None, given=False):
     """Features with labels from 0 and class names: the benchmark's, or numbers without a benchmark.
 
     Labels beyond the number of classes, such as 100 to 124, are renumbered in ascending order, with a note.
+    given: whether the features were given instead of computed from the benchmark. A split that was published in two
+    orders of labels is then named by its numbers of sketches if they tell the order, with a note on the order.
     """
+    values, sketches = np.unique(features.query_labels, return_counts=True)
+    release, names = unseen_names_of(sketches)
+    if given and release and values[-1] == len(values) - 1:
+        log_rank0(f"note: class names follow {release}, as the numbers of sketches of the labels say")
+        return replace(features, names=names)
+    if given and benchmark and benchmark.release:
+        log_rank0(f"note: class names follow {benchmark.release}, as {benchmark.lists} does; the features do not tell")
     labels = np.union1d(features.gallery_labels, features.query_labels)
     unseen = benchmark.unseen_names if benchmark else []
     if labels[-1] < max(len(labels), len(unseen)):
