@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from ablation_report import draw_differences, draw_sweeps, markdown  # noqa: E402
 
 from datasets.protocols import PROTOCOLS  # noqa: E402
-from models.compare import apart, over_seeds  # noqa: E402
+from models.compare import difference_interval, over_seeds  # noqa: E402
 from models.eval.report import QUERIES  # noqa: E402
 from models.options import test_parser, train_parser  # noqa: E402
 from utils.cli import InputError, one_line_errors  # noqa: E402
@@ -308,9 +308,9 @@ def _rows(values, base, classes):
     for number, row in enumerate(values):
         found = over_seeds(row, classes)
         if base is not None:
-            found["difference"], found["interval"] = apart(row, base[number], classes)
+            found["difference"], found["interval"] = difference_interval(row, base[number], classes)
         if number:
-            found["gain"], found["gain_interval"] = apart(row, values[0], classes)
+            found["gain"], found["gain_interval"] = difference_interval(row, values[0], classes)
         yield found
 
 

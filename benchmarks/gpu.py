@@ -26,9 +26,9 @@ from models.eval.codebooks import fit_codebooks, mixture_device  # noqa: E402
 from models.eval.evaluate import evaluate_rows  # noqa: E402
 from models.eval.features import Features  # noqa: E402
 from models.losses import Batch  # noqa: E402
-from models.networks import Student, Teacher, place  # noqa: E402
+from models.networks import Student, Teacher, prepare_models  # noqa: E402
 from models.train_step import (  # noqa: E402
-    Run,
+    TrainState,
     create_optimizers,
     train_step,
 )
@@ -79,13 +79,13 @@ def step(device, precision="fp32"):
     torch.manual_seed(0)
     sizes = dict(num_classes=50, depths=[1, 1, 2, 1], dims=[16, 32, 48, 64], use_grn=True, ls_init_value=None)
     student, teacher = Student(ConvNeXt(**sizes), 5), Teacher(ConvNeXt(**sizes))
-    place(student, teacher, device)
-    run = Run(student, teacher, create_optimizers(student, teacher, 1e-4, 1e-4, 5e-4))
+    prepare_models(student, teacher, device)
+    run = TrainState(student, teacher, create_optimizers(student, teacher, 1e-4, 1e-4, 5e-4))
     labels = torch.arange(12) % 5
     batch = [torch.randn(12, 3, 64, 64), labels, (labels > 1).float(), torch.rand(12, 50), torch.randn(12, 64)]
     for bidirectional in (False, False, True, True):
         train_step(run, Batch(*(tensor.to(device) for tensor in batch)), bidirectional, 2, precision)
-    return torch.cat([value.detach().cpu().flatten() for value in run.learnt()])
+    return torch.cat([value.detach().cpu().flatten() for value in run.trainable_parameters()])
 
 
 def differ_steps(device):

@@ -40,9 +40,9 @@ from models.networks import (  # noqa: E402
     create_backbone,
     matmul_rules,
     normalise,
-    place,
+    prepare_models,
 )
-from models.train_step import Run, create_optimizers  # noqa: E402
+from models.train_step import TrainState, create_optimizers  # noqa: E402
 from models.training import train_step  # noqa: E402
 from utils.memory import keep_freed_memory  # noqa: E402
 
@@ -123,8 +123,8 @@ def images_of(options, folder):
 
 def as_released(images, index, transform):
     """One image by scikit-image's warp, Pillow's resize, float tensors and normalisation on the CPU."""
-    files, place = images.file(index)
-    with Image.open(files.root / files.paths[place]) as file:
+    files, prepare_models = images.file(index)
+    with Image.open(files.root / files.paths[prepare_models]) as file:
         image = file.convert("RGB")
     augmentation = draw_augmentation(np.random.default_rng((0, 0, index)))
     if augmentation is not None:
@@ -135,7 +135,7 @@ def as_released(images, index, transform):
     image = image.resize((224, 224), Image.Resampling.BILINEAR)
     values = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
-    return (values - mean) / std, int(files.labels[place])
+    return (values - mean) / std, int(files.labels[prepare_models])
 
 
 # --- the step
@@ -197,11 +197,13 @@ def plain_case(network, batch, options):
     return run
 
 
-def our_case(network, batch, precision, compiled=False, bidirectional=True, parts=1, checkpointing=False):
+def our_case(network, batch, precision, compiled=False, bidirectional=True, accum_steps=1, checkpointing=False):
     networks = pair(network)
-    place(*networks, batch.images.device, checkpointing, compiled)
-    run = Run(*networks, create_optimizers(*networks, 1e-4, 1e-4, 5e-4))
-    return lambda: train_step(run, batch._replace(images=normalise(batch.images)), bidirectional, parts, precision)
+    prepare_models(*networks, batch.images.device, checkpointing, compiled)
+    run = TrainState(*networks, create_optimizers(*networks, 1e-4, 1e-4, 5e-4))
+    return lambda: train_step(
+        run, batch._replace(images=normalise(batch.images)), bidirectional, accum_steps, precision
+    )
 
 
 def timm_case(network, batch, options, precision):
@@ -249,7 +251,7 @@ def finish(options):
         torch.cuda.synchronize(options.device)
 
 
-MEMORY = {  # parts, checkpointing, precision, whether freed memory is kept: as the train scripts do, and otherwise
+MEMORY = {  # accum_steps, checkpointing, precision, whether freed memory is kept, as the train scripts do
     "fp32": (1, False, "fp32", True),
     "fp32, freed memory given back": (1, False, "fp32", False),
     "fp32, --accum_steps 4": (4, False, "fp32", True),
@@ -272,9 +274,9 @@ def memory(options):
 
 
 def one_memory(options):
-    parts, checkpointing, precision, kept = MEMORY[options.case]
+    accum_steps, checkpointing, precision, kept = MEMORY[options.case]
     network = create_backbone("convnextv2_tiny")
-    run = our_case(network, example_batch(options), precision, False, True, parts, checkpointing)
+    run = our_case(network, example_batch(options), precision, False, True, accum_steps, checkpointing)
     with keep_freed_memory() if kept else nullcontext():
         run()
         finish(options)
@@ -300,8 +302,8 @@ def whole(options):
         print("\n| from files | images/s |\n|---|---|")
         for name in ("loader alone", f"training, {options.precisions[-1]}"):
             networks = pair(network)
-            place(*networks, options.device)
-            run = Run(*networks, create_optimizers(*networks, 1e-4, 1e-4, 5e-4))
+            prepare_models(*networks, options.device)
+            run = TrainState(*networks, create_optimizers(*networks, 1e-4, 1e-4, 5e-4))
             loading = LoaderOptions(224, options.batch_size, options.workers, options.device)
             feed = training_loader(sketches, photos, loading, (third, 2 * third))
             seen, start = 0, None

@@ -1,15 +1,15 @@
-"""Checkpoints of training: a run that is killed at any moment goes on from the last one as if nothing had happened.
+"""Saves and reads checkpoints of training, and loads the student of one (load_student).
 
     checkpoint/.../{model_best,checkpoint}.pth.tar  {'epoch', 'state_dict', 'best_acc1', 'optimizer', 'optimizer_1'},
                                                     the student with `linear`, each name prefixed `module.`
 
-What this project adds (teacher, options, history, ...) stands beside the authors' keys, so checkpoints move both ways.
+This project adds keys to the authors' (teacher, options, history, ...), so the authors' code can read its checkpoints
+and the other way round. models.resume restores the state of a training run from one.
 """
 
 import json
 import os
 import re
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +17,13 @@ from typing import NamedTuple
 
 import torch
 
-from datasets.lists import MASK_FILE
 from models.export import EXPORT_FORMAT, parse_metadata
-from models.losses import LOSS_NAMES
 from models.networks import Student
-from models.saved import check_saved, plain_options
-from models.train_step import MEASURES
+from models.train_step import LOGGED
 from models.weights import (
-    UnreadableFile,
+    first_sentence,
     fit_input_size,
-    gist,
     is_plain_tensor,
-    is_whole,
     load_published,
     other_split,
     published_state,
@@ -42,15 +37,9 @@ from utils.files import atomic_write, sha256_of, write_json
 
 LAST, BEST, BEST_AFTER_WARMUP = "checkpoint.pth.tar", "model_best.pth.tar", "best_after_warmup.pth.tar"
 AUTHORS_MODEL = "convnextv2_tiny", 224, 1000  # model, input size and ImageNet classes of the authors' checkpoints
-PREVIOUS = "checkpoint.previous.pth.tar"  # what LAST was before, for a disk that tears it
+PREVIOUS = "checkpoint.previous.pth.tar"  # the LAST before, in case LAST is torn
 NAMES = (LAST, PREVIOUS, BEST, BEST_AFTER_WARMUP)
-
-# Options that do not change the result of a run, so that a resumed run may have others.
-HARMLESS = {
-    *("data_root", "savedir", "resume", "overwrite", "workers", "device"),
-    *("save_every", "print_freq", "eval_every"),
-    "nb_classes",  # is compared with the class names, and a run with others has another data record
-}
+_PLAIN = (str, int, float, bool, type(None))
 
 
 class SaveSchedule:
@@ -72,7 +61,7 @@ class SaveSchedule:
         return self.every
 
     def is_due(self):
-        """Whether it is time within an epoch; then the clock starts again."""
+        """Whether it is time to save within an epoch; if so, the interval starts again."""
         due = self.seconds is not None and time.monotonic() - self.saved >= self.seconds
         if due:
             self.saved = time.monotonic()
@@ -80,52 +69,53 @@ class SaveSchedule:
 
 
 @dataclass
-class Keeper:
-    """Keeps a run in its folder."""
+class CheckpointSaver:
+    """Saves checkpoints and train.json in a folder."""
 
     folder: Path
-    record: dict  # what a checkpoint holds beside the run: "protocol", "classes", "data", "options", "versions"
+    record: dict  # more content of a checkpoint: "protocol", "classes", "data", "processes", "options", "versions"
     schedule: SaveSchedule = field(default_factory=SaveSchedule)
-    overwrite: bool = False  # whether the results of an earlier run go
+    overwrite: bool = False  # whether results of an earlier run are deleted
 
-    def save(self, run, names=(LAST,)):
-        """Write the state of `run` under `names`. What was there stays whole until the new file is.
+    def save(self, state, names=(LAST,)):
+        """Write a TrainState under `names`. Each earlier file is replaced when the new one is complete.
 
-        Raises InputError where the weights are not finite; nothing is written then.
+        Raises InputError if weights are not finite; nothing is written then.
         """
-        if not torch.stack([value.isfinite().all() for value in run.learnt()]).all():
+        if not torch.stack([value.isfinite().all() for value in state.trainable_parameters()]).all():
             raise InputError("weights are not finite; start anew with a lower --lr")
+        sums = state.metric_sums
         content = {
-            "epoch": len(run.history),
-            "step": run.step,
-            "sums": None if run.sums is None else dict(zip(MEASURES, run.sums.tolist(), strict=True)),
-            "best_acc1": max((entry.get("accuracy", 0.0) for entry in run.history), default=0.0),
-            "optimizer": run.optimizers[0].state_dict(),
-            "optimizer_1": run.optimizers[1].state_dict(),
-            "history": run.history,
+            "epoch": len(state.history),
+            "step": state.step,
+            "sums": None if sums is None else dict(zip(LOGGED, sums.tolist(), strict=True)),
+            "best_acc1": max((entry.get("accuracy", 0.0) for entry in state.history), default=0.0),
+            "optimizer": state.optimizers[0].state_dict(),
+            "optimizer_1": state.optimizers[1].state_dict(),
+            "history": state.history,
             **self.record,
         }
-        # The checkpoint that a resumed run reads comes last: where a run dies in between, it does this epoch again.
+        # LAST, which --resume reads, is written at the end: if a run dies in between, the epoch is trained again.
         for name in sorted(names, key=LAST.__eq__):
             if name == LAST and os.path.isfile(self.folder / LAST):
-                _keep_as_previous(self.folder)
-            save_checkpoint(self.folder / name, run.student, run.teacher, **content)
+                _link_previous(self.folder)
+            save_checkpoint(self.folder / name, state.student, state.teacher, **content)
         if BEST in names:
             (self.folder / BEST_AFTER_WARMUP).unlink(missing_ok=True)
-        write_json(self.folder / "train.json", {**self.record, "epochs": run.history})
+        write_json(self.folder / "train.json", {**self.record, "epochs": state.history})
 
-    def save_epoch(self, run, epochs):
-        """Save after an epoch of `epochs`: as LAST, if it is time, and under the names that the epoch is kept by."""
-        done = len(run.history)
+    def save_epoch(self, state, epochs):
+        """Save after an epoch of `epochs`: as LAST if the schedule says so, and as the names in the epoch's entry."""
+        done = len(state.history)
         is_due = done == epochs or done % self.schedule.epochs == 0
-        self.save(run, [*([LAST] if is_due else []), *run.history[-1]["kept"]])
+        self.save(state, [*([LAST] if is_due else []), *state.history[-1]["kept"]])
 
 
 def read_checkpoint(path):
-    """Read a training checkpoint, ours or the authors', or a bare state dict, which becomes its 'state_dict'.
+    """Content of a training checkpoint, ours or the authors', or {"state_dict"} of a file with a state dict alone.
 
-    What models.export wrote as .safetensors tells its model, input size and classes, as a checkpoint of ours does.
-    Raises InputError if the file holds neither, and UnreadableFile if it is torn.
+    For a .safetensors file of models.export also "options" (model, input size, ImageNet classes) and "classes".
+    Raises InputError if the file is neither, and UnreadableFile if it is torn.
     """
     checkpoint = read_torch(path)
     if isinstance(checkpoint, dict) and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
@@ -136,7 +126,7 @@ def read_checkpoint(path):
 
 
 def _exported_with(path):
-    """What models.export wrote beside weights, under the names of a training checkpoint; {} for files of others."""
+    """Metadata that models.export wrote, under the keys of a training checkpoint; {} for other files."""
     metadata = safetensors_metadata(path) if str(path).endswith(".safetensors") else {}
     if metadata.get("format") != EXPORT_FORMAT:
         return {}
@@ -149,15 +139,15 @@ def _exported_with(path):
 
 
 def save_checkpoint(path, student, teacher=None, **rest):
-    """Write a checkpoint, whole or not at all: the student as the authors name it, the teacher and `rest`."""
+    """Write a checkpoint atomically: the student under the authors' names, the teacher and `rest`."""
     content = {"state_dict": {f"module.{name}": value for name, value in published_state(student).items()}, **rest}
     if teacher is not None:
         content["teacher"] = published_state(teacher)
     with atomic_write(path) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # how torch reports a write that failed
-            raise OSError(f"{gist(error)}; is the disk full?") from error
+        except RuntimeError as error:  # torch's report of a failed write
+            raise OSError(f"{first_sentence(error)}; is the disk full?") from error
 
 
 class LoadedStudent(NamedTuple):
@@ -250,15 +240,25 @@ def _count_seen_classes(state, path):
 
 
 def trained_with(checkpoint):
-    """The options that a checkpoint's content was trained with, by their present names; {} for the authors'."""
+    """The training options in a checkpoint's content, under their present names; {} for the authors' checkpoints."""
     try:
         return _renamed(plain_options(checkpoint.get("options")))
     except ValueError:
         return {}
 
 
+def plain_options(options):
+    """The options of a checkpoint by name. Raises ValueError unless all are plain values or lists of them."""
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise ValueError("options are not a dict by name")
+    for name, value in options.items():
+        if not all(isinstance(each, _PLAIN) for each in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"option {name} is not a plain value")
+    return dict(options)
+
+
 def find_checkpoint(folder, kept):
-    """The checkpoint in `folder` to test: `kept`, or one that stands in for it, which is said; None without any."""
+    """Path of the checkpoint in `folder` to test: `kept`, or with a note the next best one; None if there is none."""
     for name in (kept, BEST_AFTER_WARMUP, LAST):
         if os.path.isfile(folder / name):
             if name != kept:
@@ -267,134 +267,18 @@ def find_checkpoint(folder, kept):
     return None
 
 
-def restore(run, savedir, record, defaults):
-    """Bring `run` to where the last checkpoint in `savedir` left it, or the previous one if the last cannot be read.
-
-    record: what the run is now, as in Keeper; defaults: values of options that the checkpoint may not know yet.
-    Raises InputError if the checkpoint is of another protocol, other data or other options, or damaged.
-    """
-    path, checkpoint = _read_last(savedir)
-    run.source = path
-    if "teacher" not in checkpoint or "history" not in checkpoint:
-        raise InputError(f"{path}: holds no teacher, so it cannot be resumed, only tested; start anew without --resume")
-    load_published(run.student, checkpoint["state_dict"], path)
-    load_published(run.teacher, checkpoint["teacher"], path)
-    # Without ka_student the student's ImageNet head learns late, or never.
-    idle = () if "ka_student" in record["options"].get("losses", LOSS_NAMES) else tuple(run.student.head.parameters())
-    try:
-        saved = check_saved(checkpoint, run.optimizers, idle)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: damaged, it cannot be resumed ({error}); start anew") from error
-    if saved["protocol"] != record["protocol"]:
-        raise InputError(f"--resume: {path} was trained for {saved['protocol']}, not {record['protocol']}")
-    _check_same_options(defaults | _renamed(saved["options"]), record["options"], path)
-    _check_same_data(saved["data"], record["data"])
-    for optimizer, state in zip(run.optimizers, saved["adam"], strict=True):
-        optimizer.load_state_dict(state)
-    run.history, run.step = saved["history"], saved["step"]
-    run.sums = None if saved["sums"] is None else torch.tensor(saved["sums"], device=run.device)
-
-
-def _read_last(savedir):
-    """(path, content) of LAST, or of PREVIOUS where LAST cannot be read."""
-    torn = None
-    for path in (savedir / LAST, savedir / PREVIOUS):
-        if not os.path.isfile(path):
-            continue
-        try:
-            content = read_checkpoint(path)
-        except UnreadableFile as error:
-            torn = torn or error.what
-            continue
-        if "teacher" in content and not is_whole(path):  # one of ours
-            torn = torn or f"{path}: damaged, its sums do not agree"
-            continue
-        if torn:
-            log_rank0(f"note: {torn}; going on from {PREVIOUS}, the one before")
-        return path, content
-    raise InputError(f"{torn}; it cannot be resumed, start anew with --overwrite")
-
-
 def _renamed(options):
-    """Options of a checkpoint by their present names."""
+    """Options of a checkpoint under their present names."""
     options = {**options}
-    if "imagenet_classes" not in options and "nb_classes" in options:  # which were the ImageNet classes before
+    if "imagenet_classes" not in options and "nb_classes" in options:  # nb_classes were the ImageNet classes before
         options["imagenet_classes"] = options.pop("nb_classes")
     return options
 
 
-def _check_same_options(before, now, path):
-    for name, value in now.items():
-        if name not in HARMLESS and before[name] != value:
-            before, now = (
-                " ".join(map(str, each)) if isinstance(each, list) else each for each in (before[name], value)
-            )
-            raise InputError(f"--resume: {path} was trained with --{name} {before}, not {now}; use the same")
-
-
-def data_record(files, benchmark, has_mask):
-    """SHA-256 by name of the lists (FileLists) and, if it has one, the mask that a run learns from."""
-    paths = [*(each.source for each in files), *([benchmark.lists / MASK_FILE] if has_mask else [])]
-    return {path.name: sha256_of(path) for path in paths}
-
-
-def _check_same_data(before, now):
-    for name, value in before.items():
-        if name == MASK_FILE and name not in now:
-            continue  # earlier versions recorded a mask that was not used, too
-        if now.get(name) != value:
-            raise InputError(f"--resume: {name} is not the one that the run began with; restore it, or start anew")
-
-
-def check_savedir(savedir, resume=False, overwrite=False):
-    """Raise InputError if `savedir` holds what would be lost, or lacks what is to be resumed."""
-    found = [name for name in NAMES if os.path.exists(savedir / name)]
-    if resume and LAST not in found and PREVIOUS not in found:
-        raise InputError(f"{savedir}: holds no {LAST} to resume; see --savedir, or start without --resume")
-    if found and not resume and not overwrite:
-        raise InputError(
-            f"{savedir}: already holds {found[0]}; --resume goes on with it, --overwrite replaces it, "
-            "--savedir starts elsewhere"
-        )
-
-
-def check_space(run, savedir):
-    """Raise InputError if the disk cannot hold the checkpoints that a run keeps: the last two, the best, a new one."""
-    networks = [*run.student.parameters(), *run.teacher.parameters()]
-    # Adam keeps two numbers for each weight that it changes.
-    size = sum(value.nbytes for value in networks) + 2 * sum(value.nbytes for value in run.learnt())
-    held = sum((savedir / name).stat().st_size for name in NAMES if os.path.isfile(savedir / name))
-    free = shutil.disk_usage(savedir).free + held
-    if free < 4 * size:
-        raise InputError(
-            f"{savedir}: {free / 1e9:.1f} GB are free, and 4 checkpoints of {size / 1e9:.1f} GB need "
-            f"{4 * size / 1e9:.1f}; make room, or choose another --savedir"
-        )
-
-
-def tidy(savedir, source, everything):
-    """Delete what a killed process left half-written in `savedir`, and with `everything` an earlier run's results.
-
-    source: the checkpoint that is resumed. If it is PREVIOUS, LAST could not be read, and PREVIOUS replaces it; else
-    the next save would keep the damaged file as the previous one.
-    """
-    ours = (*NAMES, "train.json", "log.jsonl", "curves.png")
-    for path in (path for name in ours for path in savedir.glob(f".{name}.*")):
-        path.unlink(missing_ok=True)
-    for name in (
-        (*ours, "results.json", "per_query.npz", "retrievals.png", "precision_recall.png", "tsne.png")
-        if everything
-        else ()
-    ):
-        (savedir / name).unlink(missing_ok=True)
-    if source and source.name == PREVIOUS:
-        source.replace(savedir / LAST)
-
-
-def _keep_as_previous(savedir):
-    """Make PREVIOUS a second name of the file LAST, without a copy. At any moment LAST is there, and whole."""
+def _link_previous(savedir):
+    """Make PREVIOUS a hard link to LAST. LAST exists and is complete at any moment."""
     (savedir / PREVIOUS).unlink(missing_ok=True)
     try:
         os.link(savedir / LAST, savedir / PREVIOUS)
-    except OSError:  # a disk without hard links
+    except OSError:  # a file system without hard links
         (savedir / LAST).replace(savedir / PREVIOUS)

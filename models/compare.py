@@ -1,9 +1,9 @@
-"""Results of several runs side by side, with the uncertainty of their differences.
+"""Tables and a figure of the results of several runs, with confidence intervals of their differences.
 
     python -m models.compare checkpoint/A/seed* checkpoint/B/seed* --out comparison
 
 Each run is a folder that a test wrote results.json and per_query.npz into. Runs that differ in their seed alone are one
-setting, and the first setting is what the others are compared with. Writes a figure, a Markdown and a LaTeX table.
+setting. The other settings are compared with the first. Writes a figure, a Markdown and a LaTeX table.
 """
 
 import json
@@ -18,16 +18,14 @@ from scipy import stats
 from models.eval.figures import row_name
 from models.eval.metrics import class_means
 from models.eval.report import QUERIES
+from models.options import TEST_RESULT_OPTIONS, effective_options
 from utils.cli import InputError, OneLineParser, number_type, one_line_errors, seed_type
 from utils.files import atomic_write, check_writable
 
-# Options that tell runs of one setting apart, or are no part of it.
-_OF_A_RUN = {"seed", "savedir", "resume_dir", "data_root", "device", "workers", "mixture_device", "metrics"}
-
 
 @dataclass(frozen=True)
-class Tested:
-    """What a test left of one run."""
+class TestedRun:
+    """The files of a test of one run."""
 
     folder: Path
     results: dict  # results.json
@@ -68,18 +66,24 @@ def create_parser():
     """The options of the command."""
     parser = OneLineParser(prog="python -m models.compare", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="folders of tests; the first one's setting is compared with")
-    add("--names", nargs="+", metavar="NAME", help="what to call the settings, in the order of the runs")
-    add("--metric", help="what to compare (default: the protocol's first)")
+    add(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="folders with results of a test; the setting of the first is the baseline",
+    )
+    add("--names", nargs="+", metavar="NAME", help="names of the settings, in the order of the runs")
+    add("--metric", help="metric to compare (default: the protocol's first)")
     add("--draws", type=number_type(int, 100, 10**6, "a whole number from 100 to a million"), default=10_000,
-        help="of the bootstrap")  # fmt: skip
-    add("--seed", type=seed_type, default=0, help="of the bootstrap")
-    add("--out", type=Path, default=Path("comparison"), metavar="DIR", help="takes the figure and the tables")
+        help="number of bootstrap draws")  # fmt: skip
+    add("--seed", type=seed_type, default=0, help="seed of the bootstrap")
+    add("--out", type=Path, default=Path("comparison"), metavar="DIR", help="folder for the figure and the tables")
     return parser
 
 
 def read_tested(folder):
-    """The Tested of a folder. Raises InputError if the files are missing, torn or not of one test."""
+    """The TestedRun of a folder. Raises InputError if files are missing, torn or not those of a test."""
     folder = folder.parent if folder.name in ("results.json", QUERIES) else folder
     path = folder / "results.json"
     try:
@@ -106,15 +110,15 @@ def read_tested(folder):
     except Exception:  # a torn file can fail in any way
         raise InputError(f"{path}: torn, or not what a test writes; run the test again") from None
     names = [str(name) for name in found["metrics"]]
-    return Tested(
+    return TestedRun(
         folder, results, [tuple(row) for row in rows.tolist()], names, values, found["class"], found["sketch"]
     )
 
 
 def group(runs):
-    """Tested runs as lists of one setting each, in order of appearance.
+    """TestedRuns as lists of one setting each, in order of appearance.
 
-    Raises InputError where they are of different protocols, lists or sketches, or have no row in common.
+    Raises InputError if they are of different protocols, lists or sketches, or have no row in common.
     """
     settings, first = {}, runs[0]
     for run in runs:
@@ -125,34 +129,41 @@ def group(runs):
 
 def _check_alike(first, run):
     pair = f"{first.folder} and {run.folder}"
-    for name in ("benchmark", "protocol"):
-        if first.results.get(name) != run.results.get(name):
-            raise InputError(
-                f"{pair}: of {first.results.get(name)} and of {run.results.get(name)}; compare like with like"
-            )
-    sources = [(each.results.get("features") or {}).get("source") or {} for each in (first, run)]
-    for name in ("photo list", "sketch list"):
-        if all(name in each for each in sources) and sources[0][name] != sources[1][name]:
+    features = [each.results.get("features") or {} for each in (first, run)]
+    sources = [each.get("source") or {} for each in features]
+    same_features = features[0].get("sha256") is not None and features[0]["sha256"] == features[1].get("sha256")
+    # Without the images at hand a test has the protocol's title, and numbers for sketches and classes.
+    for name in ("protocol",) if same_features else ("benchmark", "protocol"):
+        one, two = (each.results.get(name) for each in (first, run))
+        if one != two:
+            raise InputError(f"{pair}: of {one} and of {two}; compare runs of the same benchmark")
+    lists = ("photo list", "sketch list")
+    known = all(name in source for name in lists for source in sources)
+    for name in lists:
+        if all(name in source for source in sources) and sources[0][name] != sources[1][name]:
             raise InputError(f"{pair}: tested on different {name}s; test both on the same lists")
-    same = np.array_equal(first.sketches, run.sketches) and np.array_equal(first.classes, run.classes)
-    if not same:
+    same_names = np.array_equal(first.sketches, run.sketches) and np.array_equal(first.classes, run.classes)
+    same_count = len(first.sketches) == len(run.sketches)
+    if not (same_count and (same_names or same_features or (known and _has_numbers(first, run)))):
         raise InputError(f"{pair}: tested with different sketches; test both on the same lists")
     if not set(first.rows) & set(run.rows):
         raise InputError(f"{pair}: have no row in common; test both with the same --subspaces and --clusters")
 
 
+def _has_numbers(*runs):
+    """Whether a test had no images at hand, so that its sketches are numbers."""
+    return any(all(str(name).isdecimal() for name in run.sketches) for run in runs)
+
+
 def _setting(run):
-    """What runs of one setting have in common: the options of training, where they are known, and those of the test."""
-    trained = run.folder / "train.json"
+    """The options that runs of one setting share: those of the test and of training that change results, but seeds."""
+    test = {name: run.results["options"].get(name) for name in TEST_RESULT_OPTIONS}
     try:
-        options = {"test": run.results["options"], "train": json.loads(trained.read_text())["options"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        options = {"test": run.results["options"], "train": {"savedir": str(run.folder)}}
-        return json.dumps(options, sort_keys=True)
-    kept = {
-        part: {name: value for name, value in each.items() if name not in _OF_A_RUN} for part, each in options.items()
-    }
-    return json.dumps(kept, sort_keys=True, default=str)
+        options = effective_options(json.loads((run.folder / "train.json").read_text())["options"])
+        options.pop("seed", None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        options = {"folder": str(run.folder)}  # not known, so each folder is a setting
+    return json.dumps([test, options], sort_keys=True, default=str)
 
 
 def compare(settings, names, metric, draws=10_000, seed=0):
@@ -171,7 +182,7 @@ def compare(settings, names, metric, draws=10_000, seed=0):
         for name, values in zip(names, found, strict=True):
             entry = {"name": name, **over_seeds(values, classes)}
             if values is not found[0]:
-                entry["difference"], entry["interval"] = apart(values, found[0], classes, draws, seed)
+                entry["difference"], entry["interval"] = difference_interval(values, found[0], classes, draws, seed)
             entries.append(entry)
         subspaces, clusters, weight = row
         named = {"matching": "one-to-one"} if not clusters else {"M": int(subspaces), "K": int(clusters)}
@@ -190,7 +201,7 @@ def over_seeds(values, classes):
     return {"mean": float(means.mean()), "deviation": deviation, "seeds": len(means)}
 
 
-def apart(values, base, classes, draws=10_000, seed=0):
+def difference_interval(values, base, classes, draws=10_000, seed=0):
     """(difference, its interval) of two values (seeds, Q), whose sketches are paired; draws, seed: see bootstrap."""
     difference = values.mean(axis=0) - base.mean(axis=0)
     return float(class_mean(difference, classes)), bootstrap(difference, classes, draws, seed)
@@ -203,26 +214,30 @@ def class_mean(values, classes):
 
 
 def bootstrap(values, classes, draws=10_000, seed=0, level=0.95):
-    """An interval of the class mean of values (Q,): [low, high], by drawing classes, then sketches within them.
+    """A confidence interval of the class mean of values (Q,): [low, high]; classes: (Q,) from 0.
 
-    classes: (Q,) from 0. The draws give the interval its shape, and the means of the classes its width, that of a
-    t-interval: new sketches within new classes count the spread of sketches twice, and few classes vary too little.
+    Two-stage bootstrap (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8): a draw takes
+    C of the C classes with replacement and, in each, its number of sketches with replacement; b is the mean of their
+    class means. With the class means m_1..m_C, their mean m and standard deviation s, the interval is
+        m + k (q - m) for the quantiles q of b,   k = t(C - 1) / z · (s / √C) / std(b),
+    t and z the two-sided quantiles of Student's and the normal distribution: the shape of the bootstrap, the width of
+    a t-interval. Without k, the second stage counts the spread of sketches twice, and few classes vary too little.
     """
     random = np.random.default_rng(seed)
     groups = [values[classes == label] for label in range(classes.max() + 1)]
-    count, of_class = len(groups), np.array([group.mean() for group in groups])
+    count, by_class = len(groups), np.array([group.mean() for group in groups])
     drawn = np.empty((draws, count))
-    for place in range(0, draws, 256):
-        part = drawn[place : place + 256]
-        chosen = random.integers(count, size=part.shape)
+    for start in range(0, draws, 256):
+        chunk = drawn[start : start + 256]
+        chosen = random.integers(count, size=chunk.shape)
         for label, group in enumerate(groups):
             where = np.nonzero(chosen == label)
-            part[where] = group[random.integers(len(group), size=(len(where[0]), len(group)))].mean(axis=1)
-    spread = drawn.mean(axis=1) - of_class.mean()
+            chunk[where] = group[random.integers(len(group), size=(len(where[0]), len(group)))].mean(axis=1)
+    spread = drawn.mean(axis=1) - by_class.mean()
     if count > 1 and spread.std() > 0:
-        wider = stats.t.ppf((1 + level) / 2, count - 1) / stats.norm.ppf((1 + level) / 2)
-        spread *= wider * of_class.std(ddof=1) / np.sqrt(count) / spread.std()
-    return (of_class.mean() + np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])).tolist()
+        quantiles = stats.t.ppf((1 + level) / 2, count - 1) / stats.norm.ppf((1 + level) / 2)
+        spread *= quantiles * by_class.std(ddof=1) / np.sqrt(count) / spread.std()
+    return (by_class.mean() + np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])).tolist()
 
 
 def markdown(table, names, metric):
@@ -276,15 +291,15 @@ def draw(path, table, names, metric):
 
     figure = Figure(figsize=(7, 1.2 + 0.28 * len(table) * max(1, len(names) - 1)), layout="constrained")
     axis = figure.subplots()
-    for place, name in enumerate(names[1:] or names):
-        entries = [row["settings"][place + (len(names) > 1)] for row in table]
-        places = [line + 0.8 * place / max(1, len(names) - 1) for line in range(len(table))]
+    for number, name in enumerate(names[1:] or names):
+        entries = [row["settings"][number + (len(names) > 1)] for row in table]
+        heights = [line + 0.8 * number / max(1, len(names) - 1) for line in range(len(table))]
         if len(names) == 1:
-            axis.plot([entry["mean"] for entry in entries], places, "o", label=name)
+            axis.plot([entry["mean"] for entry in entries], heights, "o", label=name)
             continue
         middle = np.array([entry["difference"] for entry in entries])
         ends = np.abs(np.array([entry["interval"] for entry in entries]).T - middle)
-        axis.errorbar(middle, places, xerr=ends, fmt="o", capsize=3, label=name)
+        axis.errorbar(middle, heights, xerr=ends, fmt="o", capsize=3, label=name)
     if len(names) > 1:
         axis.axvline(0, color="grey", linewidth=0.8)
     axis.set_yticks(range(len(table)), [row["row"] for row in table])

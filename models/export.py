@@ -160,8 +160,6 @@ def onnx_bytes(student, metadata, strings):
     """
     import torch
 
-    from models.weights import gist
-
     try:
         import_onnxruntime()
         import onnx
@@ -180,7 +178,7 @@ def onnx_bytes(student, metadata, strings):
         session = onnx_session(data)
         difference = max(_difference(session, student, images[:count]) for count in (1, 3))
     except Exception as error:  # torch.onnx or ONNX Runtime may not know an operator of the backbone
-        reason = f"{metadata['model']} cannot be written as ONNX ({gist(error)})"
+        reason = f"{metadata['model']} cannot be written as ONNX ({first_sentence(error)})"
         raise InputError(f"{checkpoint}: {reason}; use --to FILE.safetensors") from error
     if not difference <= MAX_DIFFERENCE:
         raise InputError(f"{checkpoint}: its ONNX features differ by {difference:.1g}; use --to FILE.safetensors")

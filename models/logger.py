@@ -1,19 +1,18 @@
-"""What one sees of a training run: a bar or a line an epoch, log.jsonl, TensorBoard curves, and curves.png."""
+"""Progress of training: progress bar, epoch lines, log.jsonl, TensorBoard, curves.png."""
 
 import json
 import time
 
 from tqdm import tqdm
 
-from models.train_step import MEASURES
+from models.losses import LOSSES
+from models.train_step import LOGGED
 from utils.distributed import bar_disabled, log_rank0
 from utils.files import atomic_write
 
-LOSSES = ("total", "cls", "ka_student", "ka_teacher", "ma")
-
 
 class Log:
-    """Writes what was measured to log.jsonl and TensorBoard, going on where a resumed run stands.
+    """Writes losses and metrics to log.jsonl and TensorBoard; a resumed run appends, without duplicate lines.
 
     A line of log.jsonl is {"epoch", "step" (of the epoch, from 1), losses, "lr", "images_per_second"}, every
     --print_freq steps, or {"epoch", "phase", means of the losses, "accuracy", "lr", ...} without a step, every epoch.
@@ -27,29 +26,29 @@ class Log:
         self.board = _open_board(savedir, epochs_done * steps + step_done)
 
     def write(self, line):
-        """Add a line, a dict as above."""
+        """Append a line, a dict as above."""
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
-        place = line["epoch"] * self.steps + line.get("step", self.steps)
+        global_step = line["epoch"] * self.steps + line.get("step", self.steps)
         kind = "step" if "step" in line else "epoch"
         for name, value in line.items() if self.board else ():
             if isinstance(value, float):
-                self.board.add_scalar(f"{kind}/{name}", value, place)
+                self.board.add_scalar(f"{kind}/{name}", value, global_step)
         if self.board and kind == "epoch":
             self.board.flush()
 
 
 class EpochBar:
-    """The bar of an epoch; every `every` steps it shows their losses and writes a line of the Log, if there is one.
+    """Progress bar of an epoch; every `every` steps it shows the losses and writes a line of the Log, if there is one.
 
-    sizes: images in each step of the epoch, of which `done` are done.
+    sizes: images in each step of the epoch, of which `done` steps are done; names: those of LOGGED that are shown.
     """
 
-    def __init__(self, title, sizes, done, log=None, every=10):
-        self.sizes, self.log, self.every = sizes, log, every
+    def __init__(self, title, sizes, done, log=None, every=10, names=LOGGED):
+        self.sizes, self.log, self.every, self.names = sizes, log, every, names
         self.bar = tqdm(total=sum(sizes), initial=sum(sizes[:done]), desc=title, unit="image", leave=False,
                         disable=bar_disabled())  # fmt: skip
-        self.begun, self.shown = time.perf_counter(), done
+        self.shown_at, self.shown = time.perf_counter(), done
 
     def __enter__(self):
         return self
@@ -57,22 +56,23 @@ class EpochBar:
     def __exit__(self, *_):
         self.bar.close()
 
-    def show(self, run, steps):
-        """Show some steps of the present epoch of `run`: (number from 0, values (MEASURES,) on the CPU) of each."""
+    def show(self, state, steps):
+        """Show steps of the present epoch of a TrainState: (number from 0, values (LOGGED,) on the CPU) of each."""
         for number, values in steps:
             done = number + 1
             if self.log and (done % self.every == 0 or done == len(self.sizes)):
-                line = dict(zip(MEASURES, values.tolist(), strict=True))
-                shown = {name: f"{line[name]:.3f}" for name in LOSSES} | {"acc": f"{line['train_accuracy']:.0f}"}
-                self.bar.set_postfix(shown)
-                rate = sum(self.sizes[self.shown : done]) / (time.perf_counter() - self.begun)
-                place = {"epoch": len(run.history), "step": done}
-                self.log.write({**place, **line, "lr": run.rate, "images_per_second": rate})
-                self.begun, self.shown = time.perf_counter(), done
+                line = dict(zip(LOGGED, values.tolist(), strict=True))
+                line = {name: line[name] for name in self.names}
+                losses = {name: f"{line[name]:.3f}" for name in ("total", *LOSSES) if name in line}
+                self.bar.set_postfix(losses | {"acc": f"{line['train_accuracy']:.0f}"})
+                rate = sum(self.sizes[self.shown : done]) / (time.perf_counter() - self.shown_at)
+                position = {"epoch": len(state.history), "step": done}
+                self.log.write({**position, **line, "lr": state.lr, "images_per_second": rate})
+                self.shown_at, self.shown = time.perf_counter(), done
             self.bar.update(self.sizes[number])
 
 
-def tell(entry, epochs):
+def print_epoch(entry, epochs):
     """Print the line of an epoch."""
     print(f"epoch {entry['epoch'] + 1}/{epochs} {entry['phase']:13}", end=" ")
     hidden = ("student", "lr", "train_accuracy")
@@ -81,14 +81,14 @@ def tell(entry, epochs):
 
 
 def show_epoch(history, epochs, log):
-    """Print and log the last entry of `history`, and draw the curves anew."""
+    """Print and log the last entry of `history`, and redraw curves.png."""
     log.write({name: value for name, value in history[-1].items() if name != "kept"})
     try:
         draw_curves(log.path.with_name("curves.png"), history)
     except ImportError:
         if len(history) == 1:
             log_rank0("note: no curves.png, matplotlib is not installed")
-    tell(history[-1], epochs)
+    print_epoch(history[-1], epochs)
 
 
 def draw_curves(path, history):
@@ -97,7 +97,7 @@ def draw_curves(path, history):
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     losses, accuracies, rate = figure.subplots(1, 3)
-    for name in LOSSES:
+    for name in ("total", *LOSSES):
         _line(losses, history, name)
     losses.set_title("losses, mean of an epoch")
     retrieval = sorted({name for entry in history for name in entry if "@" in name})
@@ -114,20 +114,20 @@ def draw_curves(path, history):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if first is not None and first > 0:
-            axes.axvline(first + 0.5, color="grey", linestyle=":", label="teacher learns, too")
+            axes.axvline(first + 0.5, color="grey", linestyle=":", label="bidirectional from here")
         axes.legend(fontsize="small")
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
 def _line(axes, history, name, scale=1):
-    found = [(entry["epoch"] + 1, scale * entry[name]) for entry in history if name in entry]
-    if found:
-        axes.plot(*zip(*found, strict=True), marker=".", label=name)
+    points = [(entry["epoch"] + 1, scale * entry[name]) for entry in history if name in entry]
+    if points:
+        axes.plot(*zip(*points, strict=True), marker=".", label=name)
 
 
 def _lines(path):
-    """Lines of an earlier log.jsonl that can be read; the last of a killed run cannot."""
+    """Lines of an earlier log.jsonl, without torn ones, as the last line of a killed run can be."""
     try:
         texts = path.read_bytes().splitlines()
     except FileNotFoundError:
@@ -153,4 +153,4 @@ def _open_board(savedir, first_step):
     except ImportError:
         log_rank0("note: tensorboard is not installed, no training curves are written")
         return None
-    return SummaryWriter(savedir / "curves", purge_step=first_step)  # hides what an earlier run wrote after it
+    return SummaryWriter(savedir / "curves", purge_step=first_step)  # hides later points of an earlier run

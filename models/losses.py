@@ -1,32 +1,19 @@
-"""The losses of SBKA (arXiv:2312.10320, symmetrical bidirectional knowledge alignment) as functions of tensors.
+"""The losses of SBKA (arXiv:2312.10320, symmetrical bidirectional knowledge alignment), and LOSSES, the table of them.
 
-B images of a batch, C seen classes, J ImageNet classes, D features. Follows the authors' release, except that a batch
-without photos costs 0 instead of NaN. Stands alone: no network, no data.
+Shapes: B images of a batch, C seen classes, J ImageNet classes, D features. Follows the authors' release, except that a
+batch without photos costs 0 instead of NaN. Uses no network, no data and no options.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-LOSS_NAMES = ("cls", "ka_student", "ma", "ka_teacher")  # L_cls, L_ka^S, L_ma, L_ka^T
-
-
-class LossWeights(NamedTuple):
-    """What is learnt: by default the whole method, with the paper's weights."""
-
-    terms: tuple[str, ...] = (
-        LOSS_NAMES  # those of TERMS that are learnt; the others are computed, and left out of the sum
-    )
-    mask_weight: float = 0.3  # of the semantic mask, added to the logits of the side that is learnt from
-    modality_weight: float = 0.1  # of L_ma in the student's loss
-
-
-PAPER_WEIGHTS = LossWeights()
-
 
 class Batch(NamedTuple):
-    """What a training step learns from: tensors with one row an image, on one device."""
+    """The input of a training step: tensors with one row an image, on one device."""
 
     images: torch.Tensor  # (B, 3, H, W), normalised
     labels: torch.Tensor  # (B,) int64, seen classes from 0
@@ -34,13 +21,13 @@ class Batch(NamedTuple):
     mask: torch.Tensor  # (B, J) rows of the semantic mask, or (B, 1) zeros for none
     noise: torch.Tensor  # (B, D) standard normal, drawn anew for each step
 
-    def parts(self, count):
+    def micro_batches(self, count):
         """At most `count` Batches of about the same size, in order."""
-        return [Batch(*part) for part in zip(*(values.chunk(count) for values in self), strict=True)]
+        return [Batch(*chunks) for chunks in zip(*(values.chunk(count) for values in self), strict=True)]
 
 
 class Counts(NamedTuple):
-    """By what the losses of a batch are divided."""
+    """Loss denominators: images and photos of the whole batch."""
 
     images: torch.Tensor  # scalar
     photos: torch.Tensor  # scalar
@@ -52,16 +39,16 @@ class Counts(NamedTuple):
 
 
 def classification_loss(seen_logits, labels, images=None):
-    """L_cls: cross entropy of seen_logits (B, C) with labels (B,) int64, over `images` (default B)."""
+    """L_cls: cross entropy of seen_logits (B, C) with labels (B,) int64, divided by `images` (default B)."""
     return F.cross_entropy(seen_logits, labels, reduction="sum") / (len(labels) if images is None else images)
 
 
 def alignment_loss(learner_logits, source_logits, mask, is_photo, photos=None):
-    """L_ka: cross entropy of the learner (B, J) with the source's (B, J) softened view of each photo, over `photos`.
+    """L_ka: cross entropy of the learner's logits (B, J) with softmax(source_logits + mask), summed over the photos.
 
-    mask: (B, J), or (B, 1), what is added to the source's logits: rows of the semantic mask, weighted; is_photo: (B,)
-    1 for a photo, 0 for a sketch, which has no part in it; photos: a scalar tensor (default: those of the batch).
-    The source is not detached: in L_ka^T the student, which is the source there, keeps its gradient.
+    source_logits: (B, J), the other network's; mask: (B, J) or (B, 1), rows of the semantic mask times their weight;
+    is_photo: (B,) 1 for a photo, 0 for a sketch, which is left out; photos: scalar tensor, the divisor (default: the
+    photos of this batch). The source is not detached: in L_ka^T the student is the source and keeps its gradient.
     """
     target = F.softmax(source_logits + mask, dim=1)
     cross_entropy = -(target * F.log_softmax(learner_logits, dim=1)).sum(dim=1)
@@ -70,35 +57,98 @@ def alignment_loss(learner_logits, source_logits, mask, is_photo, photos=None):
 
 
 def modality_loss(features, noise, images=None):
-    """L_ma: KL(softmax(noise) ‖ softmax(features)), both (B, D), summed over D and B, over `images` (default B)."""
+    """L_ma: KL(softmax(noise) ‖ softmax(features)), both (B, D), summed, divided by `images` (default B)."""
     divergence = F.kl_div(F.log_softmax(features, dim=1), F.softmax(noise, dim=1), reduction="sum")
     return divergence / (len(features) if images is None else images)
 
 
-def alignment_losses(student, teacher_logits, batch, bidirectional, counts=None, objective=PAPER_WEIGHTS):
-    """All losses of a Batch: a dict of TERMS (ka_teacher is 0 in warm-up), "student" and "total", what is learnt.
+class Loss(NamedTuple):
+    """A row of LOSSES."""
 
-    student: a StudentOutput, its seen_logits, imagenet_logits and features; teacher_logits: (B, J).
-    counts: Counts of the batch that this one is a part of (default: its own). Losses and gradients of all parts then
-    add up to those of the whole batch. objective: an Objective.
-    One backward pass of "total" leaves the gradients that the release gets from two. It first takes the gradient of
-    "student" = L_cls + L_ka^S + 0.1 L_ma, then clears that of the teacher, and then adds the gradient of L_ka^T, from
-    which the student learns, too. Detaching the teacher in L_ka^S has the same effect as clearing its gradient.
+    symbol: str  # in the paper, for help texts
+    # Of (StudentOutput, TeacherOutput, Batch, Counts): the scalar loss of these images, divided by Counts, so that the
+    # losses of micro-batches and of several processes add up to that of the whole batch. The Batch has a weighted mask.
+    function: Callable
+    weight: float = 1.0  # by default; 0: the loss is not computed
+    only_bidirectional: bool = False  # computed after warm-up only
+    trains_teacher: bool = False  # the teacher's head, too; otherwise the teacher's output is detached
+    option: str | None = None  # name of the option of its weight, without dashes; None: NAME_weight
+
+
+LOSSES = {
+    "cls": Loss(
+        "L_cls (classification of the seen classes)",
+        lambda student, _, batch, counts: classification_loss(student.seen_logits, batch.labels, counts.images),
+    ),
+    "ka_student": Loss(
+        "L_ka^S (knowledge alignment of the student with the teacher)",
+        lambda student, teacher, batch, counts: alignment_loss(
+            student.imagenet_logits, teacher.imagenet_logits, batch.mask, batch.is_photo, counts.photos
+        ),
+    ),
+    "ma": Loss(
+        "L_ma (modality alignment)",
+        lambda student, _, batch, counts: modality_loss(student.features, batch.noise, counts.images),
+        weight=0.1,
+        option="modality_weight",
+    ),
+    "ka_teacher": Loss(
+        "L_ka^T (knowledge alignment of the teacher with the student)",
+        lambda student, teacher, batch, counts: alignment_loss(
+            teacher.imagenet_logits, student.imagenet_logits, batch.mask, batch.is_photo, counts.photos
+        ),
+        only_bidirectional=True,
+        trains_teacher=True,
+    ),
+}
+
+
+def weight_option(name):
+    """Name of the option of a loss's weight, as argparse stores it."""
+    return LOSSES[name].option or f"{name}_weight"
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The weights of the objective: by default those of the paper."""
+
+    losses: dict[str, float] = field(default_factory=lambda: {name: loss.weight for name, loss in LOSSES.items()})
+    mask_weight: float = 0.3  # of the semantic mask, added to the logits of the source of L_ka
+
+    def active(self, bidirectional=True):
+        """Names of the losses that are computed in a phase: those with a weight above 0."""
+        return [
+            name for name, loss in LOSSES.items()
+            if self.losses.get(name, 0) > 0 and (bidirectional or not loss.only_bidirectional)
+        ]  # fmt: skip
+
+    def train_teacher(self, bidirectional):
+        """Whether the teacher's head is trained in a phase."""
+        return any(LOSSES[name].trains_teacher for name in self.active(bidirectional))
+
+
+PAPER_WEIGHTS = LossWeights()
+
+
+def alignment_losses(student_output, teacher_output, batch, bidirectional, counts=None, loss_weights=PAPER_WEIGHTS):
+    """The losses of a Batch: {name in LOSSES: scalar}, "student" (what the student alone minimises) and "total".
+
+    student_output: a StudentOutput; teacher_output: a TeacherOutput; bidirectional: whether warm-up is over; counts:
+    Counts of the whole batch if this Batch is a micro-batch (default: its own).
+    Losses of weight 0 are left out. A loss of the other phase is 0.
+    One backward pass of "total" leaves the gradients that the release gets from two. The release first takes the
+    gradient of "student" = L_cls + L_ka^S + 0.1 L_ma, then clears the teacher's gradient, and then adds the gradient of
+    L_ka^T, which the student receives, too. Detaching the teacher in L_ka^S has the same effect as clearing its
+    gradient.
     """
-    images, photos = counts or Counts.of(batch)
-    mask = objective.mask_weight * batch.mask
-    terms = {
-        "cls": classification_loss(student.seen_logits, batch.labels, images),
-        "ka_student": alignment_loss(student.imagenet_logits, teacher_logits.detach(), mask, batch.is_photo, photos),
-        "ma": modality_loss(student.features, batch.noise, images),
-        "ka_teacher": student.features.new_zeros(()),
-    }
-    if bidirectional:
-        terms["ka_teacher"] = alignment_loss(teacher_logits, student.imagenet_logits, mask, batch.is_photo, photos)
-    # Terms that are left out have the weight 0: every parameter has a gradient then, as processes that share gradients
-    # want it.
-    weight = {name: float(name in objective.terms) for name in LOSS_NAMES}
-    weight["ma"] *= objective.modality_weight
-    student_loss = sum(weight[name] * terms[name] for name in ("cls", "ka_student", "ma"))
-    total = student_loss + weight["ka_teacher"] * terms["ka_teacher"] if bidirectional else student_loss
-    return terms | {"student": student_loss, "total": total}
+    counts = counts or Counts.of(batch)
+    batch = batch._replace(mask=loss_weights.mask_weight * batch.mask)
+    detached = type(teacher_output)(*(values.detach() for values in teacher_output))
+    active = loss_weights.active(bidirectional)
+    losses = {name: student_output.features.new_zeros(()) for name in loss_weights.active()}
+    for name in active:
+        loss = LOSSES[name]
+        losses[name] = loss.function(student_output, teacher_output if loss.trains_teacher else detached, batch, counts)
+    student_loss = sum(loss_weights.losses[name] * losses[name] for name in active if not LOSSES[name].trains_teacher)
+    teacher_loss = sum(loss_weights.losses[name] * losses[name] for name in active if LOSSES[name].trains_teacher)
+    return losses | {"student": student_loss, "total": student_loss + teacher_loss}

@@ -1,5 +1,7 @@
-"""Student and teacher of SBKA (arXiv:2312.10320) on any image classifier of timm, ConvNeXt V2 as published among them
-(weights.py translates its parameters' names). No data, no options."""
+"""Student and teacher networks of SBKA (arXiv:2312.10320) on any image classifier of timm; precision of arithmetic.
+
+Uses no data and no options. models.weights translates between timm's and the published names of parameters.
+"""
 
 import copy
 import difflib
@@ -22,20 +24,25 @@ PRECISIONS = {"fp32": (False, False), "tf32": (True, False), "tf32_all": (True, 
 class StudentOutput(NamedTuple):
     seen_logits: torch.Tensor  # y (B, seen classes)
     imagenet_logits: torch.Tensor  # g (B, ImageNet classes), aligned with the teacher's
-    features: torch.Tensor  # f (B, width of the last stage), what retrieval compares
+    features: torch.Tensor  # f (B, D), what retrieval compares
+
+
+class TeacherOutput(NamedTuple):
+    imagenet_logits: torch.Tensor  # g (B, ImageNet classes)
+    features: torch.Tensor  # f (B, D), without a gradient: the backbone is frozen
 
 
 class Student(nn.Module):
-    """The network that is kept: a backbone with its ImageNet head, and a linear classifier of the seen classes.
+    """The network used for retrieval: a backbone with its ImageNet head, and a linear classifier of the seen classes.
 
-    Features are the backbone's pooled ones where it ends in a LayerNorm of some kind, as ConvNeXt V2 does. Those of
-    other backbones are layer-normalised without parameters, but for the ImageNet head, which knows them as they are.
+    Features f are the pooled output of the backbone if its last layer is a LayerNorm or the like, as in ConvNeXt V2.
+    For other backbones a LayerNorm without parameters follows; their ImageNet head gets the pooled output without it.
     Raises ValueError for a backbone whose head is not one linear layer of pooled features.
     """
 
     def __init__(self, backbone, seen_classes):
         super().__init__()
-        self.normalises = not _ends_normalised(backbone)
+        self.needs_norm = not _ends_normalised(backbone)
         self.backbone = backbone
         self.linear = nn.Linear(self.head.in_features, seen_classes)
         nn.init.trunc_normal_(self.linear.weight, std=2e-5)
@@ -49,18 +56,20 @@ class Student(nn.Module):
 
     @property
     def width(self):
-        """D, the number of values of a feature."""
+        """D, the width of a feature."""
         return self.linear.in_features
 
     @property
     def statistics(self):
-        """(mean, deviation) of the images that the backbone knows; see `normalise`."""
-        return _known(self.backbone, "mean", IMAGENET_MEAN), _known(self.backbone, "std", IMAGENET_STD)
+        """(mean, standard deviation) of the images that the backbone was pretrained on; see `normalise`."""
+        return _pretrained_cfg(self.backbone, "mean", IMAGENET_MEAN), _pretrained_cfg(
+            self.backbone, "std", IMAGENET_STD
+        )
 
     def train(self, mode=True):
-        """As nn.Module's, but BatchNorm keeps the statistics it was pretrained with.
+        """As nn.Module.train, but BatchNorm always uses its pretrained running statistics.
 
-        So training and evaluation compute one function, which does not depend on how a batch is shared out.
+        Training and evaluation then compute the same function, independent of the size of micro-batches.
         """
         super().train(mode)
         for layer in self.modules():
@@ -70,26 +79,24 @@ class Student(nn.Module):
 
     def features(self, images):
         """f (B, D): pooled, normalised features of normalised images (B, 3, H, W)."""
-        return self._normed(_pooled(self.backbone, images))
+        return _features(_pool(self.backbone, images), self.needs_norm)
 
     def compile_features(self):
-        """Have torch.compile make `features` faster, which changes them by rounding at most."""
+        """Compile `features` with torch.compile, which changes them by rounding at most."""
         self.features = torch.compile(self.features)
 
     def forward(self, images):
-        pooled = _pooled(self.backbone, images)
-        features = self._normed(pooled)
+        pooled = _pool(self.backbone, images)
+        features = _features(pooled, self.needs_norm)
         return StudentOutput(seen_logits=self.linear(features), imagenet_logits=self.head(pooled), features=features)
-
-    def _normed(self, pooled):
-        return F.layer_norm(pooled, pooled.shape[1:]) if self.normalises else pooled
 
 
 class Teacher(nn.Module):
-    """The network that teaches and is taught in training: only its ImageNet head learns, the backbone is frozen."""
+    """The network that the student is aligned with, in training only: its backbone is frozen, its head is trained."""
 
     def __init__(self, backbone):
         super().__init__()
+        self.needs_norm = not _ends_normalised(backbone)
         self.backbone = backbone.requires_grad_(False)
         self.head.requires_grad_(True)
         self.train()
@@ -99,32 +106,33 @@ class Teacher(nn.Module):
         return self.backbone.get_classifier()
 
     def train(self, mode=True):
-        """Does nothing: the backbone always computes as in evaluation, and the head knows no difference."""
+        """Ignores `mode`: the frozen backbone is always in evaluation mode, and the head is the same in both."""
         return super().train(False)
 
     def forward(self, images):
-        """g (B, ImageNet classes), with gradients for the head alone."""
         with torch.no_grad():
-            features = _pooled(self.backbone, images)
-        return self.head(features)
+            pooled = _pool(self.backbone, images)
+            features = _features(pooled, self.needs_norm)
+        return TeacherOutput(imagenet_logits=self.head(pooled), features=features)
 
 
 def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Turn (B, 3, H, W) uint8 into float32, normalised with a network's mean and deviation, on the same device."""
+    """(B, 3, H, W) uint8 to float32, normalised with a network's mean and standard deviation, on the same device."""
     mean, std = _channels(mean, images.device), _channels(std, images.device)
     return (images / 255 - mean) / std
 
 
-@functools.cache  # making these tensors for every batch would have the host wait for the device
+@functools.cache  # a new tensor for every batch would be a synchronous copy to the device
 def _channels(values, device):
     return torch.tensor(values, device=device).view(3, 1, 1)
 
 
-def place(student, teacher, device, grad_checkpointing=False, compiled=False):
-    """Move both networks to `device` and make them ready to train there; neither option changes what they compute.
+def prepare_models(student, teacher, device, grad_checkpointing=False, compiled=False):
+    """Move both networks to `device`, in channels-last memory format, and prepare them for training.
 
-    grad_checkpointing: compute the student's activations twice rather than keep them; compiled: torch.compile both.
-    Raises ValueError if the backbone cannot compute them twice.
+    grad_checkpointing: recompute the student's activations in the backward pass instead of storing them; compiled:
+    torch.compile both networks. Neither changes what they compute, but for rounding.
+    Raises ValueError if timm's backbone does not support gradient checkpointing.
     """
     for network in (student, teacher):
         network.to(device, memory_format=torch.channels_last)
@@ -134,14 +142,14 @@ def place(student, teacher, device, grad_checkpointing=False, compiled=False):
         try:
             student.backbone.set_grad_checkpointing()
         except (AssertionError, AttributeError):
-            raise ValueError("this model cannot compute its activations twice") from None
+            raise ValueError("this model does not support gradient checkpointing") from None
 
 
 @contextmanager
 def matmul_rules(precision):
-    """Whether CUDA computes float32 convolutions and matrix products in TF32, whatever the environment says.
+    """Set whether CUDA may use TF32 for float32 convolutions and matrix products, and restore the flags at the end.
 
-    These switches hold for the backward passes and for all threads, too.
+    The flags are those of the process: they also apply to backward passes and other threads.
     """
     switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [switch.allow_tf32 for switch in switches]
@@ -156,53 +164,53 @@ def matmul_rules(precision):
 
 @contextmanager
 def arithmetic(precision, device):
-    """Compute forward passes on `device` in one of PRECISIONS."""
+    """Context for forward passes on `device` in one of PRECISIONS: TF32 flags, and autocast for bf16."""
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
     with matmul_rules(precision), autocast:
         yield
 
 
-class Facts(NamedTuple):
-    """What timm knows of a model before it is built."""
+class TimmInfo(NamedTuple):
+    """What timm records of a model, read without building it."""
 
     imagenet_classes: int  # outputs of its pretrained head
-    size: int | None  # side of the images that it takes, None for any
+    input_size: int | None  # side of its images in pixels if that is fixed, else None
 
 
-def facts_of(model):
-    """Facts of timm's `model`. Raises ValueError where timm knows none of that name, or it has no ImageNet head."""
-    import timm  # takes seconds, and stored features need no network
+def timm_info(model):
+    """TimmInfo of timm's `model`. Raises ValueError if timm has no model of that name, or it has no ImageNet head."""
+    import timm  # takes seconds to import, and tests of stored features need no network
 
     if not timm.is_model(model):
-        near = difflib.get_close_matches(model, timm.list_models(), 3)
-        raise ValueError(f"timm knows no {model!r}" + (f"; there is {', '.join(near)}" if near else ""))
+        similar = difflib.get_close_matches(model, timm.list_models(), 3)
+        raise ValueError(f"timm knows no {model!r}" + (f"; there is {', '.join(similar)}" if similar else ""))
     try:
-        known = timm.get_pretrained_cfg(model)
+        config = timm.get_pretrained_cfg(model)
     except RuntimeError as error:  # no pretrained weights of that name
         raise ValueError(str(error)) from None
-    if not known.num_classes:
+    if not config.num_classes:
         raise ValueError(f"{model} has no ImageNet head to align")
-    return Facts(known.num_classes, known.input_size[-1] if known.fixed_input_size else None)
+    return TimmInfo(config.num_classes, config.input_size[-1] if config.fixed_input_size else None)
 
 
 def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=False):
-    """timm's `model`, any image classifier; `pretrained` fetches its ImageNet-1K weights from timm's hub.
+    """Create timm's `model`, an image classifier; pretrained: with its ImageNet-1K weights from timm's hub.
 
-    Raises ValueError for a model that timm does not know, that has no ImageNet head, or with options it does not take,
-    and what timm raises where the hub cannot be reached.
+    Raises ValueError for a model that timm does not have, that has no linear ImageNet head or does not support
+    drop_path, and what timm raises if the hub cannot be reached.
     """
     import timm
 
     published = model.startswith("convnextv2_")
     if pretrained and published and "." not in model:
-        # The names of timm's hub: masked autoencoding, then fine-tuned on ImageNet-1K, as the published weights are.
+        # The published weights on timm's hub: pretrained by masked autoencoding, fine-tuned on ImageNet-1K.
         model = f"{model}.fcmae_ft_in1k"
-    classes = facts_of(model).imagenet_classes
+    classes = timm_info(model).imagenet_classes
     if pretrained and classes != imagenet_classes:
         raise ValueError(f"the head of {model} has {classes} classes; set --imagenet_classes {classes}")
-    more = {"drop_path_rate": drop_path} if drop_path else {}
+    options = {"drop_path_rate": drop_path} if drop_path else {}
     try:
-        backbone = timm.create_model(model, pretrained=pretrained, num_classes=imagenet_classes, **more)
+        backbone = timm.create_model(model, pretrained=pretrained, num_classes=imagenet_classes, **options)
     except TypeError:
         if drop_path:
             raise ValueError(f"{model} takes no --drop_path") from None
@@ -210,26 +218,31 @@ def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=Fals
     if not isinstance(backbone.get_classifier(), nn.Linear):
         raise ValueError(f"the ImageNet head of {model} is not a linear layer")
     if published and not pretrained:
-        # timm starts every size at deviation 0.02, so flat for the narrow ones that a random start hardly learns.
+        # timm initialises all sizes with standard deviation 0.02, too small for the narrow ones to train from scratch.
         for layer in backbone.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
     return backbone
 
 
-def _pooled(backbone, images):
+def _pool(backbone, images):
+    """(B, D): the input of the backbone's head."""
     return backbone.forward_head(backbone.forward_features(images), pre_logits=True)
 
 
-def _known(backbone, name, default):
-    """What timm has on record of a backbone; one that was built by hand has no record."""
+def _features(pooled, needs_norm):
+    return F.layer_norm(pooled, pooled.shape[1:]) if needs_norm else pooled
+
+
+def _pretrained_cfg(backbone, name, default):
+    """A value of a backbone's pretrained_cfg, as a tuple; `default` for one that timm.create_model did not build."""
     return tuple(getattr(backbone, "pretrained_cfg", {}).get(name, default))
 
 
 def takes_size(backbone, size):
-    """Whether a backbone takes images of `size` pixels a side."""
+    """Whether a backbone accepts images of `size` × `size` pixels."""
     try:
-        _without_values(backbone).eval()(torch.empty(1, 3, size, size, device="meta"))
+        on_meta(backbone).eval()(torch.empty(1, 3, size, size, device="meta"))
     except (RuntimeError, AssertionError, ValueError):
         return False
     return True
@@ -240,21 +253,21 @@ def _ends_normalised(backbone):
 
     Raises ValueError unless the head is the last layer of all, and takes what `_pooled` gives.
     """
-    backbone = _without_values(backbone).eval()
-    called, head = [], backbone.get_classifier()
+    backbone = on_meta(backbone).eval()
+    calls, head = [], backbone.get_classifier()
     for layer in backbone.modules():
         if not any(layer.children()) and not isinstance(layer, nn.Identity | nn.Dropout | nn.Flatten):
-            layer.register_forward_hook(lambda layer, given, _: called.append((layer, given[0].shape)))
-    backbone(torch.empty(1, *_known(backbone, "input_size", (3, 224, 224)), device="meta"))
-    if called[-1] != (head, (1, head.in_features)):
+            layer.register_forward_hook(lambda layer, given, _: calls.append((layer, given[0].shape)))
+    backbone(torch.empty(1, *_pretrained_cfg(backbone, "input_size", (3, 224, 224)), device="meta"))
+    if calls[-1] != (head, (1, head.in_features)):
         raise ValueError("its ImageNet head does not come last, after pooling")
-    kinds = [type(layer).__name__.lower() for layer, _ in called[:-1]]
+    kinds = [type(layer).__name__.lower() for layer, _ in calls[:-1]]
     last = next(kind for kind in reversed(kinds) if "pool" not in kind)
     return any(norm in last for norm in ("layernorm", "groupnorm", "rmsnorm"))
 
 
-def _without_values(module):
-    """A copy of a module that holds shapes alone, on the meta device: it can be called, and computes nothing."""
+def on_meta(module):
+    """A copy of a module on the meta device: it can be called to get shapes, and computes no values."""
     shapes = {id(value): nn.Parameter(value.to("meta"), requires_grad=False) for value in module.parameters()}
     shapes |= {id(value): value.to("meta") for value in module.buffers()}
     return copy.deepcopy(module, shapes)

@@ -1,4 +1,4 @@
-"""The command lines that the scripts share, and what a run records about itself."""
+"""Options of the train and test scripts, the record of a run, and which options change its result."""
 
 import argparse
 import platform
@@ -10,7 +10,7 @@ import torch
 from models.checkpoints import AUTHORS_MODEL, SaveSchedule, student_metadata
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import METRICS, get_metric
-from models.losses import LOSS_NAMES, PAPER_WEIGHTS
+from models.losses import LOSSES, PAPER_WEIGHTS, LossWeights, weight_option
 from models.networks import PRECISIONS
 from models.weights import fit_input_size
 from utils import distributed
@@ -38,10 +38,11 @@ def train_parser(protocol):
         f"(default: {_checkpoint_folder(protocol)})")  # fmt: skip
     add("--finetune", type=_text, default="pretrained_model/convnextv2_tiny_1k_224_ema.pt", metavar="FILE|timm|none",
         help="ImageNet weights of both networks: a downloaded file, timm's hub, or random")  # fmt: skip
-    add("--drop_path", type=_share, default=0.0, help="stochastic depth of the student")
-    add("--epochs", type=positive_int, default=20, help="epochs in all")
+    add("--drop_path", type=_share, default=0.0, help="rate of stochastic depth of the student")
+    add("--epochs", type=positive_int, default=20, help="number of epochs")
     add("--warmup_epochs", type=_count, default=protocol.last_warmup_epoch, metavar="E_w",
-        help="epochs 0..E_w teach the student alone, later ones both networks")  # fmt: skip
+        help="epochs 0 to E_w, which are E_w + 1 epochs as in the release, train the student alone; later ones both "
+        "networks")  # fmt: skip
     add("--batch_size", type=positive_int, default=protocol.batch_size,
         help=f"images a step, {protocol.sketch_share} sketch to {protocol.photo_share} photos")  # fmt: skip
     add(
@@ -55,13 +56,16 @@ def train_parser(protocol):
     add("--weight_decay", "--wd", type=_rate, default=5e-4, help="L2 weight decay inside Adam")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--no_mask", action="store_true", default=not protocol.has_mask,
-        help="leave the semantic mask out of the alignment, as QuickDraw Ext does")  # fmt: skip
+        help="train without semantic mask, as on QuickDraw Ext")  # fmt: skip
     group.add_argument("--mask", dest="no_mask", action="store_false", default=argparse.SUPPRESS,
-        help="use a semantic mask for QuickDraw Ext, too; python -m datasets.prepare mask makes one")  # fmt: skip
-    add("--losses", nargs="+", choices=LOSS_NAMES, default=list(LOSS_NAMES), action=_Terms, metavar="TERM",
-        help=f"what is learnt, of {', '.join(LOSS_NAMES)}; the others are only measured (default: all)")  # fmt: skip
-    add("--mask_weight", type=_weight, default=PAPER_WEIGHTS.mask_weight, help="of the semantic mask in the alignment")
-    add("--modality_weight", type=_weight, default=PAPER_WEIGHTS.modality_weight, help="of the loss ma")
+        help="train with a semantic mask on QuickDraw Ext, too; python -m datasets.prepare mask makes one")  # fmt: skip
+    add("--losses", nargs="+", choices=tuple(LOSSES), default=list(LOSSES), action=_Losses, metavar="NAME",
+        help=f"losses to train with, of {', '.join(LOSSES)}; the others are not computed (default: all)")  # fmt: skip
+    for name, loss in LOSSES.items():
+        add(f"--{weight_option(name)}", type=_weight, default=loss.weight,
+            help=f"weight of {loss.symbol}; 0: not computed")  # fmt: skip
+    add("--mask_weight", type=_weight, default=PAPER_WEIGHTS.mask_weight,
+        help="weight of the semantic mask in L_ka^S and L_ka^T")  # fmt: skip
     add("--no_validation", action="store_true", default=not protocol.has_validation,
         help="read no validation list and keep the last epoch, as QuickDraw Ext always does")  # fmt: skip
     add("--precision", choices=PRECISIONS, default="tf32",
@@ -69,9 +73,9 @@ def train_parser(protocol):
         "products, too (tf32_all); all float32 (fp32); bfloat16 in the networks, not in the losses (bf16)")  # fmt: skip
     _add_compile(parser)
     add("--accum_steps", type=positive_int, default=1, metavar="N",
-        help="take a batch in N parts and sum their gradients: the same step in less memory")  # fmt: skip
+        help="accumulate the gradients of N micro-batches: the same step in less memory")  # fmt: skip
     add("--grad_checkpointing", action="store_true",
-        help="compute activations twice rather than keep them: the same step in less memory, more slowly")  # fmt: skip
+        help="recompute activations in the backward pass: the same step in less memory, more slowly")  # fmt: skip
     add("--save_every", type=_interval, default="1e", metavar="10m|30s|2h|1e",
         help="save every 10 minutes (and after each epoch), or, with 2e, after every second epoch")  # fmt: skip
     add("--print_freq", "--print-freq", "-p", type=positive_int, default=10, metavar="N",
@@ -79,7 +83,7 @@ def train_parser(protocol):
     add("--eval_every", type=_count, default=0, metavar="N",
         help="test zero-shot (one-to-one) after every N epochs, which looks at unseen classes; 0: never")  # fmt: skip
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true", help="go on from the last checkpoint in --savedir, with the same options")
+    add("--resume", action="store_true", help="continue from the last checkpoint in --savedir, with the same options")
     add("--overwrite", action="store_true", help="start anew in a --savedir that holds checkpoints, and replace them")
     add = parser.add_argument
     add("--seed", type=seed_type, default=0, help="seeds weights, order, augmentation and noise")
@@ -195,9 +199,11 @@ def resolve_network(options, checkpoint):
 
 
 def check_device(option, device):
-    """Raise OwnError unless this process can compute on `device`, the value of `option`."""
+    """Raise RankError unless this process can compute on `device`, the value of `option`, also in float64."""
     try:
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=device, dtype=torch.float64).item()
+    except TypeError:
+        raise RankError(f"{option} {device}: computes no float64, which the evaluation needs; use cpu") from None
     except (RuntimeError, AssertionError) as error:
         of = f"process {distributed.get_rank()}, " if distributed.get_world_size() > 1 else ""
         if is_out_of_memory(error):
@@ -212,8 +218,47 @@ def run_record(options):
     return {"options": values, "versions": {"python": platform.python_version(), **versions}}
 
 
+# Options of training that change its result. The others are where files are, what is printed, and how a step that
+# computes the same is carried out. The losses come from `effective_options`.
+RESULT_OPTIONS = (
+    *("zero_version", "model", "imagenet_classes", "input_size", "finetune", "drop_path", "epochs", "warmup_epochs"),
+    *("batch_size", "max_steps", "lr", "teacher_lr", "weight_decay", "no_mask", "mask_weight", "no_validation"),
+    *("precision", "seed"),
+)
+
+
+# Options of a test that change the values of a row of its results.
+TEST_RESULT_OPTIONS = (
+    "model", "imagenet_classes", "input_size", "precision", "mixture", "mixture_seeds", "distances",
+)  # fmt: skip
+
+
+def loss_weights_of(options):
+    """LossWeights of the options of a training run, a dict by name."""
+    names = options.get("losses", list(LOSSES))
+    defaults = {name: loss.weight for name, loss in LOSSES.items()}
+    weights = {
+        name: options.get(weight_option(name) if name in LOSSES else f"{name}_weight", defaults.get(name, 1.0))
+        for name in names
+    }
+    return LossWeights(weights, options.get("mask_weight", PAPER_WEIGHTS.mask_weight))
+
+
+def effective_options(options):
+    """The options of a training run that change its result, by name: equal for two runs that compute the same.
+
+    "losses" lists the losses with a weight above 0, and only these have an entry with their weight. options: a dict by
+    name, also of an earlier version with other losses.
+    """
+    weights = {name: weight for name, weight in loss_weights_of(options).losses.items() if weight > 0}
+    order = [name for name in LOSSES if name in weights] + sorted(weights.keys() - LOSSES.keys())
+    effective = {name: value for name, value in options.items() if name in RESULT_OPTIONS}
+    effective["losses"] = order
+    return effective | {weight_option(name) if name in LOSSES else f"{name}_weight": weights[name] for name in order}
+
+
 def defaults_of(parser):
-    """The options of a command line on which nothing is given."""
+    """The default values of a parser's options."""
     return parser.parse_args([])
 
 
@@ -297,13 +342,13 @@ def _interval(text):
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-class _Terms(argparse.Action):
-    """Terms of the losses, cls among them, in the order of TERMS."""
+class _Losses(argparse.Action):
+    """Names of losses, cls among them, in the order of LOSSES."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if "cls" not in values:
-            parser.error(f"{option_string}: without cls the seen classes are not learnt; add cls")
-        setattr(namespace, self.dest, [term for term in LOSS_NAMES if term in values])
+            parser.error(f"{option_string}: without cls the classifier of the seen classes is not trained; add cls")
+        setattr(namespace, self.dest, [name for name in LOSSES if name in values])
 
 
 class _Idle(argparse.Action):

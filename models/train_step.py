@@ -1,75 +1,83 @@
-"""A training run: how it trains (Recipe), and what it changes (Run)."""
+"""One training step: TrainConfig, TrainState, the optimizers, gradients, and reading the losses without a GPU sync."""
 
+import itertools
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from models.losses import LOSS_NAMES, PAPER_WEIGHTS, Counts, LossWeights, alignment_losses
-from models.networks import Student, StudentOutput, Teacher, arithmetic, matmul_rules
+from models.losses import LOSSES, PAPER_WEIGHTS, Counts, LossWeights, alignment_losses
+from models.networks import Student, StudentOutput, Teacher, TeacherOutput, arithmetic, matmul_rules
 from utils import distributed
-from utils.cli import is_out_of_memory
+from utils.cli import InputError, exit_quietly, is_out_of_memory
 from utils.distributed import log_rank0
 
-# What a step is measured by: the losses, and the percentage of the batch that is classified right.
-MEASURES = (*LOSS_NAMES, "student", "total", "train_accuracy")
+# The values that a step returns: the losses, and the top-1 accuracy on the batch in percent.
+LOGGED = (*LOSSES, "student", "total", "train_accuracy")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What the result of a run depends on, beside its networks, its optimizers and its data."""
+class TrainConfig:
+    """Hyperparameters of training, apart from those of the networks, the optimizers and the data."""
 
     epochs: int
-    last_warmup_epoch: int  # E_w: in epochs 0..E_w the student learns alone, later both networks do
+    last_warmup_epoch: int  # E_w: epochs 0..E_w train the student alone, later ones both networks
     lr: float  # of the student in epoch 0
     teacher_lr: float  # of the teacher's head in epoch 0
     seed: int = 0  # of noise and stochastic depth; the loader has its own
-    parts: int = 1  # in which a batch is taken
+    accum_steps: int = 1  # micro-batches of a batch, whose gradients are accumulated
     precision: str = "fp32"  # see models.networks.arithmetic
-    objective: LossWeights = PAPER_WEIGHTS
+    loss_weights: LossWeights = PAPER_WEIGHTS
 
     def is_bidirectional(self, epoch):
-        """Whether the teacher learns, too, in an epoch (from 0)."""
+        """Whether an epoch (from 0) is after warm-up, so that both networks are trained."""
         return epoch > self.last_warmup_epoch
 
-    def rates(self, epoch):
+    def learning_rates(self, epoch):
         """(student's, teacher's) learning rate in an epoch: lr · 0.001^(epoch / epochs)."""
         return tuple(rate * 0.001 ** (epoch / self.epochs) for rate in (self.lr, self.teacher_lr))
 
+    def logged(self):
+        """The names of LOGGED, without losses of weight 0, which are not computed."""
+        active = self.loss_weights.active()
+        return [name for name in LOGGED if name not in LOSSES or name in active]
+
 
 @dataclass
-class Run:
-    """What training changes, and a checkpoint holds."""
+class TrainState:
+    """Everything that training changes, and that a checkpoint stores."""
 
     student: Student
     teacher: Teacher
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]  # student's, teacher's
-    history: list[dict] = field(default_factory=list)  # one entry an epoch, see models.training.close_epoch
-    step: int = 0  # steps done in the epoch after those
-    sums: torch.Tensor | None = None  # (MEASURES,) of these steps; None before the first
-    source: Path | None = None  # checkpoint that it was resumed from
+    history: list[dict] = field(default_factory=list)  # an entry for each complete epoch, see training.close_epoch
+    step: int = 0  # steps done in the present epoch
+    metric_sums: torch.Tensor | None = None  # (LOGGED,) sums over these steps; None before the first
+    resumed_from: Path | None = None  # path of the checkpoint
 
     def __post_init__(self):
-        self.called = self.student, self.teacher  # to call in a step; wrapped where several processes train
-        self.parts = None  # in how many a batch is taken, once it is known how many fit into memory
+        self.ddp_modules = self.student, self.teacher  # the modules to call; in DistributedDataParallel if needed
+        self.accum_steps = None  # gradient accumulation steps; None until the first step has found what fits
 
-    def synchronise(self):
-        """Share gradients with the other processes from now on."""
-        self.called = tuple(distributed.wrap_ddp(network) for network in (self.student, self.teacher))
+    def wrap_ddp(self):
+        """Wrap the networks in DistributedDataParallel if there is a process group."""
+        self.ddp_modules = tuple(distributed.wrap_ddp(network) for network in (self.student, self.teacher))
 
     @property
     def device(self):
-        """The device that it trains on."""
+        """The device of the networks."""
         return self.student.linear.weight.device
 
     @property
-    def rate(self):
+    def lr(self):
         """The student's present learning rate."""
         return self.optimizers[0].param_groups[0]["lr"]
 
-    def learnt(self):
-        """The parameters that training changes."""
+    def trainable_parameters(self):
+        """The parameters of both optimizers."""
         return [value for optimizer in self.optimizers for group in optimizer.param_groups for value in group["params"]]
 
 
@@ -82,106 +90,189 @@ def create_optimizers(student, teacher, lr, teacher_lr, weight_decay):
 
 
 def set_learning_rates(optimizers, rates):
-    """Give each optimizer its rate of `rates`."""
+    """Set the learning rate of each optimizer."""
     for optimizer, rate in zip(optimizers, rates, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
 
 
-def train_step(run, batch, bidirectional, parts=1, precision="fp32", objective=PAPER_WEIGHTS):
-    """One update of `run` with a Batch, this process's share of a batch. Warm-up updates the student alone.
+def train_step(state, batch, bidirectional, accum_steps=1, precision="fp32", loss_weights=PAPER_WEIGHTS):
+    """One update of the networks in `state`. In warm-up (not bidirectional) only the student is updated.
 
-    objective: an Objective; where it lacks ka_teacher, the teacher never learns. With `parts` > 1 gradients are summed
-    over that many parts of the batch; with several processes, over the shares of all. Losses, and so gradients, are
-    those of the whole batch.
-    Returns ({name of MEASURES: this process's part of it before the update, detached}, (B,) bool: images of which all
-    outputs are finite).
+    batch: this rank's Batch; accum_steps: micro-batches that it is divided into, whose gradients are accumulated.
+    Losses and gradients are those of the whole batch of all ranks.
+    Returns ({name of LOGGED: this rank's summand of the value before the update, detached}, is_finite (B,) bool: images
+    for which all outputs of both networks are finite).
     """
-    if not bidirectional:
-        objective = objective._replace(terms=tuple(term for term in objective.terms if term != "ka_teacher"))
     with matmul_rules(precision):
-        measures, sound = _gradients(run, batch, objective, parts, precision)
-        if not {"ka_student", "ka_teacher"} & set(objective.terms):
-            run.student.head.zero_grad()  # nothing is learnt there; weight decay alone would wear it away
-        for optimizer in run.optimizers if "ka_teacher" in objective.terms else run.optimizers[:1]:
+        values, is_finite, uses_head = _gradients(state, batch, bidirectional, accum_steps, precision, loss_weights)
+        if not uses_head:
+            state.student.head.zero_grad()  # to None: Adam skips it; with a zero gradient it would apply weight decay
+        train_teacher = loss_weights.train_teacher(bidirectional)
+        for optimizer in state.optimizers if train_teacher else state.optimizers[:1]:
             optimizer.step()
-    return measures, sound
+    return values, is_finite
 
 
-def _gradients(run, batch, objective, parts, precision, shared=True):
-    """Forward and backward of a Batch in parts; see train_step. shared: whether processes add their gradients."""
-    for optimizer in run.optimizers:
+def _gradients(state, batch, bidirectional, accum_steps, precision, loss_weights, all_reduce=True):
+    """Forward and backward of a Batch; see train_step. all_reduce: whether gradients are summed over the ranks.
+
+    Returns (values, is_finite, whether the student's ImageNet head has a gradient).
+    """
+    for optimizer in state.optimizers:
         optimizer.zero_grad()
     counts = Counts.of(batch)
-    if shared:
+    if all_reduce:
         counts = Counts(*distributed.all_reduce_sum(torch.stack(counts)))
-    pieces = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last)).parts(parts)
-    found = []
-    for number, piece in enumerate(pieces):
+    channels_last = batch.images.contiguous(memory_format=torch.channels_last)
+    micro_batches = batch._replace(images=channels_last).micro_batches(accum_steps)
+    results = []
+    for number, micro_batch in enumerate(micro_batches):
         with ExitStack() as stack:
-            if number + 1 < len(pieces) or not shared:  # processes add their gradients once, after the last piece
-                for network in run.called:
+            if number + 1 < len(micro_batches) or not all_reduce:  # one all-reduce, after the last micro-batch
+                for network in state.ddp_modules:
                     stack.enter_context(distributed.no_sync(network))
-            found.append(_add_gradients(*run.called, piece, counts, objective, precision))
-    measures, sound = zip(*found, strict=True)
-    return {name: sum(each[name] for each in measures) for name in measures[0]}, torch.cat(sound)
+            results.append(
+                _add_gradients(*state.ddp_modules, micro_batch, counts, bidirectional, precision, loss_weights)
+            )
+    values, is_finite, uses_head = zip(*results, strict=True)
+    return {name: sum(each[name] for each in values) for name in values[0]}, torch.cat(is_finite), all(uses_head)
 
 
-def parts_that_fit(run, batch, parts, precision):
-    """In how many parts a step with a Batch fits into the memory of every process's GPU: `parts`, or twice as many, ...
+def _add_gradients(student, teacher, batch, counts, bidirectional, precision, loss_weights):
+    """Forward and backward of a micro-batch; see _gradients."""
+    train_teacher = loss_weights.train_teacher(bidirectional)
+    with arithmetic(precision, batch.images.device):
+        with torch.set_grad_enabled(train_teacher):
+            teacher_output = TeacherOutput(*map(_to_float32, teacher(batch.images)))
+        student_output = StudentOutput(*map(_to_float32, student(batch.images)))
+    losses = alignment_losses(student_output, teacher_output, batch, bidirectional, counts, loss_weights)
+    objective, uses_head = losses["total"], True
+    if len(loss_weights.active()) < len(LOSSES):
+        # A loss that is left out may be the only one with an output. DistributedDataParallel needs a gradient for every
+        # parameter all the same.
+        logits = student_output.imagenet_logits
+        uses_head = torch.autograd.grad(objective, logits, retain_graph=True, allow_unused=True)[0] is not None
+        outputs = (*student_output, *(teacher_output if train_teacher else ()))
+        objective = objective + 0 * sum(output.sum() for output in outputs)
+    distributed.backward_sum(objective)
+    values = {name: value.detach() for name, value in losses.items()}
+    correct = (student_output.seen_logits.detach().argmax(dim=1) == batch.labels).sum()
+    values["train_accuracy"] = 100 * correct / counts.images
+    outputs = torch.cat([*teacher_output, *student_output], dim=1).detach()
+    return values, outputs.isfinite().all(dim=1), uses_head
 
-    Found out by trying forward and backward passes without an update, beside what Adam will keep. Raises what torch
-    raises where single images do not fit.
+
+def _to_float32(values):
+    """bfloat16 to float32, in which losses are computed; other types unchanged."""
+    return values.float() if values.dtype == torch.bfloat16 else values
+
+
+def find_accum_steps(state, batch, accum_steps, precision):
+    """The accumulation steps with which a Batch fits into every rank's GPU memory: `accum_steps` times a power of 2.
+
+    Tries forward and backward with Adam's moments allocated, doubling accum_steps when out of memory. Raises torch's
+    out-of-memory error if single images do not fit.
     """
-    asked = parts
-    while run.device.type != "cpu":
-        failure = _lack_of_memory(run, batch, parts, precision)
+    given = accum_steps
+    while state.device.type != "cpu":
+        failure = _probe_oom(state, batch, accum_steps, precision)
         if not distributed.any_rank(failure is not None):
             break
-        if not distributed.any_rank(parts < len(batch.images)):
+        if not distributed.any_rank(accum_steps < len(batch.images)):
             raise failure or torch.OutOfMemoryError("out of memory in another process")
         torch.cuda.empty_cache()
-        parts *= 2
-    if parts != asked:
+        accum_steps *= 2
+    if accum_steps != given:
         log_rank0(
-            f"note: a batch does not fit into the GPU's memory and is taken in parts, as with --accum_steps {parts}"
+            f"note: a batch does not fit into the GPU's memory; gradients are accumulated over micro-batches, as with "
+            f"--accum_steps {accum_steps}"
         )
-    return parts
+    return accum_steps
 
 
-def _lack_of_memory(run, batch, parts, precision):
-    """The error of a step without an update that does not fit into memory, or None."""
+def _probe_oom(state, batch, accum_steps, precision):
+    """The out-of-memory error of a step without an update, or None."""
     failure = None
     try:
-        moments = [torch.empty_like(value) for value in run.learnt() for _ in range(2)]
+        moments = [torch.empty_like(value) for value in state.trainable_parameters() for _ in range(2)]
         with matmul_rules(precision):
-            _gradients(run, batch, PAPER_WEIGHTS, parts, precision, shared=False)
+            _gradients(state, batch, True, accum_steps, precision, PAPER_WEIGHTS, all_reduce=False)
         del moments
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        failure = error.with_traceback(None)  # which would keep the activations
-    for optimizer in run.optimizers:
+        failure = error.with_traceback(None)  # whose frames would keep the activations
+    for optimizer in state.optimizers:
         optimizer.zero_grad()
     return failure
 
 
-def _add_gradients(student, teacher, batch, counts, objective, precision):
-    """Forward and backward of a part of a batch; see train_step."""
-    bidirectional = "ka_teacher" in objective.terms
-    with arithmetic(precision, batch.images.device):
-        with torch.set_grad_enabled(bidirectional):
-            teacher_logits = _wide(teacher(batch.images))
-        output = StudentOutput(*map(_wide, student(batch.images)))
-    losses = alignment_losses(output, teacher_logits, batch, bidirectional, counts, objective)
-    distributed.backward_sum(losses["total"])
-    measures = {name: value.detach() for name, value in losses.items()}
-    right = (output.seen_logits.detach().argmax(dim=1) == batch.labels).sum()
-    measures["train_accuracy"] = 100 * right / counts.images
-    outputs = torch.cat([teacher_logits, *output], dim=1).detach()
-    return measures, outputs.isfinite().all(dim=1)
+class _PendingStep(NamedTuple):
+    number: int
+    values: torch.Tensor  # (LOGGED,) on the CPU, or being copied to it
+    copied: torch.cuda.Event | None  # the end of the copy; None if it is complete
+    is_finite: torch.Tensor  # (B,) bool: for which of this rank's images all outputs are finite
 
 
-def _wide(values):
-    """bfloat16 as float32, in which losses are computed."""
-    return values.float() if values.dtype == torch.bfloat16 else values
+class AsyncLossReader:
+    """Copies losses to the CPU one step late (no GPU sync), and stops training on NaN or Inf, naming the images."""
+
+    def __init__(self, loader, epoch):
+        self.loader, self.epoch, self.pending = loader, epoch, deque()
+
+    def add(self, number, values, is_finite):
+        """Queue the `values` (LOGGED,) of a step, and is_finite (B,) as train_step returns it.
+
+        Returns (number, values on the CPU) of the steps whose copy is complete. Raises InputError if values of these
+        are not finite.
+        """
+        self.pending.append(_PendingStep(number, *_start_copy(values), is_finite))
+        return [self._read() for _ in range(len(self.pending) - (values.device.type != "cpu"))]
+
+    def flush(self):
+        """Wait for all queued steps. Returns and raises as `add` does."""
+        return [self._read() for _ in range(len(self.pending))]
+
+    def _read(self):
+        step = self.pending.popleft()
+        if step.copied is not None:
+            step.copied.synchronize()
+        if not step.values.isfinite().all():
+            self._raise_not_finite(step)
+        return step.number, step.values
+
+    def _raise_not_finite(self, step):
+        finite = dict(zip(LOGGED, step.values.isfinite().tolist(), strict=True))
+        names = ", ".join(name for name in LOSSES if not finite[name]) or "total"
+        bad = (~step.is_finite).nonzero()[:, 0].tolist()
+        # All ranks get here. The lowest rank with bad images prints them; if no rank has any, rank 0.
+        counts = distributed.all_gather_dict({distributed.get_rank(): len(bad)})
+        if distributed.get_rank() != min((rank for rank, count in counts.items() if count), default=0):
+            exit_quietly()
+        if len(bad) in (0, len(step.is_finite)):
+            where = "for the whole batch"
+        else:
+            where = f"in {len(bad)} images: {self._image_paths(step.number, bad[:3])}"
+        raise InputError(
+            f"epoch {self.epoch + 1}, step {step.number + 1}: {names} not finite, {where}; the last checkpoint is "
+            "unchanged: repair the images and --resume, or start anew without them or with a lower --lr"
+        )
+
+    def _image_paths(self, number, rows):
+        """Paths of some images of a step; rows: their indices in this rank's share of the batch."""
+        batch = next(itertools.islice(self.loader.batch_sampler.batches(), number, None))
+        own = batch[distributed.rank_slice(len(batch))]
+        files = [self.loader.dataset.file(own[row]) for row in rows]
+        return ", ".join(str(file_list.root / file_list.paths[index]) for file_list, index in files)
+
+
+def _start_copy(values):
+    """(values on the CPU, None), or (pinned memory that they are being copied to, the event of the copy's end)."""
+    if values.device.type == "cpu":
+        return values, None
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)  # a copy to other memory is synchronous
+    copy.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(values.device))
+    return copy, copied

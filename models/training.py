@@ -1,10 +1,12 @@
-"""Two-phase training of SBKA (arXiv:2312.10320): the student learns from the teacher, then both from each other.
+"""Two-phase training of SBKA (arXiv:2312.10320): main, train, one epoch, validation, which checkpoint is kept, signals.
 
-`train` is the whole of it; models.train_step.train_step is one update. What is random depends on the seed and the place
-in the run alone, so a run that was interrupted ends with the weights of one that was not.
+In warm-up only the student is trained, then both networks (models.train_step.train_step is one update). All random
+numbers depend on the seed, the epoch and the step alone, so an interrupted and resumed run ends with the weights of an
+uninterrupted one.
 """
 
-from contextlib import closing, nullcontext
+import signal
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -13,25 +15,23 @@ from tqdm import tqdm
 from datasets.lists import open_benchmark
 from datasets.loaders import LoaderOptions, open_training_data
 from datasets.protocols import PROTOCOLS, protocol_of
-from models import interrupts
-from models.checkpoints import (
-    BEST,
-    BEST_AFTER_WARMUP,
-    LAST,
-    Keeper,
-    check_savedir,
-    check_space,
-    data_record,
-    restore,
-    tidy,
-)
+from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST, CheckpointSaver
 from models.logger import EpochBar, Log, show_epoch
-from models.losses import Batch, LossWeights
-from models.measured import Measured
-from models.networks import matmul_rules, normalise, place
-from models.options import defaults_of, resolve, run_record, train_parser
+from models.losses import Batch
+from models.networks import matmul_rules, normalise, prepare_models
+from models.options import defaults_of, loss_weights_of, resolve, run_record, train_parser
+from models.resume import check_savedir, check_space, data_record, remove_stale_files, restore
 from models.testing import zero_shot_callback
-from models.train_step import MEASURES, Recipe, Run, create_optimizers, parts_that_fit, set_learning_rates, train_step
+from models.train_step import (
+    LOGGED,
+    AsyncLossReader,
+    TrainConfig,
+    TrainState,
+    create_optimizers,
+    find_accum_steps,
+    set_learning_rates,
+    train_step,
+)
 from models.weights import check_size, create_pair
 from utils import distributed
 from utils.cli import InputError, is_dead_worker, one_line_errors
@@ -45,8 +45,9 @@ def main(protocol_name, argv=None):
     """Command line of a train script. Returns the path of the checkpoint that the zero-shot test will read."""
     parser = train_parser(PROTOCOLS[protocol_name])
     options = resolve(parser.parse_args(argv), PROTOCOLS[protocol_name], "savedir")
-    protocol_name = protocol_of(protocol_name, options.zero_version)
-    benchmark = open_benchmark(protocol_name, options.data_root, options.zero_version)
+    benchmark = open_benchmark(
+        protocol_of(protocol_name, options.zero_version), options.data_root, options.zero_version
+    )
     benchmark.check_seen_classes(options.nb_classes)
     loading = LoaderOptions(options.input_size, options.batch_size, options.workers, options.device)
     data = open_training_data(
@@ -54,7 +55,7 @@ def main(protocol_name, argv=None):
         imagenet_classes=None if options.no_mask else options.imagenet_classes,
         validate=not options.no_validation, max_steps=options.max_steps,
     )  # fmt: skip
-    watch = zero_shot_callback(benchmark, loading, options.precision, options.eval_every)
+    evaluate_unseen = zero_shot_callback(benchmark, loading, options.precision, options.eval_every)
     check_writable(options.savedir)
     with distributed.folder_lock_and_group(options.savedir, "training"):
         check_savedir(options.savedir, options.resume, options.overwrite)
@@ -62,142 +63,169 @@ def main(protocol_name, argv=None):
             "protocol": benchmark.protocol.title,
             "classes": list(benchmark.seen_names),
             "data": data_record(data.file_lists, benchmark, not options.no_mask),
+            "processes": distributed.get_world_size(),
             **run_record(options),
         }
-        torch.manual_seed(options.seed)
-        finetune = "none" if options.resume else options.finetune
-        seen_classes = len(benchmark.seen_names)
-        pair = create_pair(options.model, seen_classes, finetune, options.imagenet_classes, options.drop_path)
-        check_size(pair[0], options.model, options.input_size)
-        try:
-            place(*pair, options.device, options.grad_checkpointing, options.compile)
-        except ValueError as error:
-            raise InputError(f"--grad_checkpointing: {error}; leave it out") from None
-        run = Run(*pair, create_optimizers(*pair, options.lr, options.teacher_lr, options.weight_decay))
+        state = create_state(options, len(benchmark.seen_names))
         if options.resume:
-            restore(run, options.savedir, record, run_record(defaults_of(parser))["options"])
-        check_space(run, options.savedir)
-        recipe = Recipe(
-            options.epochs, options.warmup_epochs, options.lr, options.teacher_lr,
-            options.seed, options.accum_steps, options.precision,
-            LossWeights(tuple(options.losses), options.mask_weight, options.modality_weight),
+            restore(state, options.savedir, record, run_record(defaults_of(parser))["options"])
+        check_space(state, options.savedir)
+        config = TrainConfig(
+            epochs=options.epochs, last_warmup_epoch=options.warmup_epochs,
+            lr=options.lr, teacher_lr=options.teacher_lr, seed=options.seed,
+            accum_steps=options.accum_steps, precision=options.precision, loss_weights=loss_weights_of(vars(options)),
         )  # fmt: skip
-        keeper = Keeper(options.savedir, record, options.save_every, options.overwrite)
+        saver = CheckpointSaver(options.savedir, record, options.save_every, options.overwrite)
         distributed.init_process_group(options.device)
-        # Who recomputes to save memory would need half as much again.
+        # With gradient checkpointing, keeping freed memory raises the peak by half.
         with nullcontext() if options.grad_checkpointing else keep_freed_memory():
-            return train(run, data, recipe, keeper, watch, options.print_freq)
+            return train(state, data, config, saver, evaluate_unseen, options.print_freq)
 
 
-def train(run, data, recipe, keeper, watch=None, print_freq=10):
-    """Train from where `run` stands to the last epoch. Process 0 saves, logs and prints.
+def create_state(options, seen_classes):
+    """The TrainState that training starts from. Raises InputError if models or weights are not available."""
+    torch.manual_seed(options.seed)
+    student, teacher = create_pair(
+        options.model, seen_classes, finetune="none" if options.resume else options.finetune,
+        imagenet_classes=options.imagenet_classes, drop_path=options.drop_path,
+    )  # fmt: skip
+    check_size(student, options.model, options.input_size)
+    try:
+        prepare_models(student, teacher, options.device, options.grad_checkpointing, options.compile)
+    except ValueError as error:
+        raise InputError(f"--grad_checkpointing: {error}; leave it out") from None
+    optimizers = create_optimizers(
+        student, teacher, lr=options.lr, teacher_lr=options.teacher_lr, weight_decay=options.weight_decay
+    )
+    return TrainState(student, teacher, optimizers)
 
-    run: a Run; data: TrainingData; recipe: a Recipe; keeper: a Keeper; watch: a function of (student, epoch from 0)
-    that measures more after an epoch, and gives a dict; print_freq: steps between two lines of the log.
-    Returns the path of the checkpoint to test: the epoch after warm-up whose validation accuracy beats every epoch
-    before it, warm-up included; where none does, the best one after warm-up; without validation, the last.
+
+def train(state, data, config, saver, evaluate_unseen=None, print_freq=10):
+    """Train from the present epoch and step of `state` to the last epoch. Rank 0 saves, logs and prints.
+
+    state: a TrainState; data: TrainingData; config: a TrainConfig; saver: a CheckpointSaver; evaluate_unseen: a
+    function of (student, epoch from 0) that returns {metric: value} for the epoch's entry; print_freq: steps between
+    log lines.
+    Returns the path of the checkpoint to test: the epoch after warm-up whose validation accuracy is higher than that of
+    every epoch before it, warm-up included; if there is none, the best one after warm-up; without validation, the last.
     """
-    is_first = distributed.get_rank() == 0
-    with interrupts.caught() as signals:
-        log = _begin(run, data, recipe, keeper) if is_first else None
-        run.synchronise()
-        while len(run.history) < recipe.epochs:
+    is_rank0 = distributed.get_rank() == 0
+    with catch_signals() as signals:
+        log = _open_log(state, data, config, saver) if is_rank0 else None
+        state.wrap_ddp()
+
+        def after_step(_):
+            stop = distributed.any_rank(bool(signals))  # all ranks stop after the same step
+            if not stop and is_rank0 and saver.schedule.is_due():
+                saver.save(state)
+            return stop
+
+        while len(state.history) < config.epochs:
             try:
-                with closing(train_epoch(run, data, recipe, log, print_freq)) as steps:
-                    for _ in steps:
-                        _end_if_asked(run, signals, keeper)
-                        if is_first and keeper.schedule.is_due():
-                            keeper.save(run)
-                close_epoch(run, data, recipe, watch)
+                stop = train_epoch(state, data, config, log, print_freq, after_step)
+                if not stop:
+                    close_epoch(state, data, config, evaluate_unseen)
             except (RuntimeError, EOFError, ConnectionResetError) as error:
-                # A signal to the whole process group may have ended the processes that decode images. No step is half
-                # done then, so the run can be saved.
-                if is_dead_worker(error) and distributed.get_world_size() == 1:
-                    _end_if_asked(run, signals, keeper)
-                raise
-            if is_first:
-                keeper.save_epoch(run, recipe.epochs)
-                show_epoch(run.history, recipe.epochs, log)
-            if len(run.history) < recipe.epochs:
-                _end_if_asked(run, signals, keeper)
-    return checkpoint_to_test(run.history, keeper.folder, data.val_loader is not None) if is_first else None
+                # A signal to the process group also ends DataLoader workers. The state is that after a complete step.
+                if not (signals and is_dead_worker(error) and distributed.get_world_size() == 1):
+                    raise
+                stop = True
+            if not stop:
+                if is_rank0:
+                    saver.save_epoch(state, config.epochs)
+                    show_epoch(state.history, config.epochs, log)
+                stop = len(state.history) < config.epochs and distributed.any_rank(bool(signals))
+            if stop:
+                if is_rank0:
+                    saver.save(state)
+                    done = f"{len(state.history)} epochs and {state.step} steps"
+                    log_rank0(f"saved after {done}; continue with --resume")
+                raise SystemExit(exit_status(signals))
+    return checkpoint_to_test(state.history, saver.folder, data.val_loader is not None) if is_rank0 else None
 
 
-def train_epoch(run, data, recipe, log=None, print_freq=10):
-    """One epoch from run.step on; after each step, when `run` may be saved, yields its measures, (MEASURES,).
+def train_epoch(state, data, config, log=None, print_freq=10, after_step=lambda values: False):
+    """Train from step `state.step` to the end of an epoch. Returns whether it was stopped before.
 
-    Raises InputError naming step, terms and images once a loss is not finite; on a GPU one step later.
+    after_step: a function called after each step, when `state` may be saved, with the values of the step, (LOGGED,)
+    summed over the ranks. If it returns True, training stops.
+    Raises InputError naming the step, the losses and the images if a loss is not finite; on a GPU one step later.
     """
-    epoch, batches = len(run.history), data.train_loader.batch_sampler
-    batches.epoch, batches.start = epoch, run.step
-    set_learning_rates(run.optimizers, recipe.rates(epoch))
+    epoch, batches = len(state.history), data.train_loader.batch_sampler
+    batches.epoch, batches.start = epoch, state.step
+    set_learning_rates(state.optimizers, config.learning_rates(epoch))
     sizes = [batches.size(step) for step in range(batches.stop)]
-    measured = Measured(data.train_loader, epoch)
-    with EpochBar(f"epoch {epoch + 1}/{recipe.epochs}", sizes, run.step, log, print_freq) as bar:
-        try:
-            for step, loaded in enumerate(data.train_loader, run.step):
-                interrupts.leave_workers_alone()
-                noise = draw_noise(run.student, sizes[step], (recipe.seed, epoch, step))
-                batch = _on_device(loaded, noise, data.semantic_mask, run)
-                if run.parts is None:
-                    run.parts = parts_that_fit(run, batch, recipe.parts, recipe.precision)
-                    draw_noise(run.student, sizes[step], (recipe.seed, epoch, step))  # seeds again what the trial drew
-                bidirectional = recipe.is_bidirectional(epoch)
-                measures, sound = train_step(run, batch, bidirectional, run.parts, recipe.precision, recipe.objective)
-                values = distributed.all_reduce_sum(torch.stack([measures[name] for name in MEASURES]))
-                run.sums = values if run.sums is None else run.sums + values
-                run.step = step + 1
-                bar.show(run, measured.add(step, values, sound))
-                yield values
-        except GeneratorExit:  # the run ends after this step
-            bar.show(run, measured.rest())
-            raise
-        bar.show(run, measured.rest())
+    bidirectional, stop = config.is_bidirectional(epoch), False
+    reader = AsyncLossReader(data.train_loader, epoch)
+    title = f"epoch {epoch + 1}/{config.epochs}"
+    with EpochBar(title, sizes, state.step, log, print_freq, config.logged()) as bar:
+        for step, loaded in enumerate(data.train_loader, state.step):
+            reset_sigchld()
+            noise = draw_noise(state.student, sizes[step], seed=(config.seed, epoch, step))
+            batch = _to_device(loaded, noise, data.semantic_mask, state)
+            if state.accum_steps is None:
+                state.accum_steps = find_accum_steps(state, batch, config.accum_steps, config.precision)
+                draw_noise(
+                    state.student, sizes[step], seed=(config.seed, epoch, step)
+                )  # the probe drew numbers: reseed
+            measures, is_finite = train_step(
+                state, batch, bidirectional, state.accum_steps, config.precision, config.loss_weights
+            )
+            zero = measures["total"].new_zeros(())  # for losses that are not computed
+            values = distributed.all_reduce_sum(torch.stack([measures.get(name, zero) for name in LOGGED]))
+            state.metric_sums = values if state.metric_sums is None else state.metric_sums + values
+            state.step = step + 1
+            bar.show(state, reader.add(step, values, is_finite))
+            if stop := bool(after_step(values)):
+                break
+        bar.show(state, reader.flush())
+    return stop
 
 
-def close_epoch(run, data, recipe, watch=None):
-    """Add an epoch's entry to run.history: what was measured in its steps, on held-back and on unseen images."""
-    epoch = len(run.history)
-    entry = {"epoch": epoch, "phase": "bidirectional" if recipe.is_bidirectional(epoch) else "warm-up"}
-    entry |= dict(zip(MEASURES, (run.sums / run.step).tolist(), strict=True)) | {"lr": run.rate}
+def close_epoch(state, data, config, evaluate_unseen=None):
+    """Append an epoch's entry to state.history: means over its steps, validation accuracy, zero-shot metrics."""
+    epoch = len(state.history)
+    entry = {"epoch": epoch, "phase": "bidirectional" if config.is_bidirectional(epoch) else "warm-up"}
+    means = dict(zip(LOGGED, (state.metric_sums / state.step).tolist(), strict=True))
+    entry |= {name: means[name] for name in config.logged()} | {"lr": state.lr}
     if data.val_loader is not None:
-        with matmul_rules(recipe.precision):
-            entry["accuracy"] = validate(run.student, data.val_loader, data.val_size)
-    if watch is not None:
-        entry |= watch(run.student, epoch)
-        run.student.train()
-    entry["kept"] = kept_names(run.history, entry)
-    run.history.append(entry)
-    run.step, run.sums = 0, None
+        with matmul_rules(config.precision):
+            entry["accuracy"] = validate(state.student, data.val_loader, data.val_size)
+    if evaluate_unseen is not None:
+        entry |= evaluate_unseen(state.student, epoch)
+        state.student.train()
+    entry["kept"] = kept_names(state.history, entry)
+    state.history.append(entry)
+    state.step, state.metric_sums = 0, None
 
 
 @torch.inference_mode()
 def validate(student, loader, count):
-    """Top-1 accuracy (percent) of the seen-class logits on `count` held-back sketches, this process's in `loader`."""
+    """Top-1 accuracy (percent) of the seen-class logits on `count` held-back sketches; loader: this rank's share."""
     student.eval()
     device = student.linear.weight.device
-    right = torch.zeros((), dtype=torch.long)
+    correct = torch.zeros((), dtype=torch.long)
     for images, labels in tqdm(loader, "validation", unit="batch", leave=False, disable=bar_disabled()):
         predicted = student(normalise(images.to(device), *student.statistics)).seen_logits.argmax(dim=1)
-        right += (predicted.cpu() == labels).sum()
+        correct += (predicted.cpu() == labels).sum()
     student.train()
-    return 100 * distributed.all_reduce_sum(right).item() / count
+    return 100 * distributed.all_reduce_sum(correct).item() / count
 
 
 def kept_names(history, entry):
-    """Names besides LAST under which an epoch's checkpoint is kept, by the release's rule."""
+    """Names besides LAST that an epoch's checkpoint is saved under, by the release's rule."""
     if "accuracy" not in entry or entry["phase"] != "bidirectional":
         return []
-    later = [old for old in history if old["phase"] == "bidirectional"]
-    if all(entry["accuracy"] > old["accuracy"] for old in history):
+    bidirectional = [earlier for earlier in history if earlier["phase"] == "bidirectional"]
+    if all(entry["accuracy"] > earlier["accuracy"] for earlier in history):
         return [BEST]
-    if any(BEST in old["kept"] for old in later) or any(entry["accuracy"] <= old["accuracy"] for old in later):
+    if any(BEST in earlier["kept"] or entry["accuracy"] <= earlier["accuracy"] for earlier in bidirectional):
         return []
     return [BEST_AFTER_WARMUP]
 
 
 def checkpoint_to_test(history, folder, validated):
-    """Path of the checkpoint to test, said aloud where the release's rule kept none."""
+    """Path of the checkpoint to test; prints a note if the release's rule kept none."""
     kept = [name for entry in history for name in entry["kept"]]
     if not validated:
         name = LAST
@@ -205,50 +233,81 @@ def checkpoint_to_test(history, folder, validated):
         name = BEST
     else:
         name = BEST_AFTER_WARMUP if kept else LAST
-        why = "no epoch after warm-up beat every epoch before it" if kept else "all epochs were warm-up"
-        log_rank0(f"note: {why}, so there is no {BEST}; {name} stands in")
+        why = (
+            "no epoch after warm-up beat every epoch before it" if any(
+                entry["phase"] == "bidirectional" for entry in history
+            ) else "all epochs were warm-up (--warmup_epochs E_w: epochs 0 to E_w, which are E_w + 1)"
+        )  # fmt: skip
+        log_rank0(f"note: {why}, so there is no {BEST}; use {name} instead")
     print(f"trained {len(history)} epoch{'s' if len(history) > 1 else ''}; test reads {folder / name}")
     return folder / name
 
 
-def draw_noise(student, size, place):
-    """This process's rows of the noise (size, D) of a step. What else is random in the step is seeded, too.
+def draw_noise(student, size, seed):
+    """This rank's rows of the noise (size, D) of a step; also seeds stochastic depth.
 
-    place: (seed, epoch, step). Seeded step by step, noise and stochastic depth do not depend on where a run was
-    interrupted.
+    seed: (seed, epoch, step). Seeding every step makes the numbers independent of where a run was interrupted.
     """
-    torch.manual_seed(_seed_of(*place))
-    # Pinned memory is copied to a GPU without waiting.
-    noise = torch.empty(size, student.width, pin_memory=student.linear.weight.is_cuda).normal_()[
-        distributed.rank_slice(size)
-    ]
-    if distributed.get_rank():  # stochastic depth differs between processes
-        torch.manual_seed(_seed_of(*place, distributed.get_rank()))
+    torch.manual_seed(_combine(*seed))
+    # From pinned memory the copy to a GPU is asynchronous.
+    noise = torch.empty(size, student.width, pin_memory=student.linear.weight.is_cuda).normal_()
+    noise = noise[distributed.rank_slice(size)]
+    if distributed.get_rank():  # stochastic depth differs between ranks
+        torch.manual_seed(_combine(*seed, distributed.get_rank()))
     return noise
 
 
-def _seed_of(*place):
-    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
+def _combine(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def _on_device(loaded, noise, mask, run):
-    """The Batch of what a training loader gives, on the device of `run`."""
-    images, labels, is_photo, noise = (tensor.to(run.device, non_blocking=True) for tensor in (*loaded, noise))
-    return Batch(normalise(images, *run.student.statistics), labels, is_photo, mask[labels], noise)
+def _to_device(loaded, noise, mask, state):
+    """The Batch for (images, labels, is_photo) from a training loader, on the device of `state`."""
+    images, labels, is_photo, noise = (tensor.to(state.device, non_blocking=True) for tensor in (*loaded, noise))
+    return Batch(normalise(images, *state.student.statistics), labels, is_photo, mask[labels], noise)
 
 
-def _begin(run, data, recipe, keeper):
-    """Tidy up the run's folder, tell where the run stands, and open its Log."""
-    tidy(keeper.folder, run.source, everything=keeper.overwrite)
-    if run.history or run.step:
-        log_rank0(f"note: going on after {len(run.history)} of {recipe.epochs} epochs and {run.step} steps")
-    return Log(keeper.folder, len(run.history), run.step, data.train_loader.batch_sampler.stop)
+def _open_log(state, data, config, saver):
+    """Remove stale files from the folder, print where a resumed run continues, and open the Log."""
+    remove_stale_files(saver.folder, state.resumed_from, everything=saver.overwrite)
+    if state.history or state.step:
+        done = f"{len(state.history)} of {config.epochs} epochs and {state.step} steps"
+        log_rank0(f"note: resuming after {done}")
+    return Log(saver.folder, len(state.history), state.step, data.train_loader.batch_sampler.stop)
 
 
-def _end_if_asked(run, signals, keeper):
-    """Save and end, all processes after the same step, once one of them was sent a signal."""
-    if distributed.any_rank(bool(signals)):
-        if distributed.get_rank() == 0:
-            keeper.save(run)
-            log_rank0(f"saved after {len(run.history)} epochs and {run.step} steps; --resume goes on from there")
-        raise SystemExit(interrupts.status(signals))
+@contextmanager
+def catch_signals():
+    """Within this block the first SIGINT or SIGTERM is only appended to the list that is yielded.
+
+    A second one has its usual effect.
+    """
+    signals, usual = [], {}
+
+    def handle(number, _):
+        signals.append(number)
+        signal.signal(number, usual[number])
+        log_rank0("note: stopping after this step, with a checkpoint; the same signal again stops at once")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        usual[number] = signal.signal(number, handle)
+    try:
+        yield signals
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def exit_status(signals):
+    """Exit status after the first of `signals`; of SIGTERM if only another rank received one."""
+    return 128 + (signals[0] if signals else signal.SIGTERM)
+
+
+def reset_sigchld():
+    """Restore SIGCHLD's default action, so that a dead DataLoader worker raises when the next batch is fetched.
+
+    torch sets a handler when a loader starts its workers, which may raise in the middle of a step. Call this after
+    that.
+    """
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

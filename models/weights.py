@@ -1,9 +1,9 @@
-"""Weights by their published names, as they are on disk, and by timm's, as they are in memory.
+"""Reads files of weights safely, and translates between the published names of parameters and timm's.
 
     pretrained_model/convnextv2_*_1k_224_ema.pt     {'model': state dict}, as ConvNeXt V2's makers publish it
     any torch or safetensors file                   a state dict of timm's, bare, as 'model' or as 'state_dict'
 
-Checkpoints (models.checkpoints) hold ConvNeXt V2 under its published names, other backbones under timm's.
+Files have ConvNeXt V2 under its published names, networks in memory under timm's. Other backbones have timm's in both.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from models.networks import Student, Teacher, create_backbone, facts_of, takes_size
+from models.networks import Student, Teacher, create_backbone, on_meta, takes_size, timm_info
 from utils.cli import InputError
 
 _TO_PUBLISHED = [  # timm's name of a parameter, published name
@@ -49,9 +49,9 @@ def published_name(name):
 
 
 def published_state(module):
-    """State dict of a backbone, Student or Teacher as it is published: timm's own, but for ConvNeXt V2.
+    """State dict of a backbone, Student or Teacher under the published names (timm's for other models).
 
-    There GRN parameters are (1, 1, 1, 4C), and pwconv1 and pwconv2 are linear layers, (4C, C) and (C, 4C), in every
+    Published GRN parameters are (1, 1, 1, 4C), and pwconv1 and pwconv2 are linear layers, (4C, C) and (C, 4C), in every
     size; timm builds atto to nano with 1×1 convolutions instead.
     """
     state = {name.removeprefix("backbone."): value for name, value in module.state_dict().items()}
@@ -59,7 +59,7 @@ def published_state(module):
 
 
 def _as_published(state):
-    """A state dict of timm's ConvNeXt V2 as it is published."""
+    """A state dict of timm's ConvNeXt V2 under the published names, with the published shapes."""
     state = {published_name(name): value for name, value in state.items()}
     for name, value in state.items():
         if ".grn." in name:
@@ -70,46 +70,63 @@ def _as_published(state):
 
 
 def load_published(module, state, source):
-    """Copy a published state dict, or one of timm's, into a backbone, Student or Teacher; `module.` is understood.
+    """Load a state dict with published or timm's names into a backbone, Student or Teacher, strictly.
 
-    Strict: raises InputError naming `source` and the first parameter that is missing, unknown, no tensor or of another
-    shape; the module is then untouched.
+    state: names may have the prefix `module.` of DistributedDataParallel; source: its file, for messages.
+    Raises InputError naming `source` and the first parameter that is missing, unexpected, not an ordinary tensor or of
+    another shape; the module is then unchanged.
+    """
+    expected = published_state(module)
+    state = _with_published_names(state, expected, source)
+    _check_shapes(state, expected, source)
+    own = module.state_dict()
+    timm_names = dict(zip(expected, own, strict=True))  # both are in the order of the module's parameters
+    renamed = {timm_names.get(name, name): value for name, value in state.items()}
+    # load_state_dict copies what fits before it reports what does not: a copy without values is asked first.
+    names = {name: own[name].to("meta") if name in own else None for name in renamed}
+    missing, unexpected = on_meta(module).load_state_dict(names, strict=False)
+    published = dict(zip(own, expected, strict=True))
+    missing = [published[name] for name in missing if not _is_counter(name, own[name])]  # old files lack the counters
+    for names, word in ((unexpected, "with"), (missing, "without")):
+        if names:
+            more = f"{min(names)} and {len(names) - 1} more"
+            raise InputError(f"{source}: holds another network, {word} {more}; see --model")
+    module.load_state_dict(own | {name: value.reshape(own[name].shape) for name, value in renamed.items()})
+
+
+def _with_published_names(state, expected, source):
+    """A state dict from a file under the published names (timm's for other models than ConvNeXt V2), with tensors only.
+
+    expected: the state dict that it is for. Raises InputError.
     """
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise InputError(f"{source}: expected a state dict, parameters by name")
     state = {re.sub(r"^(module\.)+", "", name): value for name, value in state.items()}
-    expected = published_state(module)
+    if _CONVNEXT in state and _CONVNEXT not in expected:
+        state = _as_published(state) if all(map(is_plain_tensor, state.values())) else state
     for name, value in state.items():
         if name in expected and not (is_plain_tensor(value) or _is_counter(name, value)):
             raise InputError(f"{source}: {name} is no ordinary tensor; fetch the file again")
-    if _CONVNEXT in state and _CONVNEXT not in expected:
-        state = _as_published({name: value for name, value in state.items() if is_plain_tensor(value)})
+    return state
+
+
+def _check_shapes(state, expected, source):
+    """Raise InputError for the first parameter, in the order of the network, that has another shape than expected."""
     for name, value in expected.items():
-        found = state.get(name, value)
-        as_convolution = _POINTWISE.search(name) and found.shape == (*value.shape, 1, 1)  # earlier versions wrote these
-        if found.shape != value.shape and not as_convolution:
-            raise InputError(f"{source}: {_other_shape(name, tuple(found.shape), tuple(value.shape))}")
-    if unknown := sorted(state.keys() - expected.keys()):
-        raise InputError(f"{source}: holds another network, with {unknown[0]} and {len(unknown) - 1} more; see --model")
-    # BatchNorm's counters, which old files lack, change nothing.
-    state = {name: value for name, value in expected.items() if _is_counter(name, value)} | state
-    if missing := sorted(expected.keys() - state.keys()):
-        raise InputError(
-            f"{source}: holds another network, without {missing[0]} and {len(missing) - 1} more; see --model"
-        )
-    names = zip(module.state_dict(), expected, strict=True)  # in one order
-    own = module.state_dict()
-    module.load_state_dict({name: state[published].reshape(own[name].shape) for name, published in names})
+        shape = state.get(name, value).shape
+        as_convolution = _POINTWISE.search(name) and shape == (*value.shape, 1, 1)  # earlier versions wrote these
+        if shape != value.shape and not as_convolution:
+            raise InputError(f"{source}: {_other_shape(name, tuple(shape), tuple(value.shape))}")
 
 
 def _is_counter(name, value):
-    """Whether it is BatchNorm's number of batches."""
+    """Whether a parameter is BatchNorm's counter of batches."""
     is_number = isinstance(value, torch.Tensor) and value.dtype == torch.int64 and value.ndim == 0
     return name.endswith(".num_batches_tracked") and is_number
 
 
 def check_size(student, model, size):
-    """Raise InputError if a Student's backbone takes no images of `size` pixels a side."""
+    """Raise InputError if a Student's backbone does not accept images of `size` × `size` pixels."""
     if not takes_size(student.backbone, size):
         raise InputError(f"--input_size {size}: {model} takes no images of that size; try 224, or leave it out")
 
@@ -122,7 +139,7 @@ def fit_input_size(model, size=None, source="--model"):
     if model.startswith("convnextv2_"):
         return size or 224  # without timm, which takes seconds to import
     try:
-        own = facts_of(model).size
+        own = timm_info(model).input_size
     except ValueError as error:
         raise InputError(f"{source} {model}: {error}") from None
     if own and size not in (None, own):
@@ -142,16 +159,16 @@ def student_of(model, classes, imagenet_classes=1000, drop_path=0.0, pretrained=
     except Exception as error:
         if not pretrained:
             raise
-        reason = f"{model} could not be fetched ({gist(error)})"
+        reason = f"{model} could not be fetched ({first_sentence(error)})"
         raise InputError(f"--finetune timm: {reason}; give a downloaded file instead") from error
 
 
 def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
-    """Student of `classes` seen classes and Teacher, both starting from the same weights.
+    """Student with `classes` seen classes and Teacher, initialised with the same weights: (student, teacher).
 
-    finetune: a file of weights, published or timm's; "timm" (those of timm's hub, for ConvNeXt V2 the published ones);
-    or "none" (random).
-    Raises InputError if the model or the weights cannot be had.
+    finetune: a file of weights under published or timm's names; "timm" (weights of timm's hub, for ConvNeXt V2 the
+    published ones); or "none" (random). imagenet_classes: outputs of the ImageNet head; drop_path: of the student.
+    Raises InputError if the model or the weights are not available.
     """
     student = student_of(model, classes, imagenet_classes, drop_path, pretrained=finetune == "timm")
     if finetune not in ("timm", "none"):
@@ -160,15 +177,15 @@ def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
                 f"{finetune}: no pretrained weights; see pretrained_model/README.md, or use --finetune timm or none"
             )
         load_published(student.backbone, _state_in(read_torch(finetune)), finetune)
-    frozen = create_backbone(model, imagenet_classes)
-    frozen.load_state_dict(student.backbone.state_dict())
-    return student, Teacher(frozen)
+    teacher_backbone = create_backbone(model, imagenet_classes)
+    teacher_backbone.load_state_dict(student.backbone.state_dict())
+    return student, Teacher(teacher_backbone)
 
 
 def _state_in(content):
-    """The state dict of a file of weights: bare, or as ConvNeXt V2's makers and timm wrap it.
+    """The state dict in a file of weights: the content itself, or its "model" or "state_dict".
 
-    That of a Student is without its `linear`, a classifier of other classes.
+    Without the parameters of `linear`, a Student's classifier of the seen classes.
     """
     if not isinstance(content, dict):
         return None
@@ -179,7 +196,7 @@ def _state_in(content):
 
 
 def _other_shape(name, found, expected):
-    """Why a parameter is not of the expected shape, and the way out."""
+    """Message for a parameter of another shape than expected, with the way out."""
     if found and name.startswith("linear.") and found[1:] == expected[1:]:
         return other_split(found[0], expected[0])
     if found and re.fullmatch(r"(head\.)?(head|fc|classifier)\.(weight|bias)", name) and found[1:] == expected[1:]:
@@ -190,7 +207,7 @@ def _other_shape(name, found, expected):
 
 
 def other_split(found, expected):
-    """Why a network with `found` seen classes is not one of a benchmark with `expected`."""
+    """Message for a network with `found` seen classes where the benchmark has `expected`."""
     return (
         f"trained on {found} seen classes, but cname_cid.txt lists {expected}: "
         "they belong to different splits; see --zero_version"
@@ -198,7 +215,7 @@ def other_split(found, expected):
 
 
 class UnreadableFile(InputError):
-    """A file is torn, or no file of its kind: `what` is wrong, without the way out that the message ends with."""
+    """A file is torn or of another kind. `what`: the message without the way out at its end."""
 
     def __init__(self, what, way_out):
         super().__init__(f"{what}; {way_out}")
@@ -206,7 +223,7 @@ class UnreadableFile(InputError):
 
 
 class _NumberType:
-    """Stands for numpy.dtype: a type of plain numbers or truth values."""
+    """Safe replacement of numpy.dtype in unpickling: numbers and booleans only."""
 
     def __init__(self, code, *_):
         if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
@@ -220,7 +237,7 @@ class _NumberType:
 
 
 def _number(kind, content):
-    """Stands for NumPy's builder of scalars: a plain number."""
+    """Safe replacement of NumPy's scalar constructor in unpickling: returns a Python number."""
     content = content.encode("latin1") if isinstance(content, str) else bytes(content)
     kind = np.dtype(kind.order + kind.code)
     if len(content) != kind.itemsize:
@@ -228,28 +245,28 @@ def _number(kind, content):
     return np.frombuffer(content, kind)[0].item()
 
 
-_HARMLESS = [
+_SAFE_GLOBALS = [
     (_number, "numpy.core.multiarray.scalar"),
     (_number, "numpy._core.multiarray.scalar"),
     (_NumberType, "numpy.dtype"),
-    argparse.Namespace,  # the options that some published files carry along, paths among them
+    argparse.Namespace,  # options, including paths, in some published files
     (pathlib.PurePosixPath, "pathlib.PosixPath"),
     (pathlib.PureWindowsPath, "pathlib.WindowsPath"),
 ]
 
 
 def read_torch(path):
-    """Read a torch file of tensors, numbers and plain containers, on the CPU, without executing anything in it.
+    """Read a torch file of tensors, numbers and plain containers to the CPU, without executing anything in it.
 
-    A file whose name ends in .safetensors is read as what that says. Raises InputError if the file is missing or holds
+    A file whose name ends in .safetensors is read as safetensors. Raises InputError if the file is missing or contains
     anything else, and UnreadableFile if it is torn.
     """
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
         _refuse_compressed(path)
-        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old and odd forms of files: what cannot be used is refused in a line
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about unusual tensors, which load_published refuses
             return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
@@ -263,19 +280,23 @@ def read_torch(path):
             raise InputError(f"{path}: refused, it asks for {asked[1]}; {harmless}") from error
         raise UnreadableFile(f"{path}: refused, it is torn or no torch file", harmless) from error
     except SafetensorError as error:
-        raise UnreadableFile(f"{path}: not a readable safetensors file ({gist(error)})", "fetch it again") from error
+        raise UnreadableFile(
+            f"{path}: not a readable safetensors file ({first_sentence(error)})", "fetch it again"
+        ) from error
     except Exception as error:  # a torn file can fail in any way
-        raise UnreadableFile(f"{path}: not a readable torch file ({gist(error)})", "fetch it again") from error
+        raise UnreadableFile(
+            f"{path}: not a readable torch file ({first_sentence(error)})", "fetch it again"
+        ) from error
 
 
 def safetensors_metadata(path):
-    """The metadata of a safetensors file that read_torch has read: {name: text}."""
+    """The metadata of a safetensors file: {name: text}."""
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
 
 
-def is_whole(path):
-    """Whether the sums in a torch file of ours agree with its parts: a torn disk can leave zeros, which load, too."""
+def zip_crc_ok(path):
+    """Whether the CRCs of a torch file (a zip archive) are right; torch.load does not check them."""
     try:
         with zipfile.ZipFile(path) as parts:
             return parts.testzip() is None
@@ -284,20 +305,20 @@ def is_whole(path):
 
 
 def _refuse_compressed(path):
-    """Raise InputError for a zip file with compressed parts: torch writes none, and a few bytes could become many."""
+    """Raise InputError for a zip file with compressed members: torch writes none, and a small one could fill memory."""
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as parts:
             compressed = [part.filename for part in parts.infolist() if part.compress_type != zipfile.ZIP_STORED]
     except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError):
-        return  # torch reads the directory in its own way, and says what is wrong
+        return  # torch.load reports what is wrong
     if compressed:
         raise InputError(f"{path}: refused, {compressed[0]!r} in it is compressed, as no torch file is; fetch it again")
 
 
 def is_plain_tensor(value):
-    """Whether a value from a file is an ordinary tensor of real floating-point numbers, with values."""
+    """Whether a value from a file is a dense tensor of real floating-point numbers, not a meta or quantised one."""
     return (
         type(value) in (torch.Tensor, torch.nn.Parameter)
         and value.layout == torch.strided
@@ -306,7 +327,7 @@ def is_plain_tensor(value):
     )
 
 
-def gist(error):
-    """The first sentence of an error's message, or its type where it has no words."""
+def first_sentence(error):
+    """The first sentence of an error's message, or the name of its type if the message has no words."""
     text = re.split(r"\n|\. ", str(error).strip())[0][:160]
     return text if re.search("[A-Za-z]{2}", text) else type(error).__name__

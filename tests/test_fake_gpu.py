@@ -10,7 +10,7 @@ from timm.models.convnext import ConvNeXt
 
 from datasets.lists import open_benchmark
 from datasets.loaders import LoaderOptions, TrainingData, open_training_data
-from models import train_step as step_room
+from models import train_step as train_step_module
 from models import training
 from models.eval import codebooks, gmm
 from models.eval import evaluate as evaluation
@@ -22,8 +22,8 @@ from models.eval.matching import euclidean_distances
 from models.eval.metrics import SameClass, average_precision, rank
 from models.logger import Log
 from models.losses import Batch
-from models.networks import PRECISIONS, Student, Teacher, normalise, place
-from models.train_step import MEASURES, Recipe, Run, create_optimizers, train_step
+from models.networks import PRECISIONS, Student, Teacher, normalise, prepare_models
+from models.train_step import LOGGED, TrainConfig, TrainState, create_optimizers, train_step
 from models.training import close_epoch, train_epoch
 from utils import distributed
 from utils.cli import one_line_errors
@@ -38,15 +38,15 @@ def gpu():
         yield pretended
 
 
-def create_run(device, seen_classes=5, imagenet_classes=20, drop_path=0.0):
+def create_state(device, seen_classes=5, imagenet_classes=20, drop_path=0.0):
     torch.manual_seed(0)
     sizes = dict(
         num_classes=imagenet_classes, depths=[1, 1, 2, 1], dims=[4, 8, 12, 16], use_grn=True, ls_init_value=None
     )
     student, teacher = Student(ConvNeXt(**sizes, drop_path_rate=drop_path), seen_classes), Teacher(ConvNeXt(**sizes))
     teacher.backbone.load_state_dict(student.backbone.state_dict())
-    place(student, teacher, device)
-    return Run(student, teacher, create_optimizers(student, teacher, 1e-3, 1e-3, 5e-4))
+    prepare_models(student, teacher, device)
+    return TrainState(student, teacher, create_optimizers(student, teacher, 1e-3, 1e-3, 5e-4))
 
 
 def create_batch(count=9):
@@ -60,8 +60,8 @@ def moved(batch, gpu, device):
     return Batch(*(gpu.pin(tensor).to(device, non_blocking=True) for tensor in batch))
 
 
-def weights(run):
-    return [values(value) for network in (run.student, run.teacher) for value in network.parameters()]
+def weights(state):
+    return [values(value) for network in (state.student, state.teacher) for value in network.parameters()]
 
 
 def assert_close(ours, theirs, tolerance=1e-6):
@@ -70,20 +70,27 @@ def assert_close(ours, theirs, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("device", "parts"), [("cuda", 1), ("cuda:1", 1), ("cuda", 2)])
-def test_a_step_waits_for_nothing_and_is_the_cpus(gpu, precision, device, parts):
-    batch, run, own = create_batch(), create_run(device), create_run("cpu")
-    on_gpu = moved(batch, gpu, device)
-    gpu.reset()
+@pytest.mark.parametrize(("device", "accum_steps"), [("cuda", 1), ("cuda:1", 1), ("cuda", 2)])
+def test_a_step_waits_for_nothing_and_is_the_cpus(gpu, precision, device, accum_steps):
+    batch, state, own = create_batch(), create_state(device), create_state("cpu")
+    on_gpu, kernels = moved(batch, gpu, device), []
     for bidirectional in (False, True, True):
-        measures, sound = train_step(run, on_gpu, bidirectional, parts, precision)
-        expected, _ = train_step(own, batch, bidirectional, parts, precision)
+        gpu.reset()
+        measures, is_finite = train_step(state, on_gpu, bidirectional, accum_steps, precision)
+        expected, _ = train_step(own, batch, bidirectional, accum_steps, precision)
         assert not gpu.waits
-        assert values(sound).all()
+        kernels.append(gpu.kernels)
+        assert values(is_finite).all()
         assert_close([values(measures[name]) for name in expected], expected.values())
-    assert gpu.kernels < 3 * 700 * parts
-    assert_close(weights(run), weights(own))
-    assert all(isinstance(value, OnGpu) for value in run.learnt())
+    assert_close(weights(state), weights(own))
+    # No kernel for each image, class or parameter: twice the images and classes take as many kernels.
+    twice = create_state(device, seen_classes=10)
+    for bidirectional, count in zip((False, True, True), kernels, strict=True):
+        larger = moved(create_batch(18), gpu, device)
+        gpu.reset()
+        train_step(twice, larger, bidirectional, accum_steps, precision)
+        assert gpu.kernels == count
+    assert all(isinstance(value, OnGpu) for value in state.trainable_parameters())
 
 
 class Pinned:
@@ -101,28 +108,31 @@ class Pinned:
 def test_an_epoch_waits_once_at_its_end_and_logs_every_step(gpu, tiny, tmp_path):
     benchmark = open_benchmark("sketchy", tiny)
     data = open_training_data(benchmark, LoaderOptions(48, 3), imagenet_classes=None, validate=False)
-    recipe, own = Recipe(1, -1, 1e-3, 1e-3), create_run("cpu", 2, 1000)
-    expected = [each.clone() for each in train_epoch(own, data, recipe)]
-    run, log = create_run("cuda", 2, 1000), Log(tmp_path, 0, 0, len(expected))
+    config, own, expected = config_of(epochs=1), create_state("cpu", 2, 1000), []
+    assert not train_epoch(own, data, config, after_step=lambda each: expected.append(each.clone()))
+    state, log = create_state("cuda", 2, 1000), Log(tmp_path, 0, 0, len(expected))
     loader, mask = Pinned(data.train_loader, gpu), gpu.pin(data.semantic_mask).to("cuda", non_blocking=True)
     found, waits = [], []
     gpu.reset()
-    for each in train_epoch(run, TrainingData(loader, mask, data.file_lists), recipe, log, print_freq=1):
+
+    def after_step(each):
         found.append(values(each))
         waits.append(sum(gpu.waits.values()))
+
+    train_epoch(state, TrainingData(loader, mask, data.file_lists), config, log, print_freq=1, after_step=after_step)
     assert waits == [0] * len(expected)
     assert dict(gpu.waits) == {"an event that nothing follows": 1}
     # Of a step: images, labels, which are photos, noise; and back, what was measured.
     assert gpu.copies == 5 * len(expected)
     assert_close(found, expected)
-    assert_close(weights(run), weights(own))
+    assert_close(weights(state), weights(own))
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [[line[name] for name in MEASURES] for line in lines] == [each.tolist() for each in found]
+    assert [[line[name] for name in LOGGED] for line in lines] == [each.tolist() for each in found]
 
 
 def short_of_memory(most):
     """`_add_gradients` on a GPU that holds `most` images at a time, and the numbers of images that it was given."""
-    add, tried = step_room._add_gradients, []
+    add, tried = train_step_module._add_gradients, []
 
     def limited(student, teacher, batch, *rest):
         tried.append(len(batch.images))
@@ -133,25 +143,32 @@ def short_of_memory(most):
     return limited, tried
 
 
-def epochs(run, data, recipe):
-    for _ in range(recipe.epochs):
-        yield from train_epoch(run, data, recipe)
-        close_epoch(run, data, recipe)
+def train_epochs(state, data, config):
+    """The values (LOGGED,) of all steps, on the CPU."""
+    steps = []
+    for _ in range(config.epochs):
+        train_epoch(state, data, config, after_step=lambda each: steps.append(values(each).clone()))
+        close_epoch(state, data, config)
+    return steps
 
 
-def test_a_batch_that_does_not_fit_is_taken_in_parts_and_that_is_said_once(gpu, tiny, monkeypatch, capsys):
+def config_of(**options):
+    return TrainConfig(last_warmup_epoch=-1, lr=1e-3, teacher_lr=1e-3, **options)
+
+
+def test_a_batch_that_does_not_fit_is_accumulated_with_one_note(gpu, tiny, monkeypatch, capsys):
     data = open_training_data(
         open_benchmark("sketchy", tiny), LoaderOptions(48, 6), imagenet_classes=None, validate=False
     )
-    recipe, own = Recipe(2, -1, 1e-3, 1e-3, parts=4), create_run("cpu", 2, 1000, drop_path=0.5)
-    expected = [each.clone() for each in epochs(own, data, recipe)]
+    own = create_state("cpu", 2, 1000, drop_path=0.5)
+    expected = train_epochs(own, data, config_of(epochs=2, accum_steps=4))
     limited, tried = short_of_memory(2)
-    monkeypatch.setattr(step_room, "_add_gradients", limited)
-    run, recipe = create_run("cuda", 2, 1000, drop_path=0.5), Recipe(2, -1, 1e-3, 1e-3)
+    monkeypatch.setattr(train_step_module, "_add_gradients", limited)
+    state = create_state("cuda", 2, 1000, drop_path=0.5)
     on_gpu = TrainingData(data.train_loader, data.semantic_mask.to("cuda"), data.file_lists)
     # The second epoch knows what the first one found out.
-    assert_close([values(each) for each in epochs(run, on_gpu, recipe)], expected)
-    assert_close(weights(run), weights(own))
+    assert_close(train_epochs(state, on_gpu, config_of(epochs=2)), expected)
+    assert_close(weights(state), weights(own))
     assert tried[:3] == [6, 3, 2] and max(tried[3:]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].endswith("--accum_steps 4")
@@ -170,23 +187,24 @@ def other_rules():
 
 
 def test_a_trial_holds_what_a_step_will_and_lets_go_of_it(gpu, monkeypatch, other_rules):
-    add, tried = step_room._add_gradients, []
+    add, tried = train_step_module._add_gradients, []
 
-    def short_of_memory_once(student, teacher, batch, counts, objective, precision):
-        tried.append(("ka_teacher" in objective.terms, other_rules(), gpu.held()))
-        found, activations = add(student, teacher, batch, counts, objective, precision), batch.images + 1
+    def short_of_memory_once(student, teacher, batch, counts, bidirectional, precision, loss_weights):
+        tried.append((bidirectional, other_rules(), gpu.held()))
+        found = add(student, teacher, batch, counts, bidirectional, precision, loss_weights)
+        activations = batch.images + 1
         if len(tried) == 1:
             raise torch.OutOfMemoryError(f"CUDA out of memory beside {activations.shape}")
         return found
 
-    run, batch = create_run("cuda"), moved(create_batch(), gpu, "cuda")
+    state, batch = create_state("cuda"), moved(create_batch(), gpu, "cuda")
     before, emptied = gpu.held(), []
-    monkeypatch.setattr(step_room, "_add_gradients", short_of_memory_once)
+    monkeypatch.setattr(train_step_module, "_add_gradients", short_of_memory_once)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(gpu.held()))
-    assert step_room.parts_that_fit(run, batch, 1, "fp32") == 2
+    assert train_step_module.find_accum_steps(state, batch, 1, "fp32") == 2
     assert gpu.held() == before and emptied == [before]
     for _ in range(2):  # the second has Adam's moments
-        train_step(run, batch, True, 2, "fp32")
+        train_step(state, batch, True, 2, "fp32")
     assert all(each[:2] == (True, [False, False]) for each in tried)
     whole, half, _, first, _, second, _ = (size for *_, size in tried)
     assert half == whole  # nothing of the whole is left
@@ -194,25 +212,25 @@ def test_a_trial_holds_what_a_step_will_and_lets_go_of_it(gpu, monkeypatch, othe
 
 
 def test_held_back_sketches_are_computed_by_the_rules_of_training(monkeypatch, other_rules):
-    run, data, seen = create_run("cpu"), TrainingData(None, None, [], val_loader=[], val_size=1), []
-    run.sums, run.step = torch.zeros(len(MEASURES)), 1
+    state, data, seen = create_state("cpu"), TrainingData(None, None, [], val_loader=[], val_size=1), []
+    state.metric_sums, state.step = torch.zeros(len(LOGGED)), 1
     monkeypatch.setattr(training, "validate", lambda *_: seen.append(other_rules()) or 50.0)
-    close_epoch(run, data, Recipe(1, -1, 1e-3, 1e-3, precision="fp32"))
-    assert seen == [[False, False]] and run.history[0]["accuracy"] == 50
+    close_epoch(state, data, config_of(epochs=1, precision="fp32"))
+    assert seen == [[False, False]] and state.history[0]["accuracy"] == 50
 
 
 def test_single_images_that_do_not_fit_end_the_run(gpu, monkeypatch):
     limited, _ = short_of_memory(0)
-    monkeypatch.setattr(step_room, "_add_gradients", limited)
+    monkeypatch.setattr(train_step_module, "_add_gradients", limited)
     with pytest.raises(torch.OutOfMemoryError):
-        step_room.parts_that_fit(create_run("cuda"), moved(create_batch(), gpu, "cuda"), 1, "fp32")
+        train_step_module.find_accum_steps(create_state("cuda"), moved(create_batch(), gpu, "cuda"), 1, "fp32")
 
 
 def test_an_illegal_memory_access_is_no_lack_of_memory(gpu, monkeypatch):
-    tried, run, batch = [], create_run("cuda"), moved(create_batch(), gpu, "cuda")
-    monkeypatch.setattr(step_room, "_add_gradients", lambda *_: illegal(tried))
+    tried, state, batch = [], create_state("cuda"), moved(create_batch(), gpu, "cuda")
+    monkeypatch.setattr(train_step_module, "_add_gradients", lambda *_: illegal(tried))
     for work in (
-        lambda: step_room.parts_that_fit(run, batch, 1, "fp32"),
+        lambda: train_step_module.find_accum_steps(state, batch, 1, "fp32"),
         lambda: evaluation._halving(lambda _: illegal(tried), lambda: None)(torch.arange(6)),
         one_line_errors()(lambda: illegal(tried)),  # a bug keeps its traceback
     ):
@@ -231,8 +249,8 @@ def test_extraction_synchronises_once_a_batch(gpu):
     images = torch.randint(0, 256, (10, 3, 48, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     batches = [(gpu.pin(part.clone()), None) for part in images.split(4)]
     loader = type("Loader", (), {"dataset": images, "__iter__": lambda self: iter(batches)})()
-    expected = list(extract(create_run("cpu").student, loader, "cpu"))
-    student = create_run("cuda:1").student
+    expected = list(extract(create_state("cpu").student, loader, "cpu"))
+    student = create_state("cuda:1").student
     gpu.reset()
     found = list(extract(student, loader, "cuda:1"))
     assert dict(gpu.waits) == {"a copy to the host": len(batches)} and gpu.copies == 2 * len(batches)

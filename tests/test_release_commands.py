@@ -156,10 +156,9 @@ def test_an_option_that_an_older_checkpoint_does_not_know_had_its_default(tiny, 
     kept = train_sketchy_ext.main(arguments).with_name(LAST)
     rewritten(kept, accum_steps=None, precision=None)
     train_sketchy_ext.main([*arguments, "--resume"])
-    rewritten(kept, accum_steps=None, precision=None)
-    assert "was trained with --accum_steps 1, not 2" in fails(
-        train_sketchy_ext.main, *arguments, "--resume", "--accum_steps", 2
-    )
+    rewritten(kept, batch_size=None, precision=None)
+    assert "was trained with --batch_size 210, not 3" in fails(train_sketchy_ext.main, *arguments, "--resume")
+    rewritten(kept, batch_size=3)
     assert "was trained with --precision tf32, not bf16" in fails(
         train_sketchy_ext.main, *arguments, "--resume", "--precision", "bf16"
     )

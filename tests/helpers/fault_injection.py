@@ -111,7 +111,7 @@ def start_training(place, launcher=""):
 
 def go_on_training(place, launcher=""):
     said = place.run(f"{launcher} {TRAIN} --resume")
-    assert any("going on after" in line for line in said), said
+    assert any("resuming after" in line for line in said), said
     assert_trained(place)
 
 
@@ -157,7 +157,7 @@ def training_killed(place):
 
 
 def training_terminated(place):
-    assert "--resume goes on from there" in kill(place, start_training(place), signal.SIGTERM)[-1]
+    assert "continue with --resume" in kill(place, start_training(place), signal.SIGTERM)[-1]
     go_on_training(place)
 
 

@@ -1,8 +1,8 @@
-"""The four golden training steps, each process with its share of every batch; process 0 writes the weights.
+"""The four golden training steps, each rank with its share of every batch; rank 0 writes the weights.
 
     torchrun --nproc_per_node 2 tests/helpers/golden_steps.py golden.npz FOLDER 1 2
 
-writes FOLDER/1.pt, batches taken whole, and FOLDER/2.pt, batches taken in two parts.
+writes FOLDER/1.pt, without gradient accumulation, and FOLDER/2.pt, with two micro-batches.
 """
 
 import sys
@@ -16,41 +16,41 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models.losses import Batch
 from models.networks import Student, Teacher
-from models.train_step import Run, create_optimizers
+from models.train_step import TrainState, create_optimizers
 from models.training import train_step
 from models.weights import load_published, published_state
 from utils import distributed
 
 
-def main(golden, folder, *ways):
+def main(golden, folder, *accum_steps):
     with np.load(golden) as file:
         z = {name: torch.from_numpy(file[name]) for name in file.files if file[name].dtype.kind in "biuf"}
     distributed.init_process_group("cpu")
-    for parts in ways:
-        state = four_steps(z, int(parts))
+    for steps in accum_steps:
+        weights = four_steps(z, int(steps))
         if distributed.get_rank() == 0:
-            torch.save(state, Path(folder) / f"{parts}.pt")
+            torch.save(weights, Path(folder) / f"{steps}.pt")
     distributed.destroy_process_group()
 
 
-def four_steps(z, parts):
-    """The weights after them; a batch is taken in `parts`."""
+def four_steps(z, accum_steps):
+    """The weights after the steps."""
     sizes = dict(depths=z["depths"].tolist(), dims=z["dims"].tolist(), use_grn=True, ls_init_value=None)
     backbones = [ConvNeXt(num_classes=int(z["num_classes"]), **sizes) for _ in range(2)]
     networks = {"student": Student(backbones[0], int(z["linear_num"])), "teacher": Teacher(backbones[1])}
     for name, network in networks.items():
         state = {key.split("/", 1)[1]: value for key, value in z.items() if key.startswith(f"{name}_initial/")}
         load_published(network.double(), state, name)
-    run = Run(
+    state = TrainState(
         *networks.values(),
         create_optimizers(*networks.values(), float(z["lr"]), float(z["lr"]), float(z["weight_decay"])),
     )
-    run.synchronise()
+    state.wrap_ddp()
     for step, (batch, bidirectional) in enumerate(zip(z["step_batch"], z["step_bidirectional"], strict=True)):
         own = distributed.rank_slice(len(z["target"][batch]))
         values = (z["images"][batch].double(), z["target"][batch], z["tag"][batch, :, 0], z["cid_mask"][batch])
         batch = Batch(*(value[own] for value in (*values, z["noise"][step])))
-        train_step(run, batch, bool(bidirectional), parts)
+        train_step(state, batch, bool(bidirectional), accum_steps)
     return {name: published_state(network) for name, network in networks.items()}
 
 

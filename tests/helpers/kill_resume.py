@@ -30,11 +30,11 @@ MOMENTS = ("write", "step", "start")
 
 
 def start(root, savedir, epochs, *more):
-    """A training process in a group of its own, going on where `savedir` stands."""
+    """A training process in a group of its own, resumed if `savedir` has a checkpoint."""
     resume = any((savedir / name).exists() for name in (LAST, PREVIOUS))
     command = [sys.executable, ROOT / "train_sketchy_ext.py", *TRAIN, "--epochs", epochs, "--data_root", root]
     command += ["--savedir", savedir, *more, *(["--resume"] if resume else [])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the same sums in the same order, whatever the machine
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # sums in the same order on every machine
     return subprocess.Popen(
         [str(part) for part in command], start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
         env=environment,
@@ -89,7 +89,7 @@ def torture(root, folder, kills, epochs, seed=0, workers=(1, 0, 2)):
     if wait_for(process, "step", broken, rng):
         os.killpg(process.pid, signal.SIGTERM)
         status, errors = finish(process)
-        assert status == 128 + signal.SIGTERM and "--resume goes on from there" in errors, (status, errors)
+        assert status == 128 + signal.SIGTERM and "continue with --resume" in errors, (status, errors)
     status, errors = finish(start(root, broken, epochs, "--workers", 2))
     assert status == 0, errors
     one, two = (torch.load(path / LAST, weights_only=True) for path in (whole, broken))

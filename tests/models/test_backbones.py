@@ -14,11 +14,11 @@ import test_sketchy_ext_zeroshot
 import train_sketchy_ext
 from datasets.lists import open_benchmark
 from datasets.loaders import LoaderOptions, evaluation_loader
-from models.checkpoints import LAST, Keeper, load_student, read_checkpoint, save_checkpoint
+from models.checkpoints import LAST, CheckpointSaver, load_student, read_checkpoint, save_checkpoint
 from models.eval.features import extract
 from models.losses import Batch
 from models.networks import Student, Teacher, create_backbone, normalise
-from models.train_step import Run, create_optimizers, train_step
+from models.train_step import TrainState, create_optimizers, train_step
 from models.weights import create_pair, fit_input_size, load_published, published_state
 from utils.cli import InputError
 
@@ -65,7 +65,7 @@ def test_batchnorm_keeps_its_statistics_and_no_image_depends_on_its_batch():
         Teacher(shaken(create_backbone("resnet10t", 7))),
     )
     before = {name: value.clone() for name, value in student.backbone.named_buffers()}
-    run = Run(student, teacher, create_optimizers(student, teacher, 1e-3, 1e-3, 5e-4))
+    run = TrainState(student, teacher, create_optimizers(student, teacher, 1e-3, 1e-3, 5e-4))
     images, labels = torch.randn(6, 3, 64, 64), torch.arange(6) % 5
     batch = Batch(images, labels, (labels > 1).float(), torch.zeros(6, 1), torch.randn(6, student.width))
     student.train(), teacher.train()
@@ -108,14 +108,14 @@ def test_train_resume_and_test_end_to_end(tiny, tmp_path, monkeypatch, model, si
     train = [*small, "--finetune", "none", "--epochs", 2, "--warmup_epochs", 0, "--max_steps", 1]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     train_sketchy_ext.main([str(each) for each in (*train, "--savedir", whole)])
-    save = Keeper.save
+    save = CheckpointSaver.save
 
-    def save_then_stop(keeper, run, *args):
-        save(keeper, run, *args)
+    def save_then_stop(saver, state, *args):
+        save(saver, state, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Keeper, "save", save_then_stop)
+        patch.setattr(CheckpointSaver, "save", save_then_stop)
         train_sketchy_ext.main([str(each) for each in (*train, "--savedir", halves)])
     train_sketchy_ext.main([str(each) for each in (*train, "--savedir", halves, "--resume")])
     one, two = (read_checkpoint(folder / LAST) for folder in (whole, halves))
@@ -182,7 +182,7 @@ def test_images_too_small_for_a_network_are_told_before_training(tiny, tmp_path,
 def test_a_network_that_cannot_compute_twice_is_named(tiny, tmp_path, fails):
     small = ["--data_root", tiny, "--model", "vgg11", "--device", "cpu", "--workers", 0, "--batch_size", 3]
     message = fails(train_sketchy_ext.main, *small, "--finetune", "none", "--grad_checkpointing", "--savedir", tmp_path)
-    assert "--grad_checkpointing: this model cannot compute its activations twice" in message
+    assert "--grad_checkpointing: this model does not support gradient checkpointing" in message
 
 
 def test_statistics_are_the_networks_own():

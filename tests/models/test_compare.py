@@ -64,6 +64,39 @@ def test_seeds_are_one_setting_and_differences_are_paired(runs):
     assert second["interval"][0] < second["difference"] < second["interval"][1]
 
 
+def test_options_without_effect_on_results_do_not_split_a_setting(tmp_path, runs):
+    """The same setting: a seed that was resumed or overwrote files, another test that also printed classes."""
+    changed = {
+        "overwrite": True, "resume": True, "workers": 8, "print_freq": 1, "accum_steps": 2, "grad_checkpointing": True,
+        "losses": ["cls", "ka_student", "ma", "ka_teacher"], "modality_weight": 0.1,
+    }  # fmt: skip
+    folder = write_test(
+        tmp_path / "again", np.zeros((2, 12)), seed=2, options={"lr": 0.1, **changed},
+        results={"options": {"model": "m", "resume_dir": "x", "per_class": True, "recompute": True, "batch_size": 8}},
+    )  # fmt: skip
+    settings = group([read_tested(each) for each in (*runs, folder)])
+    assert [len(setting) for setting in settings] == [3, 2]
+    for options in ({"losses": ["cls"]}, {"modality_weight": 0.2}, {"batch_size": 9}):
+        other = write_test(tmp_path / "other", np.zeros((2, 12)), options={"lr": 0.1, **options})
+        assert len(group([read_tested(each) for each in (*runs, other)])) == 3
+    test = {"options": {"mixture": "sklearn"}}
+    other = write_test(tmp_path / "other", np.zeros((2, 12)), options={"lr": 0.1}, results=test)
+    assert len(group([read_tested(each) for each in (*runs, other)])) == 3
+
+
+def test_a_test_without_the_images_at_hand_is_compared(tmp_path):
+    """Its sketches and classes are numbers; the digests of the features or of the lists show that they are the same."""
+    numbers = {"sketch": np.arange(12).astype(str), "class": np.repeat(["0", "1", "2"], [3, 5, 4])}
+    features = {"sha256": "ab", "source": None}
+    one = write_test(tmp_path / "one", np.zeros((2, 12)), results={"features": features, "benchmark": "My toys"})
+    two = write_test(tmp_path / "two", np.ones((2, 12)), options={"lr": 0.2}, results={"features": features}, **numbers)
+    table = compare(group([read_tested(one), read_tested(two)]), ["a", "b"], "mAP@all", draws=100)
+    assert table[0]["settings"][1]["difference"] == 1.0
+    three = write_test(tmp_path / "three", np.ones((2, 12)), **numbers)
+    four = write_test(tmp_path / "four", np.ones((2, 12)), options={"lr": 0.2})
+    assert len(group([read_tested(three), read_tested(four)])) == 2  # the same lists
+
+
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     """1,000 pairs of runs whose true difference is known: classes differ, sketches within them, too."""
     random, classes = np.random.default_rng(0), np.repeat(np.arange(25), 25)

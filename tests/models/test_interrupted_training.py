@@ -13,10 +13,12 @@ from helpers import kill_resume
 
 import train_quickdraw_ext
 import train_sketchy_ext
-from models import checkpoints, training
-from models.checkpoints import LAST, PREVIOUS, SaveSchedule, _keep_as_previous, read_checkpoint
+from datasets.protocols import PROTOCOLS
+from models import checkpoints, losses, resume, training
+from models.checkpoints import LAST, PREVIOUS, SaveSchedule, _link_previous, read_checkpoint
 from models.logger import Log
 from models.networks import normalise
+from models.options import RESULT_OPTIONS, train_parser
 
 TRAIN = """--model convnextv2_atto --imagenet_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0
     --device cpu --epochs 3 --warmup_epochs 0 --drop_path 0.2 --print_freq 1""".split()
@@ -76,7 +78,7 @@ def test_a_signal_saves_after_the_step_and_a_resumed_run_ends_the_same(tiny, tmp
     checkpoint = read_checkpoint(tmp_path / "halves" / LAST)
     assert (checkpoint["epoch"], checkpoint["step"]) == (1, 1)
     run(tiny, tmp_path / "halves", "--resume", "--workers", 2, "--save_every", "1s", "--print_freq", 1)
-    assert "going on after 1 of 3 epochs and 1 steps" in capsys.readouterr().err
+    assert "resuming after 1 of 3 epochs and 1 steps" in capsys.readouterr().err
     assert_same(tmp_path / "whole", tmp_path / "halves")
     assert steps_of(tmp_path / "halves") == steps_of(tmp_path / "whole") == [(e, s) for e in range(3) for s in (1, 2)]
 
@@ -112,7 +114,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(tiny, tmp_path, at_step, 
     last = tmp_path / "torn" / LAST
     last.write_bytes(last.read_bytes()[:5000])
     run(tiny, tmp_path / "torn", "--resume")
-    assert f"going on from {PREVIOUS}, the one before" in capsys.readouterr().err
+    assert f"resuming from {PREVIOUS} instead" in capsys.readouterr().err
     assert_same(tmp_path / "whole", tmp_path / "torn")
 
 
@@ -157,8 +159,8 @@ def test_a_signal_that_ends_workers_first_saves_all_the_same(tiny, tmp_path, mon
 def test_the_last_checkpoint_is_there_at_any_moment_of_a_save(tmp_path):
     (tmp_path / LAST).write_bytes(b"new")
     (tmp_path / PREVIOUS).write_bytes(b"old")
-    _keep_as_previous(tmp_path)
-    _keep_as_previous(tmp_path)  # killed before the write, and again
+    _link_previous(tmp_path)
+    _link_previous(tmp_path)  # killed before the write, and again
     assert (tmp_path / LAST).read_bytes() == (tmp_path / PREVIOUS).read_bytes() == b"new"
 
 
@@ -179,15 +181,77 @@ def test_a_resumed_run_keeps_to_its_protocol(tiny, tmp_path, fails):
     assert "was trained for Sketchy Ext, not QuickDraw Ext" in message
 
 
-@pytest.mark.parametrize("option", [["--precision", "bf16"], ["--accum_steps", "2"], ["--compile"], ["--lr", "1"]])
-def test_options_that_change_a_result_cannot_change_on_the_way(tiny, tmp_path, fails, option):
+@pytest.mark.parametrize("option", [
+    ["--precision", "bf16"], ["--lr", "1"], ["--losses", "cls", "ka_student"], ["--modality_weight", "0.2"],
+])  # fmt: skip
+def test_options_that_change_the_result_cannot_change_when_resuming(tiny, tmp_path, fails, option):
     run(tiny, tmp_path, "--epochs", 1)
     arguments = [*TRAIN, "--epochs", 1, "--data_root", tiny, "--savedir", tmp_path, "--resume", *option]
     assert f"was trained with {option[0]} " in fails(train_sketchy_ext.main, *arguments)
 
 
+def test_a_flag_that_changed_is_named_with_the_way_out(tiny, tmp_path, fails):
+    run(tiny, tmp_path, "--epochs", 1, "--no_mask")
+    arguments = [*TRAIN, "--epochs", 1, "--data_root", tiny, "--savedir", tmp_path, "--resume"]
+    assert "was trained with --no_mask; add it" in fails(train_sketchy_ext.main, *arguments)
+
+
+def test_options_of_the_same_step_may_change_when_resuming_with_a_note(tiny, tmp_path, at_step, capsys):
+    run(tiny, tmp_path / "whole")
+    at_step(3, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        run(tiny, tmp_path / "halves")
+    last = tmp_path / "halves" / LAST
+    content = torch.load(last, weights_only=True)
+    assert content["processes"] == 1
+    torch.save(content | {"processes": 2}, last)
+    run(tiny, tmp_path / "halves", "--resume", "--grad_checkpointing")  # exact on a CPU
+    said = capsys.readouterr().err
+    assert said.count("note: --grad_checkpointing was False and is True: the same step, up to rounding") == 1
+    assert said.count("note: the number of processes was 2 and is 1") == 1 and "--accum_steps was" not in said
+    assert_same(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_a_new_loss_of_weight_0_leaves_runs_resumable(tiny, tmp_path, monkeypatch, at_step, fails):
+    run(tiny, tmp_path / "whole")
+    at_step(2, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        run(tiny, tmp_path / "halves", "--print_freq", 1)
+    monkeypatch.setitem(losses.LOSSES, "feat", losses.Loss("L_feat", no_function, weight=0.0))
+    names = (*losses.LOSSES, "student", "total", "train_accuracy")
+    for module in ("models.train_step", "models.training", "models.logger", "models.checkpoints", "models.resume"):
+        monkeypatch.setattr(f"{module}.LOGGED", names)
+    arguments = [*TRAIN, "--data_root", tiny, "--savedir", tmp_path / "halves", "--resume", "--feat_weight", 1]
+    assert "was trained with --losses cls ka_student ma ka_teacher, not" in fails(train_sketchy_ext.main, *arguments)
+    run(tiny, tmp_path / "halves", "--resume")
+    assert_same(tmp_path / "whole", tmp_path / "halves")
+    assert "feat" not in (tmp_path / "halves/log.jsonl").read_text()
+
+
+def no_function(*_):
+    raise AssertionError("a loss of weight 0 was computed")
+
+
+def test_losses_that_are_not_computed_are_not_shown(tiny, tmp_path, capsys):
+    run(tiny, tmp_path, "--epochs", 1, "--losses", "cls", "ka_student")
+    assert " ka_student " in (line := capsys.readouterr().out) and " ma " not in line
+    assert '"ma"' not in (tmp_path / "log.jsonl").read_text()
+
+
+def test_every_option_of_training_changes_the_result_or_is_known_not_to():
+    parser = train_parser(PROTOCOLS["sketchy"])
+    options = vars(parser.parse_args([])).keys()
+    no_effect = {
+        *("data_root", "savedir", "nb_classes", "workers", "device", "resume", "overwrite", "save_every"),
+        *("print_freq", "eval_every", *resume.SAME_STEP),
+    }  # nb_classes is compared with the lists, and those by their digests
+    of_losses = {"losses", *map(losses.weight_option, losses.LOSSES)}
+    assert options == {*RESULT_OPTIONS, *no_effect, *of_losses}
+    assert not no_effect & {*RESULT_OPTIONS}
+
+
 def test_a_disk_too_small_for_checkpoints_is_named_before_training(tiny, tmp_path, fails, monkeypatch):
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**8))
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**8))
     message = fails(train_sketchy_ext.main, *TRAIN, "--data_root", tiny, "--savedir", tmp_path)
     assert f"{tmp_path}: 0.1 GB are free" in message and "make room" in message
 
@@ -301,7 +365,7 @@ def test_a_checkpoint_with_zeros_in_a_weight_gives_way_to_the_one_before(tiny, t
     last.write_bytes(content)
     torch.load(last, weights_only=True)
     run(tiny, tmp_path / "torn", "--resume")
-    assert f"going on from {PREVIOUS}, the one before" in capsys.readouterr().err
+    assert f"resuming from {PREVIOUS} instead" in capsys.readouterr().err
     assert_same(tmp_path / "whole", tmp_path / "torn")
 
 

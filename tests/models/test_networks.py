@@ -8,7 +8,7 @@ from models.eval.features import Features
 from models.eval.matching import euclidean_distances
 from models.losses import Batch
 from models.networks import Student, Teacher, create_backbone
-from models.train_step import Run, create_optimizers, train_step
+from models.train_step import TrainState, create_optimizers, train_step
 from models.weights import load_published
 
 
@@ -26,7 +26,7 @@ def test_forward_equals_golden(golden, small_backbone, dtype, suffix, tolerance)
         student.train(train)
         output = student(images)
         close = {"student_seen_logits": output.seen_logits, "student_logits": output.imagenet_logits}
-        close |= {"student_features": output.features, "teacher_logits": teacher(images)}
+        close |= {"student_features": output.features, "teacher_logits": teacher(images).imagenet_logits}
         for name, value in close.items():
             torch.testing.assert_close(value, z[name + suffix], rtol=0, atol=tolerance)
         torch.testing.assert_close(student.features(images), output.features)
@@ -38,7 +38,7 @@ def test_only_the_head_of_the_teacher_learns():
         "backbone.head.fc.weight",
         "backbone.head.fc.bias",
     ]
-    teacher(torch.randn(2, 3, 32, 32)).sum().backward()
+    teacher(torch.randn(2, 3, 32, 32)).imagenet_logits.sum().backward()
     assert teacher.head.weight.grad is not None
 
 
@@ -91,8 +91,8 @@ def test_arithmetic_is_what_it_says_in_forward_and_backward(precision, wanted, e
     student.backbone.stem[0].weight.register_hook(lambda _: seen.add(("backward", rules())))
     labels = torch.arange(4)
     batch = Batch(torch.randn(4, 3, 32, 32), labels, torch.ones(4), torch.zeros(4, 1), torch.randn(4, 16))
-    run = Run(student, teacher, create_optimizers(student, teacher, 1e-3, 1e-3, 0.0))
-    train_step(run, batch, True, precision=precision)
+    state = TrainState(student, teacher, create_optimizers(student, teacher, 1e-3, 1e-3, 0.0))
+    train_step(state, batch, True, precision=precision)
     assert seen == {("forward", wanted), ("backward", wanted)}
     assert rules() == (True, True)  # the caller's own are as they were
 

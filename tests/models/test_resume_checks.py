@@ -7,10 +7,11 @@ import pytest
 import torch
 from timm.models.convnext import ConvNeXt
 
-from models.checkpoints import LAST, Keeper, restore
+from models.checkpoints import LAST, CheckpointSaver
 from models.losses import Batch
 from models.networks import Student, Teacher
-from models.train_step import MEASURES, Run, create_optimizers, train_step
+from models.resume import restore
+from models.train_step import LOGGED, TrainState, create_optimizers, train_step
 from utils.cli import InputError
 
 RECORD = {"protocol": "Sketchy Ext", "data": {"list": "ab12"}, "options": {"lr": 1e-3, "seed": 0}}
@@ -20,7 +21,7 @@ def new_run():
     torch.manual_seed(0)
     sizes = dict(depths=[1, 1, 2, 1], dims=[4, 8, 12, 16], use_grn=True, ls_init_value=None)
     student, teacher = Student(ConvNeXt(num_classes=20, **sizes), 5), Teacher(ConvNeXt(num_classes=20, **sizes))
-    return Run(student, teacher, create_optimizers(student, teacher, 1e-3, 1e-3, 5e-4))
+    return TrainState(student, teacher, create_optimizers(student, teacher, 1e-3, 1e-3, 5e-4))
 
 
 def step(run):
@@ -36,8 +37,8 @@ def whole(tmp_path_factory):
     for epoch, phase in enumerate(("warm-up", "bidirectional")):
         step(run)
         entry = {"epoch": epoch, "phase": phase, "lr": 1e-3, "kept": [], "accuracy": 50.0}
-        run.history.append(entry | dict.fromkeys(MEASURES, 1.0))
-    Keeper(folder, RECORD).save(run)
+        run.history.append(entry | dict.fromkeys(LOGGED, 1.0))
+    CheckpointSaver(folder, RECORD).save(run)
     return folder, torch.load(folder / LAST, weights_only=True)
 
 
@@ -163,7 +164,7 @@ def test_a_sound_state_goes_on_however_it_lies_in_memory(whole):
         torch.manual_seed(1)
         step(run)
         assert all(state["step"] == 3 for state in run.optimizers[0].state.values())
-        ends.append(run.learnt())
+        ends.append(run.trainable_parameters())
     for other in ends[1:]:
         assert all(torch.equal(one, two) for one, two in zip(ends[0], other, strict=True))
 

@@ -8,15 +8,17 @@ from PIL import Image
 import train_quickdraw_ext
 import train_sketchy_ext
 from datasets.lists import write_list, write_mask
+from datasets.protocols import PROTOCOLS
 from models import training
-from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST, Keeper, read_checkpoint
+from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST, CheckpointSaver, read_checkpoint
 from models.losses import Batch
 from models.networks import Student, Teacher
-from models.train_step import Recipe, Run, create_optimizers, set_learning_rates
+from models.options import train_parser
+from models.train_step import TrainConfig, TrainState, create_optimizers, set_learning_rates
 from models.training import train_step
 from models.weights import create_pair, load_published, published_state
 
-LOSSES = {"cls": "loss_cls", "ka_student": "loss_kd_1", "ma": "loss_kld", "student": "loss_total"}
+GOLDEN_NAMES = {"cls": "loss_cls", "ka_student": "loss_kd_1", "ma": "loss_kld", "student": "loss_total"}
 SMALL = (
     "--model convnextv2_atto --imagenet_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0".split()
 )
@@ -27,7 +29,9 @@ def run(root, savedir, *more, script=train_sketchy_ext):
     return script.main([*SHORT, "--data_root", str(root), "--savedir", str(savedir), *map(str, more)])
 
 
-@pytest.mark.parametrize("way", ["plain", "in 2 parts", "in 5 parts", "checkpointing", "channels last", "compiled"])
+@pytest.mark.parametrize(
+    "way", ["plain", "2 micro-batches", "5 micro-batches", "checkpointing", "channels last", "compiled"]
+)
 def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, monkeypatch, way):
     z = golden("train_step")
     networks = {"student": Student(small_backbone(z), int(z["linear_num"])), "teacher": Teacher(small_backbone(z))}
@@ -48,20 +52,20 @@ def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, monkeypa
             network.compile()
     if way == "checkpointing":
         networks["student"].backbone.set_grad_checkpointing()
-    parts = {"in 2 parts": 2, "in 5 parts": 5}.get(way, 1)
+    accum_steps = {"2 micro-batches": 2, "5 micro-batches": 5}.get(way, 1)
     lr = float(z["lr"])
-    run = Run(*networks.values(), create_optimizers(*networks.values(), lr, lr, float(z["weight_decay"])))
+    state = TrainState(*networks.values(), create_optimizers(*networks.values(), lr, lr, float(z["weight_decay"])))
     for step, (batch, bidirectional) in enumerate(zip(z["step_batch"], z["step_bidirectional"], strict=True)):
-        learnt = Batch(
+        step_batch = Batch(
             z["images"][batch].double(),
             z["target"][batch],
             z["tag"][batch, :, 0],
             z["cid_mask"][batch],
             z["noise"][step],
         )
-        losses, sound = train_step(run, learnt, bool(bidirectional), parts)
-        assert sound.all()
-        for ours, theirs in (*LOSSES.items(), *([("ka_teacher", "loss_kd_2")] if bidirectional else [])):
+        losses, is_finite = train_step(state, step_batch, bool(bidirectional), accum_steps)
+        assert is_finite.all()
+        for ours, theirs in (*GOLDEN_NAMES.items(), *([("ka_teacher", "loss_kd_2")] if bidirectional else [])):
             torch.testing.assert_close(losses[ours], z[theirs][step], rtol=0, atol=1e-9)
         if step == 1:
             check("student", "student_after_warmup")
@@ -73,7 +77,9 @@ def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, monkeypa
 def test_the_learning_rate_falls_a_thousandfold():
     optimizers = [torch.optim.Adam([torch.zeros(1, requires_grad=True)]) for _ in range(2)]
     for epoch, share in ((0, 1), (10, 0.001**0.5), (20, 0.001)):
-        set_learning_rates(optimizers, Recipe(20, 9, 1e-4, 5e-5).rates(epoch))
+        set_learning_rates(
+            optimizers, TrainConfig(epochs=20, last_warmup_epoch=9, lr=1e-4, teacher_lr=5e-5).learning_rates(epoch)
+        )
         assert [o.param_groups[0]["lr"] for o in optimizers] == pytest.approx([1e-4 * share, 5e-5 * share])
 
 
@@ -98,16 +104,16 @@ def test_interrupted_and_resumed_ends_with_the_same_weights(tiny, tmp_path, monk
     whole = tmp_path / "whole"
     run(tiny, whole, "--drop_path", 0.2)
     stop_after = {"warm-up": 1, "bidirectional": 2}[phase]
-    save = Keeper.save
+    save = CheckpointSaver.save
 
-    def save_then_stop(keeper, run, *args):
-        save(keeper, run, *args)
-        if len(run.history) == stop_after:
+    def save_then_stop(saver, state, *args):
+        save(saver, state, *args)
+        if len(state.history) == stop_after:
             raise KeyboardInterrupt
 
     halves = tmp_path / "halves"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(Keeper, "save", save_then_stop)
+        patch.setattr(CheckpointSaver, "save", save_then_stop)
         run(tiny, halves, "--drop_path", 0.2)
     assert end.value.code == 130
     run(tiny, halves, "--drop_path", 0.2, "--resume", "--workers", 2)
@@ -127,15 +133,15 @@ def test_a_run_of_some_terms_goes_on_and_wears_no_head_away(tiny, tmp_path, monk
     run(tiny, tmp_path / "whole", *more)
     torch.manual_seed(0)
     start, _ = create_pair("convnextv2_atto", 2, "none")
-    save = Keeper.save
+    save = CheckpointSaver.save
 
-    def save_then_stop(keeper, run, *args):
-        save(keeper, run, *args)
-        assert torch.equal(run.student.head.weight, start.head.weight)
+    def save_then_stop(saver, state, *args):
+        save(saver, state, *args)
+        assert torch.equal(state.student.head.weight, start.head.weight)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Keeper, "save", save_then_stop)
+        patch.setattr(CheckpointSaver, "save", save_then_stop)
         run(tiny, tmp_path / "halves", *more)
     run(tiny, tmp_path / "halves", *more, "--resume")
     one, two = (read_checkpoint(tmp_path / name / LAST) for name in ("whole", "halves"))
@@ -177,7 +183,7 @@ def test_without_validation_the_last_epoch_is_kept(tiny, tmp_path):
 def test_a_run_that_keeps_no_best_says_so(tiny, tmp_path, capsys):
     kept = run(tiny, tmp_path, "--lr", 0)  # nothing is learnt, so no epoch beats the first
     assert kept == tmp_path / BEST_AFTER_WARMUP and kept.exists() and not (tmp_path / BEST).exists()
-    assert "no model_best.pth.tar; best_after_warmup.pth.tar stands in" in capsys.readouterr().err
+    assert "no model_best.pth.tar; use best_after_warmup.pth.tar instead" in capsys.readouterr().err
 
 
 def test_bad_options_end_in_one_line(tiny, tmp_path, fails):
@@ -249,7 +255,7 @@ def test_earlier_checkpoints_are_not_lost_by_accident(tiny, tmp_path, fails):
     run(tiny, tmp_path, "--epochs", 1)
     before = (tmp_path / LAST).read_bytes()
     arguments = [train_sketchy_ext.main, *SHORT, "--data_root", tiny, "--savedir", tmp_path]
-    assert "already holds checkpoint.pth.tar; --resume goes on" in fails(*arguments)
+    assert "already holds checkpoint.pth.tar; --resume continues" in fails(*arguments)
     assert "trained with --epochs 1, not 3" in fails(*arguments, "--resume")
     assert (tmp_path / LAST).read_bytes() == before
     assert "no pretrained weights" in fails(*arguments, "--overwrite", "--finetune", "gone.pt")
@@ -268,7 +274,7 @@ def test_what_an_earlier_run_left_goes_when_the_new_one_starts(tiny, tmp_path):
 
 def test_a_run_is_not_resumed_on_other_lists(tiny, tmp_path, monkeypatch, fails):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr("models.logger.tell", _interrupt)
+        patch.setattr("models.logger.print_epoch", _interrupt)
         run(tiny, tmp_path)
     path = tiny / "zeroshot1/all_photo_filelist_train.txt"
     path.write_text(path.read_text().replace(" 1\n", " 0\n"))
@@ -325,3 +331,22 @@ def test_a_checkpoint_of_the_authors_cannot_be_resumed(tiny, tmp_path, fails):
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, fails):
     arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--lr", "1e30"]
     assert "lower --lr" in fails(train_sketchy_ext.main, *arguments)
+
+
+def test_a_device_without_float64_is_named(tiny, tmp_path, fails, monkeypatch):
+    def zeros(*size, device=None, dtype=None):  # as torch does on a Mac
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+    monkeypatch.setattr("models.options.torch.zeros", zeros)
+    arguments = [*SHORT, "--device", "mps", "--data_root", tiny, "--savedir", tmp_path]
+    assert "--device mps: computes no float64" in (message := fails(train_sketchy_ext.main, *arguments))
+    assert message.endswith("use cpu")
+
+
+def test_the_help_and_the_note_say_how_many_epochs_are_warm_up(tiny, tmp_path, capsys):
+    assert run(tiny, tmp_path, "--epochs", 2, "--warmup_epochs", 1) == tmp_path / LAST
+    assert (
+        "all epochs were warm-up (--warmup_epochs E_w: epochs 0 to E_w, which are E_w + 1)" in capsys.readouterr().err
+    )
+    help_text = " ".join(train_parser(PROTOCOLS["sketchy"]).format_help().split())
+    assert "epochs 0 to E_w, which are E_w + 1 epochs as in the release, train the student alone" in help_text
