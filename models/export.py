@@ -160,6 +160,8 @@ def onnx_bytes(student, metadata, strings):
     """
     import torch
 
+    from models.weights import first_sentence
+
     try:
         import_onnxruntime()
         import onnx
