@@ -29,7 +29,7 @@ numpy_sort.choose_sort_kernel()  # before NumPy, as in the scripts
 import numpy as np  # noqa: E402
 from search import clustered, make  # noqa: E402
 
-from photo_search import rounds  # noqa: E402
+from photo_search import remote_search  # noqa: E402
 from photo_search.index import open_index  # noqa: E402
 
 
@@ -82,7 +82,7 @@ def start(folder):
 def published(index, uri):
     """(the search of a copy in Milvus, the list to which it adds every request)."""
     from photo_search.milvus import Server, open_milvus
-    from photo_search.publish import publish
+    from photo_search.milvus_publish import publish
 
     began = time.perf_counter()
     publish(Server(uri, "engines"), index)
@@ -127,7 +127,7 @@ def counting(index):
 
     def search(query, k, weight):
         squares = np.maximum(2 - 2 * (features @ query), 0)
-        found = rounds.search(index.cells, query, k, functools.partial(ask, squares), fetch, weight)
+        found = remote_search.find_nearest_remote(index.cells, query, k, functools.partial(ask, squares), fetch, weight)
         return found, index.paths_of(places[found.rows])
 
     return search, asked

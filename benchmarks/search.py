@@ -150,14 +150,14 @@ def _memory():
 
 def _ours(weight):
     def run(folder, count):
-        from photo_search.cells import search
+        from photo_search.cells import find_nearest
 
         began = time.perf_counter()
         index = open_index(folder)
         opened = time.perf_counter() - began
         index.cells.features.sum(axis=1)  # reads the file
         queries = queries_of(folder, 2 * count)
-        ms, found = _measure(lambda query: search(index.cells, query, 20, weight), queries)
+        ms, found = _measure(lambda query: find_nearest(index.cells, query, 20, weight), queries)
         shares = {
             name: float(np.mean([getattr(each, name) for each in found])) / len(index)
             for name in ("scanned", "projected")

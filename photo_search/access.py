@@ -1,7 +1,7 @@
-"""The door of the drawing page: who may come in, how much they may bring, and what every answer carries.
+"""ASGI middleware: checks Host, Origin and token, limits body sizes, adds security headers.
 
-Other pages that are open in the same browser can send requests here. What Host, Origin and Sec-Fetch-Site say, which
-they cannot choose, tells them apart; a token tells who may come from elsewhere.
+Pages of other sites in the same browser can send requests here, but cannot choose the headers Host, Origin and
+Sec-Fetch-Site, which identify such requests. A token gives access to other machines.
 """
 
 import base64
@@ -19,10 +19,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class AccessMiddleware:
-    """An ASGI application around another one.
+    """Wraps an ASGI application.
 
-    port: where the page is served; token: what lets visitors of any Host in, None for those of this machine alone;
-    policy: the Content-Security-Policy of every answer.
+    port: of the page; token: gives access by any Host, None for this machine only; policy: the Content-Security-Policy
+    of every response.
     """
 
     def __init__(self, app, port, token, policy):
@@ -40,22 +40,22 @@ class AccessMiddleware:
         if scope["type"] != "http":
             return
 
-        async def dress(message):
+        async def send_with_headers(message):
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in self.headers.items():
                     headers[name] = value
                 headers.setdefault("Cache-Control", "no-store")
                 if message["status"] >= 400 and scope["method"] not in ("GET", "HEAD"):
-                    headers["Connection"] = "close"  # what of the body is still to come is not read
+                    headers["Connection"] = "close"  # the rest of the body is not read
             await send(message)
 
-        visit = HTTPConnection(scope)
-        answer = self._cross_site_refusal(scope, visit.headers) or self._login_answer(visit) or self.app
-        await answer(scope, receive, dress)
+        connection = HTTPConnection(scope)
+        answer = self._cross_site_refusal(scope, connection.headers) or self._login_answer(connection) or self.app
+        await answer(scope, receive, send_with_headers)
 
     def _cross_site_refusal(self, scope, headers):
-        """A refusal of what another page had the browser send; None for others."""
+        """421 or 403 for cross-site requests (CSRF, DNS rebinding); None if the request may pass."""
         hosts = headers.getlist("host")
         if len(hosts) != 1 or (not self.key and hosts[0].lower() not in self.hosts):
             return refusal(421, f"this page is at http://{LOOPBACK[0]}:{self.port} alone")
@@ -65,30 +65,30 @@ class AccessMiddleware:
             own = False
         return None if own else refusal(403, "another page asked for this, and only this page may")
 
-    def _login_answer(self, visit):
-        """What a visitor gets instead of the page, where there is a token; None for one who has shown it."""
+    def _login_answer(self, connection):
+        """401, or the login redirect, if a token is set and the cookie is missing; None if authorised."""
         if not self.key:
             return None
-        if visit.scope["path"] == "/" and _same(_digest(visit.query_params.get("token", "")), self.key):
+        if connection.scope["path"] == "/" and _same(_digest(connection.query_params.get("token", "")), self.key):
             answer = RedirectResponse("./", 303)  # relative, for a page that a proxy serves under a path
             answer.set_cookie(
                 self.cookie, self.key, httponly=True, samesite="lax"
             )  # a link in a message opens it; requests of other pages are refused
             return answer
-        if _same(visit.cookies.get(self.cookie, ""), self.key):
+        if _same(connection.cookies.get(self.cookie, ""), self.key):
             return None
         return refusal(401, "this page needs its token: open it as /?token=... once")
 
 
 def refusal(status, why, headers=None):
-    """An answer that says in one line why there is no other: {"error": why}."""
+    """An error response: {"error": why}."""
     return JSONResponse({"error": why}, status, headers)
 
 
 async def read_body(request, max_bytes, timeout):
     """The body of a request: bytes, at most `max_bytes`, received within `timeout` seconds.
 
-    Raises HTTPException 413 or 408 without reading on, and 400 if the sender went away.
+    Raises HTTPException 413 or 408 without reading the rest, and 400 if the client disconnected.
     """
     too_large = HTTPException(413, f"that is too large; at most {max_bytes >> 20} MB work")
     length = request.headers.get("content-length", "0")
@@ -110,7 +110,7 @@ async def read_body(request, max_bytes, timeout):
 
 
 def content_security_policy(page):
-    """The Content-Security-Policy of a page (text) with one inline script and one inline style: these, and no other."""
+    """The Content-Security-Policy of an HTML page that allows its one inline script and style, and no others."""
     script, style = (_source(page, name) for name in ("script", "style"))
     return (
         f"default-src 'none'; script-src {script}; style-src {style}; img-src 'self' blob: data:; connect-src 'self'; "
@@ -124,10 +124,10 @@ def _source(page, name):
 
 
 def _digest(token):
-    """What the cookie holds: it tells nothing of the token."""
+    """The value of the cookie, which does not reveal the token."""
     return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
 
 
 def _same(one, other):
-    """Whether two texts are the same, found out in a time that does not tell where they differ."""
+    """Compares two strings in constant time."""
     return hmac.compare_digest(one.encode(), other.encode())

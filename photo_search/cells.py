@@ -1,19 +1,18 @@
-"""Exact search in millions of features: photos stand sorted by cell, and bounds tell which cells can be left out.
+"""Exact top-k search in millions of features: cells with bounding spheres and PCA projections give lower bounds.
 
-A feature has an outline: its coordinates in a few directions, and the length of its rest. That of a sketch q and of a
-photo g are never further apart than d = ‖q − g‖, and cost a twelfth.
+Each feature is projected on PCA_DIRECTIONS principal directions plus the norm of the residual. The distance of two
+projections is at most d = ‖q − g‖ of their features, and costs a twelfth.
 
-A cell holds photos with the same codes, so they share the cluster distance D to a sketch. Their outlines lie in a ball,
-so that d is at least the distance to the ball's centre less its radius. Cells come by ascending 0.8 · D + 0.2 · (bound
-of d), and the search stops where that exceeds the k-th best score so far. Inside a cell each photo's outline tells
-whether it can be left out.
+Photos are sorted by cell. A cell contains photos with the same codes, which therefore share the cluster distance D to a
+query. A bounding sphere around the projections of a cell gives a lower bound of d. The search visits cells by ascending
+weight · D + (1 − weight) · (bound of d), and stops once that exceeds the k-th best score so far. In a cell, the
+projection of each photo gives a closer bound.
 
-Bounds are float32 and allow for its rounding; what they leave is scored in float64, as models.eval.matching defines
-it. Features have length 1. Stands alone, on NumPy and threadpoolctl.
+Bounds are float32 and allow for its rounding; the remaining photos are scored in float64, as models.eval.matching
+defines the score. Features have length 1. Needs NumPy and threadpoolctl.
 """
 
 import functools
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,26 +20,27 @@ from typing import NamedTuple
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-CLUSTER_WEIGHT = 0.8  # as in models.eval.matching
-PCA_DIRECTIONS = 63  # of an outline
-BLOCK = 8192  # features at a time
-GROUP = 8 * BLOCK  # photos of cells that are looked at together
-GATHER_SHARE = 0.25  # share of features that is gathered rather than read through
-SCAN_SHARE = 0.25  # share of photos that is read through rather than cell by cell
-ROUNDING = 4e-6  # rounding of a score in float32
+from utils.process_pool import available_cores
+
+PCA_DIRECTIONS = 63
+BLOCK = 8192  # features at a time, and photos of a cell at most
+GROUP = 8 * BLOCK  # photos of the cells that are visited together, at most
+GATHER_SHARE = 0.25  # below this share of the rows, index them; above it, read all contiguously
+SCAN_SHARE = 0.25  # above this share of all photos, read all projections instead of cell by cell
+ROUNDING = 4e-6  # bound of the rounding error of a score in float32
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Photos sorted by cell. N photos of D values, C cells, codes in M sub-spaces."""
+    """Photos sorted by cell. N photos of D values, C cells, P principal directions, codes in M subspaces."""
 
     features: np.ndarray  # (N, D) float32, of length 1
-    path_order: np.ndarray  # (N,) int32, which decides ties: the lower comes first
+    path_order: np.ndarray  # (N,) int32, rank of the path of each photo; breaks ties
     codebook: np.ndarray  # (M, K, D/M) float32; M is 0 without one
     codes: np.ndarray  # (C, M) int32
-    cell_ends: np.ndarray  # (C,) int64, where each cell ends
-    centres: np.ndarray  # (C, P + 1) float32, of the balls around the outlines of each cell
-    radii: np.ndarray  # (C,) float32
+    cell_ends: np.ndarray  # (C,) int64, end of each cell in the order of the photos
+    centres: np.ndarray  # (C, P + 1) float32, of the bounding sphere of the projections of each cell
+    radii: np.ndarray  # (C,) float32, of the bounding spheres
     pca_basis: np.ndarray  # (P, D) float32, orthonormal
     pca_projection: np.ndarray  # (N, P + 1) float32
 
@@ -52,12 +52,12 @@ class Nearest(NamedTuple):
     scores: np.ndarray  # (k,) float64
     distances: np.ndarray  # (k,) float64, d
     cluster_distances: np.ndarray  # (k,) float64, D; NaN without a codebook
-    scanned: int  # photos whose features were looked at
-    projected: int  # photos whose outlines were looked at
+    scanned: int  # photos with a feature that was read
+    projected: int  # photos with a projection that was read
 
 
 def assign_codes(features, codebook):
-    """The nearest code word of each part of features (N, D), as matching.nearest_codes gives it: (N, M) int32."""
+    """The nearest codebook entry in each subspace of features (N, D), as matching.nearest_codes: (N, M) int32."""
     codes = np.empty((len(features), len(codebook)), np.int32)
     means = codebook.astype(np.float64)
     for start in range(0, len(features) if len(codebook) else 0, BLOCK):
@@ -69,9 +69,9 @@ def assign_codes(features, codebook):
 
 
 def sort_by_cell(codes):
-    """The order of photos by their codes (N, M), and then as they are: (permutation (N,), codes (C, M), ends (C,)).
+    """Sort photos by their codes (N, M), stably: (permutation (N,), codes (C, M), cell ends (C,)).
 
-    A cell has at most BLOCK photos; larger ones are cut.
+    A cell has at most BLOCK photos; larger ones are split.
     """
     permutation = np.lexsort(codes.T[::-1]) if codes.shape[1] else np.arange(len(codes))
     codes = codes[permutation]
@@ -81,47 +81,47 @@ def sort_by_cell(codes):
     return permutation, codes[ends - 1], ends.astype(np.int64)
 
 
-def bounding_spheres(outlines, ends):
-    """(centres, radii) of Cells."""
-    centres, radii = np.empty((len(ends), outlines.shape[1]), np.float32), np.empty(len(ends), np.float32)
+def bounding_spheres(projections, ends):
+    """(centres (C, P + 1), radii (C,)) of spheres around the projections (N, P + 1) of each cell."""
+    centres, radii = np.empty((len(ends), projections.shape[1]), np.float32), np.empty(len(ends), np.float32)
     for cells in _blocks(ends):
         start = ends[cells.start - 1] if cells.start else 0
-        block = outlines[start : ends[cells.stop - 1]].astype(np.float64)
+        block = projections[start : ends[cells.stop - 1]].astype(np.float64)
         sizes = np.diff(ends[cells], prepend=start)
         starts = ends[cells] - sizes - start
         centres[cells] = np.add.reduceat(block, starts) / sizes[:, None]
-        apart = np.sqrt(((block - np.repeat(centres[cells], sizes, axis=0)) ** 2).sum(axis=1))
-        radii[cells] = np.nextafter(np.maximum.reduceat(apart, starts).astype(np.float32), np.float32(np.inf))
+        distances = np.sqrt(((block - np.repeat(centres[cells], sizes, axis=0)) ** 2).sum(axis=1))
+        radii[cells] = np.nextafter(np.maximum.reduceat(distances, starts).astype(np.float32), np.float32(np.inf))
     return centres, radii
 
 
 def fit_pca_basis(features):
-    """The directions (P, D) float32 that hold most of features (n, D)."""
+    """The principal directions (P, D) float32 of features (n, D), uncentred."""
     _, vectors = np.linalg.eigh(features.T.astype(np.float64) @ features)
     return np.ascontiguousarray(vectors[:, ::-1][:, :PCA_DIRECTIONS].T.astype(np.float32))
 
 
-def project_features(features, basis):
-    """Outlines (n, P + 1) float32 of features (n, D)."""
-    inside = features @ basis.T
-    rest = np.sqrt(np.clip((features**2).sum(axis=1) - (inside**2).sum(axis=1), 0, None))
-    return np.concatenate([inside, rest[:, None]], axis=1)
+def project_features(features, pca_basis):
+    """Coordinates on the principal directions and the norm of the residual, (n, P + 1) float32, of features (n, D)."""
+    coordinates = features @ pca_basis.T
+    residual = np.sqrt(np.clip((features**2).sum(axis=1) - (coordinates**2).sum(axis=1), 0, None))
+    return np.concatenate([coordinates, residual[:, None]], axis=1)
 
 
-def search(cells, query, k, weight=CLUSTER_WEIGHT, allowed=None):
-    """The k photos with the lowest weight · D + (1 − weight) · d, ties by place: as comparing all of them gives.
+def find_nearest(cells, query, k, weight, allowed=None):
+    """The k photos with the lowest weight · D + (1 − weight) · d, exactly as comparing all of them; ties by path.
 
-    query: (D,) float32 of length 1; weight 0 is one-to-one matching, any other needs a codebook.
-    allowed: (N,) bool, the rows that may be found, one at least; None for all. Returns Nearest.
+    query: (D,) float32 of length 1; weight: 0 is one-to-one matching, any other needs a codebook.
+    allowed: (N,) bool, the rows to search in, at least one; None for all. Returns Nearest.
     Raises ValueError if features are not finite.
     """
     count = len(cells.features) if allowed is None else int(allowed.sum())
-    # Waiting for each other in every product, as BLAS's own threads do, takes longer than the product.
+    # BLAS threads would wait for each other longer than a product takes.
     with _blas().limit(limits=1, user_api="blas"):
-        return _search(_LocalSearch(cells, query, min(k, count), weight, allowed), cells)
+        return _find_nearest(_LocalSearch(cells, query, min(k, count), weight, allowed), cells)
 
 
-def _search(scan, cells):
+def _find_nearest(scan, cells):
     order = np.argsort(scan.bounds, kind="stable")
     bounds, counts = scan.bounds[order], scan.sizes[order].cumsum()
     done, wanted = 0, max(2 * scan.k, 1024)
@@ -137,18 +137,18 @@ def _search(scan, cells):
 
 
 class QueryState:
-    """A sketch in search of its k nearest photos. best: no photo with a higher score can be among them.
+    """State of a top-k query. best: an upper bound of the k-th best score.
 
-    cells: Cells, of which this takes what belongs to cells, and nothing that belongs to photos; query: (D,) float32.
+    cells: Cells, of which only the arrays of cells are used, not those of photos; query: (D,) float32.
     """
 
     def __init__(self, cells, query, k, weight):
         self.cells, self.k = cells, k
         self.query = np.ascontiguousarray(query, np.float32)
         self.projection = project_features(self.query[None], cells.pca_basis)[0]
-        self.weight, self.rest = weight, round(1 - weight, 12)
+        self.weight, self.distance_weight = weight, round(1 - weight, 12)
         self.sizes = np.diff(cells.cell_ends, prepend=0)
-        # A product of D terms may be off by D roundings of numbers that add up to 1 at most.
+        # The rounding error of a product of D terms is at most D roundings of numbers with a sum of at most 1.
         self.margin = 4 * (len(query) + 8) * 2.0**-24
         self.cluster = _cluster_distances(cells, self.query)
         self.base = (weight * self.cluster if weight else np.zeros(len(cells.cell_ends))).astype(np.float32)
@@ -161,16 +161,16 @@ class QueryState:
         )
 
     def _least_distances(self):
-        """What no photo of each cell is nearer than: (C,)."""
-        apart = np.sqrt(((self.cells.centres - self.projection) ** 2).sum(axis=1))
-        return np.sqrt(np.maximum(np.maximum(apart - self.cells.radii, 0) ** 2 - self.margin, 0))
+        """Lower bounds of d for the photos of each cell: (C,)."""
+        distances = np.sqrt(((self.cells.centres - self.projection) ** 2).sum(axis=1))
+        return np.sqrt(np.maximum(np.maximum(distances - self.cells.radii, 0) ** 2 - self.margin, 0))
 
     def scores_from(self, distances, chosen=slice(None)):
-        """What scores in cells `chosen` are at least, where d is at least `distances`."""
-        return self.base[chosen] + self.rest * distances - ROUNDING
+        """Lower bounds of the scores in cells `chosen`, given lower bounds `distances` of d."""
+        return self.base[chosen] + self.distance_weight * distances - ROUNDING
 
-    def keep(self, rows, lower_bounds, upper_bounds):
-        """Keep photos that may be among the k; their scores are at least `lower_bounds`, and at most `upper_bounds`."""
+    def add_candidates(self, rows, lower_bounds, upper_bounds):
+        """Add candidates with bounds of their scores, and drop those that cannot be among the k."""
         self.rows, self.lower_bounds = np.append(self.rows, rows), np.append(self.lower_bounds, lower_bounds)
         self.upper_bounds = np.append(self.upper_bounds, upper_bounds)
         if len(self.upper_bounds) >= self.k:
@@ -183,19 +183,20 @@ class QueryState:
             )
 
     def rounded(self, squares, sign):
-        """d of squared distances, less (sign 1) or more (sign −1) what rounding may have done."""
+        """d of squared distances: a lower bound (sign 1) or an upper bound (sign −1), given their rounding errors."""
         return np.sqrt(np.maximum(squares - np.float32(sign * self.margin), 0))
 
     def exact(self, features, numbers):
-        """(scores, d, D), float64, of photos with these features (n, D), which are in the cells `numbers`."""
+        """(scores, d, D), float64, of photos with these features (n, D) in the cells `numbers`."""
         difference = features.astype(np.float64) - self.query.astype(np.float64)
         distances = np.sqrt((difference**2).sum(axis=1))
         cluster = self.cluster[numbers]
-        return (self.weight * cluster + self.rest * distances if self.weight else distances), distances, cluster
+        scores = self.weight * cluster + self.distance_weight * distances if self.weight else distances
+        return scores, distances, cluster
 
 
 class _LocalSearch(QueryState):
-    """A search in features that are at hand."""
+    """A query in the arrays of an index on disk."""
 
     def __init__(self, cells, query, k, weight, allowed):
         super().__init__(cells, query, k, weight)
@@ -205,30 +206,30 @@ class _LocalSearch(QueryState):
         self.scanned, self.projected = 0, 0
 
     def add(self, chosen):
-        """Look at the photos of cells `chosen`, ascending, cell by cell."""
+        """Visit the photos of cells `chosen`, ascending, cell by cell."""
         ends, sizes = self.cells.cell_ends[chosen], self.sizes[chosen]
         rows = np.repeat(ends - sizes.cumsum(), sizes) + np.arange(sizes.sum())
-        base, runs = self._among(np.repeat(self.base[chosen], sizes), rows), _joined(ends - sizes, ends)
+        base, runs = self._mask_disallowed(np.repeat(self.base[chosen], sizes), rows), _merge_runs(ends - sizes, ends)
         if self.best < np.inf:
             self.projected += len(rows)
-            kept = np.flatnonzero(self._score_bounds(base, runs) <= self.best)
+            kept = np.flatnonzero(self._projected_bounds(base, runs) <= self.best)
             if len(kept) < GATHER_SHARE * len(rows):
                 rows, base, runs = rows[kept], base[kept], None
         self._score(rows, base, runs)
 
     def scan_all(self, chosen):
-        """Look at the photos of cells `chosen`, reading through all outlines: faster where they are many."""
+        """Visit the photos of cells `chosen`, reading all projections contiguously: faster if there are many."""
         base = np.full(len(self.base), np.inf, np.float32)
         base[chosen] = self.base[chosen]
-        base = self._among(np.repeat(base, self.sizes), slice(None))
+        base = self._mask_disallowed(np.repeat(base, self.sizes), slice(None))
         parts = [(start, min(start + GROUP, len(base))) for start in range(0, len(base), GROUP)]
         lower_bounds = np.concatenate(
-            list(_threads().map(lambda part: self._score_bounds(base[slice(*part)], [part]), parts))
+            list(_threads().map(lambda part: self._projected_bounds(base[slice(*part)], [part]), parts))
         )
         self.projected += len(lower_bounds)
         first = np.argpartition(lower_bounds, min(16 * self.k, len(lower_bounds) - 1))[: 16 * self.k]
         first.sort()
-        self._score(first, base[first])  # which lowers `best` for all the others
+        self._score(first, base[first])  # lowers `best` for all the others
         lower_bounds[first] = np.inf
         kept = np.flatnonzero(lower_bounds <= self.best)
         if len(kept) < GATHER_SHARE * len(lower_bounds):
@@ -238,41 +239,41 @@ class _LocalSearch(QueryState):
         base[lower_bounds > self.best] = np.inf
         products = _threads().map(lambda part: _products(self.cells.features, self.query, [part]), parts)
         for (start, end), product in zip(parts, products, strict=True):
-            self._settle(np.arange(start, end), base[start:end], product)
+            self._keep_promising(np.arange(start, end), base[start:end], product)
 
-    def _among(self, base, rows):
-        """Changes `base` of the rows that may not be found to infinity, so that no score of theirs is low enough."""
+    def _mask_disallowed(self, base, rows):
+        """Sets `base` of the rows that are not allowed to infinity, in place."""
         if self.allowed is not None:
             base[~self.allowed[rows]] = np.inf
         return base
 
-    def _score_bounds(self, base, runs):
-        """What the scores of photos are at least, by their outlines. runs: (start, end); base: weight · D of each."""
+    def _projected_bounds(self, base, runs):
+        """Lower bounds of scores by projections. runs: [(start, end), ...] of rows; base: weight · D of each row."""
         return (
             base
-            + self.rest * self._distances(_products(self.cells.pca_projection, self.projection, runs), 1)
+            + self.distance_weight * self._distances(_products(self.cells.pca_projection, self.projection, runs), 1)
             - ROUNDING
         )
 
     def _score(self, rows, base, runs=None):
-        """Look at the features of photos `rows`, which are those in `runs`, if that is given."""
+        """Read the features of photos `rows`; runs: the same rows as [(start, end), ...], if they are contiguous."""
         features = self.cells.features
-        self._settle(rows, base, _products(features, self.query, runs) if runs else features[rows] @ self.query)
+        self._keep_promising(rows, base, _products(features, self.query, runs) if runs else features[rows] @ self.query)
 
-    def _settle(self, rows, base, products):
-        """Keep those of `rows` that may be among the k, by their products with the query."""
+    def _keep_promising(self, rows, base, products):
+        """Keep those of `rows` that may be among the k, by the products of their features with the query."""
         self.scanned += len(rows)
-        lower_bounds = base + self.rest * self._distances(products, 1) - ROUNDING
+        lower_bounds = base + self.distance_weight * self._distances(products, 1) - ROUNDING
         kept = np.flatnonzero(lower_bounds <= self.best)
         kept = kept[np.isfinite(base[kept])]
-        upper_bounds = base[kept] + self.rest * self._distances(products[kept], -1) + ROUNDING
-        self.keep(rows[kept], lower_bounds[kept], upper_bounds)
+        upper_bounds = base[kept] + self.distance_weight * self._distances(products[kept], -1) + ROUNDING
+        self.add_candidates(rows[kept], lower_bounds[kept], upper_bounds)
 
     def _distances(self, products, sign):
         return self.rounded(2 - 2 * products, sign)
 
     def result(self):
-        """Score what is left in float64. Raises ValueError if features are not finite."""
+        """Score the candidates in float64. Raises ValueError if features are not finite."""
         if len(self.rows) < self.k:
             raise ValueError("features are not finite")
         parts = [self._exact(self.rows[start : start + BLOCK]) for start in range(0, len(self.rows), BLOCK)]
@@ -292,7 +293,7 @@ def _blas():
 
 @functools.cache
 def _threads():
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    return ThreadPoolExecutor(available_cores())
 
 
 def _cluster_distances(cells, query):
@@ -315,10 +316,10 @@ def _products(features, query, runs):
     return products
 
 
-def _joined(starts, ends):
-    """[(start, end), ...] of runs of photos, ascending, those that touch as one."""
-    apart = np.flatnonzero(starts[1:] != ends[:-1])
-    return list(zip(starts[np.append(0, apart + 1)].tolist(), ends[np.append(apart, -1)].tolist(), strict=True))
+def _merge_runs(starts, ends):
+    """[(start, end), ...] of ascending runs of photos, adjacent runs merged."""
+    gaps = np.flatnonzero(starts[1:] != ends[:-1])
+    return list(zip(starts[np.append(0, gaps + 1)].tolist(), ends[np.append(gaps, -1)].tolist(), strict=True))
 
 
 def _blocks(ends, size=BLOCK):

@@ -183,7 +183,7 @@ def _publisher(options):
     """A function that brings what Milvus holds in line with the index; None for the local engine. Raises InputError."""
     if not (milvus := _milvus(options)):
         return None
-    from photo_search.publish import check_own, publish
+    from photo_search.milvus_publish import check_own, publish
 
     server = milvus.Server(options.uri, options.collection)
     check_own(server, options.index)
@@ -196,7 +196,7 @@ def _publisher(options):
 
 
 def _place(options):
-    """Where the index is that options name, see find.open_location. Raises InputError."""
+    """Where the index is that options name, see find.open_index_at. Raises InputError."""
     milvus = _milvus(options)
     return milvus.existing_server(options.uri, options.collection) if milvus else options.index
 
@@ -240,34 +240,34 @@ def find_photos(options):
     sketches = [read_sketch(path) for path in options.sketches]
     if not options.as_drawn:
         sketches = [clean_up(sketch, path) for sketch, path in zip(sketches, options.sketches, strict=True)]
-    finder = open_searcher(_place(options), options.checkpoint, options.device)
+    searcher = open_searcher(_place(options), options.checkpoint, options.device)
     matching, weight = (
-        finder.matching(options.matching),
-        finder.cluster_weight(options.matching, options.cluster_weight),
+        searcher.matching(options.matching),
+        searcher.cluster_weight(options.matching, options.cluster_weight),
     )
     if matching != options.matching and matching == ONE_TO_ONE:
-        log_rank0(f"note: {finder.index.name} has no clusters, so matching is one-to-one")
-    if options.k > len(finder.index):
-        log_rank0(f"note: the index has only {len(finder.index):,} photos; all are shown")
+        log_rank0(f"note: {searcher.index.name} has no clusters, so matching is one-to-one")
+    if options.k > len(searcher.index):
+        log_rank0(f"note: the index has only {len(searcher.index):,} photos; all are shown")
     found = []
-    for path, features in zip(options.sketches, _features(finder.network, sketches), strict=True):
-        matches = finder.find_features(features, options.k, matching, weight=weight)
-        _print_table(path, matching, matches)
-        found.append(matches)
-    if gone := len({match.path for matches in found for match in matches if is_missing(match)}):
+    for path, features in zip(options.sketches, _features(searcher.encoder, sketches), strict=True):
+        hits = searcher.find_features(features, options.k, matching, weight=weight)
+        _print_table(path, matching, hits)
+        found.append(hits)
+    if gone := len({hit.path for hits in found for hit in hits if is_missing(hit)}):
         log_rank0(f"note: no longer there: {gone:,} of the photos found; index again")
     result = [
         {
             "sketch": path,
             "matching": matching,
             "cluster_weight": weight,
-            "found": [_as_json(match) for match in matches],
+            "found": [_as_json(hit) for hit in hits],
         }
-        for path, matches in zip(options.sketches, found, strict=True)
+        for path, hits in zip(options.sketches, found, strict=True)
     ]
     if options.json:
         write_json(options.json, result)
-    _draw(options, finder, sketches, found)
+    _draw(options, searcher, sketches, found)
     return result
 
 
@@ -276,27 +276,27 @@ def _features(network, sketches, batch_size=64):
         yield from network.features(sketches[start : start + batch_size])
 
 
-def _as_json(match):
+def _as_json(hit):
     return {
-        "photo": match.path, "score": match.score, "distance": match.distance,
-        "cluster_distance": match.cluster_distance,
+        "photo": hit.path, "score": hit.score, "distance": hit.distance,
+        "cluster_distance": hit.cluster_distance,
     }  # fmt: skip
 
 
-def _print_table(path, matching, matches):
+def _print_table(path, matching, hits):
     print(f"{path} ({matching})")
     print("       score  distance  cluster distance  photo")
-    for place, match in enumerate(matches, 1):
-        cluster = "-" if match.cluster_distance is None else f"{match.cluster_distance:.4f}"
-        print(f"{place:5d} {match.score:6.4f}  {match.distance:8.4f}  {cluster:>16}  {match.path}")
+    for location, hit in enumerate(hits, 1):
+        cluster = "-" if hit.cluster_distance is None else f"{hit.cluster_distance:.4f}"
+        print(f"{location:5d} {hit.score:6.4f}  {hit.distance:8.4f}  {cluster:>16}  {hit.path}")
 
 
-def _draw(options, finder, sketches, found):
+def _draw(options, searcher, sketches, found):
     path = options.picture or (options.index if options.engine == LOCAL else Path()) / "found.png"
     rows = []
-    for name, sketch, matches in zip(options.sketches, sketches, found, strict=True):
-        thumbnails = finder.index.thumbnails_of([match.row for match in matches[:MAX_DRAWN_PHOTOS]])
-        scores = [match.score for match in matches]
+    for name, sketch, hits in zip(options.sketches, sketches, found, strict=True):
+        thumbnails = searcher.index.thumbnails_of([hit.row for hit in hits[:MAX_DRAWN_PHOTOS]])
+        scores = [hit.score for hit in hits]
         rows.append((os.path.basename(name), sketch, list(zip(thumbnails, scores, strict=False))))
     try:
         draw_found(path, rows)

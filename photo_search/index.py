@@ -1,11 +1,11 @@
-"""The index of photos on disk: opened with every check, and replaced as a whole.
+"""The index of photos on disk: validated when opened, and replaced atomically.
 
-    index.json           which generation is current, what it holds, and the sizes of its files
+    index.json           number of the current generation, metadata, and sizes of the files
     features-3.npy ...   the arrays of generation 3, see ARRAYS
-    thumbnails-1.bin     small JPEGs, one after the other; later generations add to it
+    thumbnails-1.bin     small JPEGs, concatenated; later generations append
 
-A writer puts a new generation beside the old one, then index.json in the place of the old one; readers that have the
-old one open keep it. Nothing is unpickled. Stands on NumPy.
+A writer adds the files of a new generation, then replaces index.json; readers of the old generation are not affected.
+Nothing is unpickled. Needs NumPy.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from photo_search import cells as search_cells
-from photo_search.cells import BLOCK, CLUSTER_WEIGHT, Cells
+from photo_search.cells import BLOCK, Cells
 from utils.cli import InputError
 from utils.files import write_json
 from utils.sampling import evenly_spaced
@@ -30,7 +30,7 @@ INDEX_FILE, INDEX_FORMAT = "index.json", 1
 MAX_FOLDERS, MAX_FOLDER_DEPTH = 2000, 40  # of the folders that a search can be limited to
 RECORD = np.dtype([
     ("size", "<i8"), ("mtime", "<i8"), ("digest", "u1", 32),  # of the file: bytes, nanoseconds, SHA-256
-    ("path_end", "<i8"),  # in `paths`, where the path of a photo begins where that of the one before ends
+    ("path_end", "<i8"),  # end of its path in `paths`; it begins at the end of the path before
     ("thumbnail", "<i8"), ("thumbnail_size", "<i4"),  # bytes in the file of thumbnails
     ("fitted", "u1"),  # whether the clusters were fitted to a gallery with this photo
 ])  # fmt: skip
@@ -53,7 +53,7 @@ _OURS = re.compile(rf"({'|'.join(ARRAYS)})-\d+\.npy|thumbnails-\d+\.bin|\.{re.es
 
 @dataclass(frozen=True)
 class Index:
-    """An index as it was when it was opened. Photos are numbered by row; it may be used by several threads."""
+    """A snapshot of an index. Photos are numbered by row. Safe to use from several threads."""
 
     folder: Path
     metadata: dict  # index.json
@@ -77,13 +77,13 @@ class Index:
 
     @property
     def name(self):
-        """How messages call it."""
+        """The name in messages."""
         return str(self.folder)
 
-    def nearest(self, features, k, weight=CLUSTER_WEIGHT, allowed=None):
-        """As photo_search.cells.search, which see. Raises InputError if features are not finite."""
+    def nearest(self, features, k, weight, allowed=None):
+        """See photo_search.cells.find_nearest. Raises InputError if features are not finite."""
         try:
-            return search_cells.search(self.cells, features, k, weight, allowed)
+            return search_cells.find_nearest(self.cells, features, k, weight, allowed)
         except ValueError as error:
             raise _damaged(self.folder, error) from None
 
@@ -96,7 +96,7 @@ class Index:
         return [self.thumbnail(row) for row in rows]
 
     def digests_of(self, rows):
-        """What photos that are copies of each other have in common, and no others: [text, ...]."""
+        """Digests of files, the same for copies: [string, ...]."""
         return [self.records["digest"][row].tobytes().hex()[:32] for row in rows]
 
     def features_of(self, rows):
@@ -104,11 +104,11 @@ class Index:
         return self.cells.features[rows]
 
     def between(self, first, last):
-        """The photos from first to last − 1 in the order of their paths, as `nearest` has them allowed."""
+        """The photos from first to last − 1 in the order of their paths, for `allowed` of `nearest`."""
         return (self.cells.path_order >= first) & (self.cells.path_order < last)
 
     def folders(self):
-        """The Folders that a search can be kept to."""
+        """The Folders that a search can be limited to."""
         return folders_of(self)
 
     @property
@@ -118,12 +118,12 @@ class Index:
 
     @property
     def share_new(self):
-        """The share of photos that came after the clusters were fitted; 0 without clusters."""
+        """The share of photos added after the clusters were fitted; 0 without clusters."""
         return 1 - float(self.records["fitted"].mean()) if self.clusters else 0.0
 
 
 def open_index(folder):
-    """The Index in `folder`. Raises InputError if there is none, or it is not as a writer left it."""
+    """The Index in `folder`. Raises InputError if there is none, or it is damaged."""
     folder = Path(folder)
     while True:
         metadata = _read_metadata(folder)
@@ -131,7 +131,7 @@ def open_index(folder):
             return _open(folder, metadata)
         except (OSError, ValueError, KeyError, TypeError, OverflowError, EOFError, SyntaxError) as error:
             if _read_metadata(folder)["generation"] != metadata["generation"]:
-                continue  # a writer has just replaced it
+                continue  # a writer has replaced it meanwhile
             raise _damaged(folder, error) from error
 
 
@@ -146,7 +146,7 @@ def _damaged(folder, why):
 
 
 def _read_metadata(folder):
-    """index.json, checked. Raises InputError."""
+    """The content of index.json, validated. Raises InputError."""
     try:
         metadata = json.loads((folder / INDEX_FILE).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -158,7 +158,7 @@ def _read_metadata(folder):
     except (ValueError, RecursionError) as error:
         raise _damaged(folder, f"{INDEX_FILE}: {error}") from None
     if not has_fields(metadata, {**INDEX_METADATA, "format": int, "files": dict, "thumbnails": str}):
-        raise _damaged(folder, f"{INDEX_FILE} holds something else")
+        raise _damaged(folder, f"{INDEX_FILE} has missing or malformed entries")
     if metadata["format"] != INDEX_FORMAT:
         raise InputError(f"{folder}: an index of another version of this program; delete it, and index again")
     names = {f"{name}-{metadata['generation']}.npy" for name in ARRAYS} | {metadata["thumbnails"]}
@@ -168,7 +168,7 @@ def _read_metadata(folder):
 
 
 def has_fields(metadata, wanted):
-    """Whether what was read is a dict with what is wanted of it, {name: type}; its lists hold texts."""
+    """Whether a parsed value is a dict with the keys and types of `wanted`, and its lists contain strings."""
     return isinstance(metadata, dict) and all(
         type(metadata.get(name)) is kind and (kind is not list or all(type(each) is str for each in metadata[name]))
         for name, kind in wanted.items()
@@ -178,7 +178,7 @@ def has_fields(metadata, wanted):
 def _open(folder, metadata):
     for name, size in metadata["files"].items():
         there = (folder / name).stat().st_size
-        if there != size and not (name == metadata["thumbnails"] and there > size):  # a writer adds to these
+        if there != size and not (name == metadata["thumbnails"] and there > size):  # a writer appends to it
             raise ValueError(f"{name} has {there} bytes, not {size}")
     arrays = {}
     for name, (kind, dimensions, mapped) in ARRAYS.items():
@@ -197,7 +197,7 @@ def _open(folder, metadata):
 
 
 def _check_cells(cells, width):
-    """Raise ValueError unless everything in Cells points at something that is there."""
+    """Raise ValueError unless the arrays of Cells are consistent."""
     check_table(cells, width)
     count = len(cells.features)
     fit = (
@@ -210,7 +210,7 @@ def _check_cells(cells, width):
 
 
 def check_table(cells, width):
-    """Raise ValueError unless what belongs to cells, in Cells, fits together."""
+    """Raise ValueError unless the arrays of cells, in Cells, are consistent."""
     for name in ("codebook", "codes", "ends", "centres", "radii", "basis"):
         kind, dimensions, _ = ARRAYS[name]
         if (array := getattr(cells, cells_field(name))).dtype != kind or array.ndim != dimensions:
@@ -246,11 +246,11 @@ def _check_records(records, count, paths, thumbnails):
 
 
 def write_index(folder, metadata, photos, rows, codebook):
-    """Make a new generation the index in `folder`; its writer is this process alone.
+    """Write a new generation of the index in `folder`. Only one process may write at a time.
 
-    metadata: what index.json is to hold, but for "format", "generation" and "files"; "thumbnails" names a file that is
-    complete. photos: (paths, records), bytes and RECORDs in the order of the paths. rows: a function that gives the
-    features (n, D) of those photos numbered (n,). codebook: (M, K, D/M), M 0 for none.
+    metadata: the content of index.json except "format", "generation" and "files"; "thumbnails" names an existing file.
+    photos: (paths, records), bytes and RECORDs in the order of the paths. rows: a function from
+    numbers (n,) of photos to their features (n, D). codebook: (M, K, D/M), M 0 for none.
     """
     paths, records = photos
     generation = _read_metadata(folder)["generation"] + 1 if is_index(folder) else 1
@@ -292,11 +292,11 @@ def _write_header(file, shape):
 
 
 def remove_stale_files(folder, keep=()):
-    """Delete what earlier generations and killed writers left in `folder`, but for the files named in `keep`."""
+    """Delete files of earlier generations and of interrupted writers in `folder`, except those named in `keep`."""
     current = _read_metadata(folder)["files"] if is_index(folder) else ()
     for path in folder.iterdir():
         if _OURS.fullmatch(path.name) and path.name not in current and path.name not in keep:
-            with contextlib.suppress(OSError):  # Windows keeps what a reader has mapped; the next writer tries again
+            with contextlib.suppress(OSError):  # Windows does not delete mapped files; the next writer tries again
                 path.unlink()
 
 
@@ -304,20 +304,20 @@ _SEPARATOR = os.fsencode(os.sep)
 
 
 class Folder(NamedTuple):
-    """A folder with photos. Photos have places in the order of their paths, so a folder's follow one another."""
+    """A folder with photos. In the order of all paths, its photos are consecutive."""
 
     name: str
     depth: int  # 0 for a folder of the index, 1 for one directly in it, and so on
-    first: int  # its photos have places from first to last - 1
+    first: int  # its photos are those from first to last - 1 in the order of all paths
     last: int
 
     def rows(self, index):
-        """Which photos of the index are in it, as its `nearest` has them allowed."""
+        """Its photos, for `allowed` of the `nearest` of the index."""
         return index.between(self.first, self.last)
 
 
 def folders_of(index):
-    """The Folders of an Index, in the order of their paths, a folder before those in it, MAX_FOLDERS at most."""
+    """The Folders of an Index, in the order of their paths, each before its subfolders, MAX_FOLDERS at most."""
     rows = np.argsort(index.cells.path_order)
     found = []
 
@@ -325,7 +325,7 @@ def folders_of(index):
         return os.fsencode(index.path(rows[place]))
 
     def add(prefix, depth, among):
-        """Add the folder with this path, if it has photos `among` these places, and those in it; returns its end."""
+        """Add a folder with photos in the range `among`, and its subfolders; returns the end of its photos."""
         after = prefix[:-1] + bytes([prefix[-1] + 1])
         first, last = (bisect_left(among, edge, key=path) + among.start for edge in (prefix, after))
         if first < last and len(found) < MAX_FOLDERS:
@@ -343,5 +343,5 @@ def folders_of(index):
 
 
 def readable(path):
-    """A path, or a part of one, as text that every output can show: bytes that are no text become "�"."""
+    """A path, or a part of one, as valid Unicode; other bytes become "�"."""
     return os.fsencode(path).decode("utf-8", "replace")

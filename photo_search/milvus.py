@@ -1,11 +1,11 @@
-"""The index of photos in Milvus: a copy of one on disk, which any machine can search.
+"""An index of photos in Milvus: a copy of an index on disk that any machine can search.
 
-    NAME                         an alias, which tells the generation that is current
-    NAME_MARK_GENERATION         a photo a row; MARK tells which index on disk it is a copy of
-    NAME_MARK_GENERATION_about   what the index knows of itself: JSON, cut into pieces
+    NAME                         an alias of the current generation
+    NAME_MARK_GENERATION         one row for each photo; MARK identifies the index on disk
+    NAME_MARK_GENERATION_about   metadata, table of cells and folders: JSON, in pieces
 
-Rows are numbered in the order of their paths. Milvus searches them without approximation (FLAT); its L2 is the
-squared distance. What comes from it is data, and is checked. photo_search.publish writes it.
+Rows are numbered in the order of their paths. Milvus searches them exactly (FLAT); its L2 is the squared distance.
+Answers are checked as data. photo_search.milvus_publish writes the collections.
 """
 
 import base64
@@ -26,19 +26,26 @@ import grpc
 import numpy as np
 from pymilvus import MilvusClient, MilvusException
 
-from photo_search import rounds
-from photo_search.cells import CLUSTER_WEIGHT, Cells, assign_codes
+from photo_search import remote_search
+from photo_search.cells import Cells, assign_codes
 from photo_search.index import INDEX_METADATA, Folder, cells_field, check_table, has_fields
 from utils.cli import InputError
 from utils.sampling import evenly_spaced
 
 DEFAULT_COLLECTION, MILVUS_FORMAT = "photo_index", 1
-REQUEST_TIMEOUT_S = 10  # seconds that a server may take to answer
-MAX_RETRIES = 10  # times that what takes long is tried, some 20 seconds
-BATCH_ROWS = 256  # photos that travel at a time
-SAMPLE_PHOTOS = 16  # photos whose cells are checked
-CELL_ARRAYS = ("codebook", "codes", "ends", "centres", "radii", "basis")  # what belongs to cells, of Cells
-_CONNECTIONS = {  # a server that has been started again is found at once
+REQUEST_TIMEOUT_S = 10
+MAX_RETRIES = 10  # of slow requests, some 20 seconds
+BATCH_ROWS = 256  # of one request
+SAMPLE_PHOTOS = 16  # their cells are checked when an index is opened
+CELL_ARRAYS = (
+    "codebook",
+    "codes",
+    "ends",
+    "centres",
+    "radii",
+    "basis",
+)  # names of the arrays of cells, as in index.ARRAYS
+_CONNECTIONS = {  # reconnect at once to a restarted server
     "grpc.use_local_subchannel_pool": 1, "grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 500,
 }  # fmt: skip
 _NOT_FOUND, _NOT_LOADED = 100, 101
@@ -48,17 +55,17 @@ _PARSE_ERRORS = (
 )  # fmt: skip
 MARK, GENERATION = "[0-9a-f]{8}", "[0-9a-f]{16}"  # in names of collections
 
-for _name in ("pymilvus", "milvus_lite"):  # they tell of every error with a traceback, and raise it, too
+for _name in ("pymilvus", "milvus_lite"):  # they log a traceback of every error that they raise
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 
 class Server:
-    """Milvus at `uri`, and in it `collection`. What fails there becomes an InputError.
+    """A collection on a Milvus server. Its errors become InputErrors.
 
     uri: http://HOST:PORT, https://..., or a path that ends in .db, which milvus-lite makes and opens in this process.
-    The environment variable MILVUS_TOKEN is shown to servers that want one.
+    The environment variable MILVUS_TOKEN is sent as the token.
     collection: None for DEFAULT_COLLECTION.
-    Raises InputError if it is none, or Milvus cannot be reached there.
+    Raises InputError if the uri is invalid, or Milvus cannot be reached there.
     """
 
     def __init__(self, uri, collection=None):
@@ -69,11 +76,11 @@ class Server:
         self.client = self._call(MilvusClient, uri, token=token, timeout=REQUEST_TIMEOUT_S, grpc_options=_CONNECTIONS)
 
     def call(self, method, *arguments, **more):
-        """A method of MilvusClient that answers at once."""
+        """Call a fast method of MilvusClient, with a timeout."""
         return self._call(getattr(self.client, method), *arguments, timeout=REQUEST_TIMEOUT_S, **more)
 
     def call_with_retries(self, method, *arguments, **more):
-        """A method of MilvusClient that takes as long as it takes."""
+        """Call a slow method of MilvusClient, without a timeout."""
         return self._call(getattr(self.client, method), *arguments, retry_times=MAX_RETRIES, **more)
 
     def _call(self, function, *arguments, **more):
@@ -83,7 +90,7 @@ class Server:
             except MilvusException as error:
                 if error.code != _NOT_LOADED:
                     raise
-                self.client.load_collection(arguments[0], retry_times=MAX_RETRIES)  # the server has been started again
+                self.client.load_collection(arguments[0], retry_times=MAX_RETRIES)  # the server was restarted
                 return function(*arguments, **more)
         except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError) as error:
             if getattr(error, "code", None) == _NOT_FOUND:
@@ -94,7 +101,7 @@ class Server:
     def current(self):
         """The name of the current generation; None if there is none.
 
-        Raises InputError if what is there is not an index of photos.
+        Raises InputError if the collection was not created by search_photos.py.
         """
         if not self.call("has_collection", self.collection):
             return None
@@ -104,25 +111,25 @@ class Server:
                 return name
         raise InputError(f"{self.address}: holds something else than photos of this program; name another --collection")
 
-    def stamp(self):
-        """What tells the generation that is current from others."""
+    def version(self):
+        """The hash of the current generation."""
         return self.call("describe_alias", self.collection)["collection_name"].rsplit("_", 1)[-1]
 
     def open(self):
-        """The MilvusIndex there. Raises InputError if there is none, or it is not as a writer left it."""
+        """The MilvusIndex in this collection. Raises InputError if there is none, or it is damaged."""
         name = self.current()
         if name is None:
             raise InputError(
                 f"{self.address}: no index of photos; make one with search_photos.py index, or set --collection"
             )
-        with _as_data(self):
+        with _damage_as_input_error(self):
             index = MilvusIndex(self, name, *_parsed(_read_about(self, f"{name}_about")))
             _check_photos(index)
         return index
 
 
 def existing_server(uri, collection=None):
-    """The Server that is to hold an index already: a file is not made. Raises InputError."""
+    """The Server of an existing index; does not create a file. Raises InputError."""
     if _is_file(uri) and not Path(uri).exists():
         raise InputError(f"--uri {uri}: no such file; make it with search_photos.py index, or correct --uri")
     return Server(uri, collection)
@@ -140,16 +147,16 @@ def _check_names(uri, collection):
         raise InputError("--uri: holds a name or password; put them into the environment variable MILVUS_TOKEN")
     if _is_file(uri):
         if not Path(uri).parent.is_dir():
-            raise InputError(f"--uri {uri}: its folder is not there; make it, or correct --uri")
+            raise InputError(f"--uri {uri}: its folder does not exist; make it, or correct --uri")
         if importlib.util.find_spec("milvus_lite") is None:
             raise InputError(f"--uri {uri}: a file needs milvus-lite; pip install -r requirements-milvus.txt")
         return
     try:
         fits = re.fullmatch(r"https?://[^\s/]+(/\S*)?", uri) and urlparse(uri).hostname and urlparse(uri).port != 0
-    except ValueError:  # a port that is none
+    except ValueError:  # an invalid port
         fits = False
     if not fits:
-        raise InputError(f"--uri {uri}: is no address; give http://HOST:PORT, or a path that ends in .db")
+        raise InputError(f"--uri {uri}: is not an address; give http://HOST:PORT, or a path that ends in .db")
 
 
 def _is_file(uri):
@@ -163,20 +170,20 @@ def _reason(error):
 
 @dataclass(frozen=True)
 class MilvusIndex:
-    """An index in Milvus as it was when it was opened. It may be used by several threads."""
+    """A snapshot of an index in Milvus, with the methods of index.Index. Safe to use from several threads."""
 
     server: Server
     generation: str  # name of its collection
-    metadata: dict  # as those of photo_search.index.Index
-    cells: Cells  # what belongs to cells; it holds no photos
-    shown: list[Folder]
+    metadata: dict  # as in photo_search.index.Index
+    cells: Cells  # only the arrays of cells
+    stored_folders: list[Folder]
 
     def __len__(self):
         return int(self.cells.cell_ends[-1])
 
     @property
     def name(self):
-        """How messages call it."""
+        """The name in messages."""
         return self.server.address
 
     @property
@@ -184,16 +191,16 @@ class MilvusIndex:
         """(M, K) of its codebook, or None without one."""
         return self.cells.codebook.shape[:2] if len(self.cells.codebook) else None
 
-    def nearest(self, features, k, weight=CLUSTER_WEIGHT, allowed=None):
-        """As photo_search.cells.search. allowed: a range of rows; None for all. Raises InputError."""
+    def nearest(self, features, k, weight, allowed=None):
+        """See photo_search.cells.find_nearest. allowed: a range of rows; None for all. Raises InputError."""
         ask = functools.partial(self._ask, features, allowed)
         count = len(allowed) if allowed is not None else None
-        with _as_data(self.server):
-            return rounds.search(self.cells, features, k, ask, self._fetch, weight, count)
+        with _damage_as_input_error(self.server):
+            return remote_search.find_nearest_remote(self.cells, features, k, ask, self._fetch, weight, count)
 
     def paths_of(self, rows):
         """The absolute paths of photos (n,): [str, ...]."""
-        with _as_data(self.server):
+        with _damage_as_input_error(self.server):
             return [_path(text) for text in self._columns(rows, "path")]
 
     def path(self, row):
@@ -201,8 +208,8 @@ class MilvusIndex:
         return self.paths_of([row])[0]
 
     def thumbnails_of(self, rows):
-        """Photos as small JPEGs: [bytes, ...]; empty ones where there is none."""
-        with _as_data(self.server):
+        """Photos as small JPEGs: [bytes, ...]; b"" for a photo without one."""
+        with _damage_as_input_error(self.server):
             return [base64.b64decode(text) for text in self._columns(rows, "thumbnail")]
 
     def thumbnail(self, row):
@@ -210,26 +217,26 @@ class MilvusIndex:
         return self.thumbnails_of([row])[0]
 
     def digests_of(self, rows):
-        """As Index.digests_of; None each, since Milvus holds no digests."""
+        """As Index.digests_of; [None, ...], since Milvus has no digests."""
         return [None for _ in rows]
 
     def features_of(self, rows):
         """Features (n, D) float32 of rows (n,)."""
-        with _as_data(self.server):
+        with _damage_as_input_error(self.server):
             return self._fetch(np.asarray(rows))[0]
 
     def between(self, first, last):
-        """The photos from first to last − 1 in the order of their paths, as `nearest` has them allowed."""
+        """The photos from first to last − 1 in the order of their paths, for `allowed` of `nearest`."""
         return range(first, last)
 
     def folders(self):
-        """The Folders that a search can be kept to."""
-        return self.shown
+        """The Folders that a search can be limited to."""
+        return self.stored_folders
 
-    def _ask(self, features, allowed, questions):
-        """Answers to the questions of photo_search.rounds."""
+    def _ask(self, features, allowed, requests):
+        """Answers to the requests of photo_search.remote_search."""
         among = "" if allowed is None else f"row >= {allowed.start} and row < {allowed.stop}"
-        return list(_threads().map(lambda question: self._answer(features, among, *question), questions))
+        return list(_threads().map(lambda request: self._answer(features, among, *request), requests))
 
     def _answer(self, features, among, chosen, limit):
         cells = "" if chosen is None else f"cell in [{','.join(map(str, chosen.tolist()))}]"
@@ -237,28 +244,28 @@ class MilvusIndex:
             "search", self.generation, [features.tolist()], anns_field="feature", limit=limit, output_fields=["cell"],
             filter=" and ".join(filter(None, (cells, among))), search_params={"metric_type": "L2"},
         )[0]  # fmt: skip
-        rows = _integers([hit["row"] for hit in hits], len(self))
-        numbers = _integers([hit["entity"]["cell"] for hit in hits], len(self.cells.cell_ends))
+        rows = _int64_in_range([hit["row"] for hit in hits], len(self))
+        numbers = _int64_in_range([hit["entity"]["cell"] for hit in hits], len(self.cells.cell_ends))
         squares = np.array([hit["distance"] for hit in hits], np.float64)
-        sound = (
+        is_valid = (
             rows is not None and numbers is not None and len(rows) <= limit and len(np.unique(rows)) == len(rows)
             and (chosen is None or np.isin(numbers, chosen).all())
             and np.isfinite(squares).all() and (np.diff(squares) >= 0).all()
         )  # fmt: skip
-        if not sound:
-            raise ValueError("it finds what was not asked for")
+        if not is_valid:
+            raise ValueError("unexpected search result")
         return rows, numbers, squares.astype(np.float32)
 
     def _fetch(self, rows):
         features, numbers = self._columns(rows, "feature", "cell")
-        numbers = _integers(numbers, len(self.cells.cell_ends))
+        numbers = _int64_in_range(numbers, len(self.cells.cell_ends))
         features = np.array(features, np.float32).reshape(len(rows), self.metadata["width"])
         if numbers is None or not (np.abs(np.linalg.norm(features, axis=1) - 1) < 0.01).all():
             raise ValueError("features are not of length 1, or in no cell")
         return features, numbers
 
     def _columns(self, rows, *fields):
-        """The values of fields for rows (n,): a list for each field; one list where it is one."""
+        """The values of fields for rows (n,): a list for each field, or one list for one field."""
         found = {}
         for start in range(0, len(rows), BATCH_ROWS):
             wanted = ",".join(str(int(row)) for row in rows[start : start + BATCH_ROWS])
@@ -276,13 +283,13 @@ def _path(text):
     path = json.loads(text)
     os.fsencode(path)
     if not os.path.isabs(path):
-        raise ValueError("paths are none")
+        raise ValueError("a stored path is not absolute")
     return path
 
 
 @contextmanager
-def _as_data(server):
-    """Within this block, which reads what a server holds, an error becomes an InputError."""
+def _damage_as_input_error(server):
+    """Within this block, which reads from a server, parse errors become InputErrors."""
     try:
         yield
     except InputError:
@@ -292,7 +299,7 @@ def _as_data(server):
         raise InputError(f"{server.address}: damaged index ({why}); index into another --collection") from error
 
 
-def _integers(values, end):
+def _int64_in_range(values, end):
     """`values` as (n,) int64 if all are whole numbers from 0 to end − 1; else None."""
     if not all(type(value) is int and 0 <= value < end for value in values):
         return None
@@ -301,11 +308,11 @@ def _integers(values, end):
 
 @functools.cache
 def _threads():
-    return ThreadPoolExecutor(rounds.REQUESTS_PER_ROUND, "milvus")
+    return ThreadPoolExecutor(remote_search.REQUESTS_PER_ROUND, "milvus")
 
 
 def _read_about(server, name):
-    """The text in which a generation tells of itself."""
+    """The JSON text of a generation: metadata, table of cells and folders."""
     pieces, count = {}, count_rows(server, name)
     for start in range(0, count, BATCH_ROWS):
         limits = f"piece >= {start} and piece < {start + BATCH_ROWS}"
@@ -315,41 +322,43 @@ def _read_about(server, name):
 
 
 def _parsed(text):
-    """(metadata, Cells, Folders) of such a text, checked. Raises ValueError, or other errors of _PARSE_ERRORS."""
+    """(metadata, Cells, [Folder, ...]) of such a text, checked. Raises _PARSE_ERRORS."""
     content = json.loads(text)
     metadata, texts = content["facts"], content["table"]
     if not has_fields(metadata, {**INDEX_METADATA, "format": int}) or metadata["format"] != MILVUS_FORMAT:
         raise ValueError("it was made by another version of this program")
     table = {part: np.load(io.BytesIO(base64.b64decode(texts[part])), allow_pickle=False) for part in CELL_ARRAYS}
     fields = {cells_field(name): array for name, array in table.items()}
-    cells = Cells(**fields, features=_none(2), pca_projection=_none(2), path_order=_none(1))
+    cells = Cells(**fields, features=_empty(2), pca_projection=_empty(2), path_order=_empty(1))
     check_table(cells, metadata["width"])
-    if np.diff(cells.cell_ends, prepend=0).max() > rounds.MAX_PHOTOS_PER_REQUEST:
+    if np.diff(cells.cell_ends, prepend=0).max() > remote_search.MAX_PHOTOS_PER_REQUEST:
         raise ValueError("its cells are too large")
     folders = [Folder(*values) for values in content["folders"]]
     for name, depth, first, last in folders:
         if not (
-            type(name) is str and depth in (0, 1) and _integers([first, last], cells.cell_ends[-1] + 1) is not None
+            type(name) is str
+            and depth in (0, 1)
+            and _int64_in_range([first, last], cells.cell_ends[-1] + 1) is not None
         ):
-            raise ValueError("its folders are none")
+            raise ValueError("malformed folder list")
         if first >= last:
-            raise ValueError("its folders are empty")
+            raise ValueError("a folder without photos")
     return metadata, cells, folders
 
 
-def _none(dimensions):
+def _empty(dimensions):
     return np.empty((0,) * dimensions, np.float32)
 
 
 def _check_photos(index):
-    """Raise ValueError unless the collection of photos is the one that the rest speaks of."""
+    """Raise ValueError unless the collection of photos fits the metadata and the cells."""
     server, width = index.server, index.metadata["width"]
     fields = {field["name"]: field for field in server.call("describe_collection", index.generation)["fields"]}
     if not fields.keys() >= {"row", "cell", "path", "thumbnail", "feature"}:
-        raise ValueError("it holds other fields")
+        raise ValueError("its fields are not those of photos")
     dimension = fields["feature"]["params"].get("dim")
     if dimension != width:
-        raise ValueError(f"features of {dimension} values, where {width} are told of")
+        raise ValueError(f"features of {dimension} values, not {width}")
     kind = server.call("describe_index", index.generation, "feature")
     if (kind["index_type"], kind["metric_type"]) != ("FLAT", "L2"):
         raise ValueError("its search is not exact; it must be FLAT with L2")
@@ -358,7 +367,7 @@ def _check_photos(index):
         raise ValueError(f"{count:,} photos, not {len(index):,}")
     features, numbers = index._fetch(evenly_spaced(len(index), SAMPLE_PHOTOS))
     if (assign_codes(features, index.cells.codebook) != index.cells.codes[numbers]).any():
-        raise ValueError("its photos are in the cells of another codebook")
+        raise ValueError("photos are not in the cells of their codes")
 
 
 def count_rows(server, name):

@@ -1,6 +1,6 @@
-"""Photos in a user's folders: found, decoded upright in bounded time and memory, and as thumbnails.
+"""Finds photos in folders, decodes them upright in bounded time and memory, and makes thumbnails and browser images.
 
-Paths are texts as Python's os module gives them, so those that are not valid text survive (os.fsencode).
+Paths are strings of Python's os module, so bytes that are not UTF-8 are preserved (os.fsencode).
 """
 
 import fnmatch
@@ -16,7 +16,7 @@ from utils.cli import InputError
 MAX_PIXELS = 100_000_000  # pixels that are decoded: 0.3 GB
 
 
-MAX_UPLOAD_BYTES, MAX_UPLOAD_SIDE = 4 << 20, 4096  # of a picture that comes in, at most
+MAX_UPLOAD_BYTES, MAX_UPLOAD_SIDE = 4 << 20, 4096  # of an uploaded picture
 
 THUMBNAIL_SIDE = 192  # pixels of its longer side
 # Pillow hands EPS to Ghostscript, which runs programs, and knows the others by name only.
@@ -24,7 +24,7 @@ _REFUSED = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "PDF"}
 
 
 class PhotoFile(NamedTuple):
-    """A file that is named like an image. It is the same as long as all three are."""
+    """A file with the suffix of an image format. It counts as unchanged while all three fields are the same."""
 
     path: str  # absolute
     size: int  # bytes
@@ -32,7 +32,7 @@ class PhotoFile(NamedTuple):
 
 
 def decodable_formats():
-    """The formats that are decoded: {".jpg": "JPEG", ...}, HEIC among them where pillow-heif is installed."""
+    """Image formats by suffix: {".jpg": "JPEG", ...}; includes HEIC if pillow-heif is installed."""
     try:
         import pillow_heif
 
@@ -44,11 +44,11 @@ def decodable_formats():
 
 
 def find_photos(folders, exclude=()):
-    """([PhotoFile, ...] in the order of their paths' bytes, ["path: why it cannot be read", ...]).
+    """([PhotoFile, ...] sorted by the bytes of their paths, ["path: why it cannot be read", ...]).
 
-    Links inside the folders are not followed: what they lead to is found where it is, or lies outside.
-    exclude: patterns such as "*.gif", "private" or "2019/raw/*". One that fits a name, or a path inside its folder,
-    leaves that file or folder out. Raises InputError for a folder that is not there or cannot be read.
+    Symbolic links inside the folders are not followed.
+    exclude: glob patterns such as "*.gif", "private" or "2019/raw/*", matched with the name of a file or folder, and
+    with its path inside its folder. Raises InputError for a folder that does not exist or cannot be read.
     """
     suffixes, found, troubles = frozenset(decodable_formats()), {}, []
     for folder in folders:
@@ -64,7 +64,7 @@ def find_photos(folders, exclude=()):
 
 
 def _look_into(folder, root, rules, found, troubles):
-    """Add what a folder holds to `found` and `troubles`; returns the folders in it."""
+    """Add the photos of a folder to `found`, and errors to `troubles`; returns its subfolders."""
     (suffixes, exclude), folders = rules, []
     try:
         with os.scandir(folder) as entries:
@@ -90,10 +90,10 @@ def _is_excluded(path, patterns):
 
 
 def read_photo(path, side):
-    """Decode a photo upright as 8-bit RGB (PIL.Image); of a film its first picture.
+    """Decode a photo upright as 8-bit RGB (PIL.Image); of an animation its first frame.
 
-    side: of the square that the photo is then resized to. A large JPEG is decoded at a scale that keeps four times as
-    many pixels each way, in a fraction of the time. Raises InputError, with the reason alone, if it cannot be decoded.
+    side: of the square that the photo is resized to later. A large JPEG is decoded at a reduced scale of at least four
+    times that, which is much faster. Raises InputError, with only the reason, if it cannot be decoded.
     """
     known = sorted(set(decodable_formats().values()))
     try:
@@ -122,11 +122,11 @@ def thumbnail(image):
 
 
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
-CONVERTED_SIDE = 2048  # pixels of the longer side of a photo that is converted
+CONVERTED_SIDE = 2048  # pixels of the longer side of a photo that is converted to JPEG
 
 
 def read_drawing(content):
-    """A picture that came in (bytes) as an upright RGB PIL.Image. Raises InputError if it is none, or too large."""
+    """Decode an uploaded picture (bytes) upright as RGB PIL.Image. Raises InputError if unreadable or too large."""
     try:
         return decode_image(io.BytesIO(content), formats=UPLOAD_FORMATS, exif_transpose=True, max_side=MAX_UPLOAD_SIDE)
     except (InputError, Image.DecompressionBombError):
@@ -136,14 +136,14 @@ def read_drawing(content):
 
 
 def open_photo(index, row):
-    """(media type, open binary file) of a photo, as browsers show it: as it is, or converted to JPEG.
+    """(media type, open binary file) of a photo for browsers: the file itself, or converted to JPEG.
 
-    Raises FileNotFoundError if it is no longer there, or not in the folders of the index; InputError if it cannot be
-    shown. SVG, which can hold scripts, is never sent: what is not one of four formats by its first bytes is decoded.
+    Raises FileNotFoundError if it does not exist any more, or is not in the folders of the index; InputError if it
+    cannot be decoded. What is not JPEG, PNG, GIF or WebP by its first bytes is converted: SVG can contain scripts.
     """
     path = _inside(index.path(row), index.metadata["folders"])
     try:
-        file = open(path, "rb")  # noqa: SIM115, whoever asked reads and closes it
+        file = open(path, "rb")  # noqa: SIM115, the caller closes it
     except OSError as error:
         raise FileNotFoundError(path) from error
     if kind := _kind(file.read(12)):
@@ -159,7 +159,7 @@ def open_photo(index, row):
 
 
 def _inside(path, folders):
-    """Where `path` leads to. Raises FileNotFoundError unless that is a file in one of `folders`."""
+    """`path` with links resolved. Raises FileNotFoundError unless it is a file in one of `folders`."""
     try:
         real = os.path.realpath(path)
         roots = [os.path.join(os.path.realpath(folder), "") for folder in folders if os.path.isabs(folder)]
@@ -171,7 +171,7 @@ def _inside(path, folders):
 
 
 def _kind(start):
-    """The media type of what starts with these 12 bytes; None if it is not one that browsers show safely."""
+    """The media type of a file by its first 12 bytes; None if it is not one that browsers show safely."""
     if start.startswith(b"\xff\xd8\xff"):
         return "image/jpeg"
     if start.startswith(b"\x89PNG\r\n\x1a\n"):

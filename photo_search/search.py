@@ -1,4 +1,4 @@
-"""A sketch of one's own against an index of photos: what `find` and others who search use."""
+"""Searches an index of photos with a sketch: matching, cluster weight, and the search hits."""
 
 import os
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from photo_search.index import Index, open_index
 from utils.cli import InputError
 
 ONE_TO_ONE, ONE_TO_MANY = MATCHINGS = ("one-to-one", "one-to-many")
-DEFAULT_CLUSTER_WEIGHT = 0.2  # for photos of one's own; the paper's 0.8 shows fewer right photos first
-MIN_CONTRAST = 24  # grey levels, up to which a drawing shows nothing: paper and its noise
+DEFAULT_CLUSTER_WEIGHT = 0.2  # the paper's 0.8 ranks fewer relevant photos first in photo collections of users
+MIN_CONTRAST = 24  # grey levels; a drawing with less counts as blank
 
 
 class SearchHit(NamedTuple):
-    """A photo that was found."""
+    """A photo in a search result."""
 
     row: int  # in the index
     path: str
@@ -27,15 +27,15 @@ class SearchHit(NamedTuple):
 
 @dataclass(frozen=True)
 class Searcher:
-    """An index, and the network that it was made with. It may be used by several threads."""
+    """An index and its encoder. Safe to use from several threads."""
 
-    index: Index  # or what gives the same, such as photo_search.milvus.MilvusIndex
-    network: Encoder
+    index: Index  # or an object with the same methods, such as photo_search.milvus.MilvusIndex
+    encoder: Encoder
 
     def matching(self, asked=None):
-        """The matching to use: what is asked for, or one-to-many where the index has clusters.
+        """The matching to use: `asked`, or by default one-to-many if the index has clusters.
 
-        Raises InputError where one-to-many is asked for and there are none.
+        Raises InputError if one-to-many is asked for and there are no clusters.
         """
         if asked == ONE_TO_MANY and not self.index.clusters:
             raise InputError(
@@ -46,7 +46,7 @@ class Searcher:
     def cluster_weight(self, matching=None, weight=None):
         """The weight of D in the score: 0 in one-to-one matching; in one-to-many, DEFAULT_CLUSTER_WEIGHT or `weight`.
 
-        Raises InputError as `matching` does, and where the two contradict each other.
+        Raises InputError as `matching` does, and if matching and weight contradict each other.
         """
         if matching == ONE_TO_ONE and weight:
             raise InputError(
@@ -63,12 +63,12 @@ class Searcher:
     def find(self, image, k=20, matching=None, allowed=None, as_drawn=False, weight=None):
         """The k nearest photos of a drawing (PIL.Image, RGB): [SearchHit, ...], nearest first, ties by path.
 
-        The drawing is cleaned up unless `as_drawn`. Raises InputError where no line can be told from the paper.
-        allowed: the rows that may be found, one at least, see Index.between; None for all.
-        weight: of the cluster distance, from 0 to 1; see `cluster_weight`.
+        The drawing is cleaned up unless `as_drawn`. Raises InputError if no line differs from the paper.
+        allowed: the rows to search in, at least one, see Index.between; None for all.
+        weight: of the cluster distance, 0 to 1; see `cluster_weight`.
         """
         image = image if as_drawn else clean_up(image)
-        return self.find_features(self.network.features([image])[0], k, matching, allowed, weight)
+        return self.find_features(self.encoder.features([image])[0], k, matching, allowed, weight)
 
     def find_features(self, features, k=20, matching=None, allowed=None, weight=None):
         """As `find`, for features (D,) of length 1: those of another drawing, or of a photo of the index."""
@@ -80,19 +80,19 @@ class Searcher:
         ]
 
 
-def open_searcher(place, checkpoint=None, device=None):
-    """The Searcher of an index; place: see open_location; the others: see encoder.encoder_of. Raises InputError."""
-    index = open_location(place)
+def open_searcher(location, checkpoint=None, device=None):
+    """The Searcher of an index; location: see open_index_at; the others: see encoder.encoder_of. Raises InputError."""
+    index = open_index_at(location)
     return Searcher(index, encoder_of(index.metadata, checkpoint, device))
 
 
-def open_location(place):
-    """The index at a place, a folder or a photo_search.milvus.Server. Raises InputError."""
-    return open_index(place) if isinstance(place, str | os.PathLike) else place.open()
+def open_index_at(location):
+    """The index at a location, a folder or a photo_search.milvus.Server. Raises InputError."""
+    return open_index(location) if isinstance(location, str | os.PathLike) else location.open()
 
 
 def read_sketch(path):
-    """A drawing as an RGB PIL.Image. Raises InputError if it cannot be read, or shows nothing."""
+    """Read a sketch as RGB PIL.Image. Raises InputError if it cannot be read, or is blank."""
     try:
         image = read_rgb(path, exif_transpose=True)
     except InputError as error:
@@ -109,6 +109,6 @@ def check_drawn(image, name):
         raise InputError(f"{name}: the sketch is {kind}; draw dark lines on light paper")
 
 
-def is_missing(match):
-    """Whether a photo that was found is no longer there."""
-    return not os.path.isfile(match.path)
+def is_missing(hit):
+    """Whether the file of a search hit does not exist any more."""
+    return not os.path.isfile(hit.path)

@@ -26,23 +26,23 @@ class PageEncoder(FakeEncoder):
         return self.embed(stack([resize(image, self.metadata["input_size"]) for image in images]))
 
 
-def shelf_of(folder, monkeypatch):
+def reloading_index_of(folder, monkeypatch):
     """A ReloadingIndex whose network is a PageEncoder."""
     monkeypatch.setattr(page_server, "open_searcher", lambda folder, *_: Searcher(open_index(folder), PageEncoder()))
     return ReloadingIndex(folder)
 
 
-def visitor(shelf, host=f"127.0.0.1:{PORT}", **more):
+def visitor(reloading, host=f"127.0.0.1:{PORT}", **more):
     """A client of the page of a ReloadingIndex."""
-    return TestClient(create_app(shelf, PORT, **more), base_url=f"http://{host}", follow_redirects=False)
+    return TestClient(create_app(reloading, PORT, **more), base_url=f"http://{host}", follow_redirects=False)
 
 
 @contextmanager
-def served(shelf, **more):
+def served(reloading, **more):
     """Serve a page as the command does; yields its port, which takes connections from the start."""
     with page_server._listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        server = uvicorn.Server(page_server._config(create_app(shelf, port, **more)))
+        server = uvicorn.Server(page_server._config(create_app(reloading, port, **more)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -11,7 +11,7 @@ import zlib
 
 import pytest
 from albums import FakeEncoder, update, write_album, write_photo
-from pages import PORT, drawing, say, served, shelf_of, visitor
+from pages import PORT, drawing, reloading_index_of, say, served, visitor
 from PIL import Image
 
 from photo_search.photos import MAX_UPLOAD_BYTES
@@ -31,13 +31,13 @@ def index(tmp_path_factory):
 
 
 @pytest.fixture
-def shelf(index, monkeypatch):
-    return shelf_of(index, monkeypatch)
+def reloading(index, monkeypatch):
+    return reloading_index_of(index, monkeypatch)
 
 
 @pytest.fixture
-def client(shelf):
-    return visitor(shelf)
+def client(reloading):
+    return visitor(reloading)
 
 
 def refused(answer, status):
@@ -60,16 +60,16 @@ NUMBERS = ["-1", "6", "1e0", "0x1", "٣", "1.0", "+1", "%201", "1%00", "9" * 500
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number[:12])
 @pytest.mark.parametrize("kind", ["photo", "thumbnail"])
-def test_only_numbers_of_photos_lead_to_photos(client, shelf, kind, number):
-    assert refused(client.get(f"/{kind}/{shelf.now().stamp}/{number}"), 404)
+def test_only_numbers_of_photos_lead_to_photos(client, reloading, kind, number):
+    assert refused(client.get(f"/{kind}/{reloading.latest().version}/{number}"), 404)
 
 
 PATHS = ["/../../etc/passwd", "/photo/../../../etc/passwd", "/photo//etc/passwd", "//etc/passwd", "/page.html",
          "/photo/%2e%2e/%2e%2e/etc/passwd", "http://other/", "*"]  # fmt: skip
 
 
-def test_paths_lead_nowhere(shelf):
-    with served(shelf) as port:
+def test_paths_lead_nowhere(reloading):
+    with served(reloading) as port:
         for path in PATHS:
             answer = say(port, [head(port, f"GET {path} HTTP/1.1", "Connection: close")])
             assert re.match(rb"HTTP/1.1 4\d\d ", answer) and b"root:" not in answer, (path, answer)
@@ -93,8 +93,8 @@ def test_the_names_of_this_machine_are_its_hosts(client, host):
     assert client.post("/find", content=drawing(), headers=headers).status_code == 200
 
 
-def test_two_hosts_or_none_are_refused(shelf):
-    with served(shelf) as port:
+def test_two_hosts_or_none_are_refused(reloading):
+    with served(reloading) as port:
         own = f"Host: 127.0.0.1:{port}\r\n"
         for hosts in (own + own, "Host: evil.example\r\n" + own, ""):
             answer = say(port, [f"GET /about HTTP/1.1\r\n{hosts}Connection: close\r\n\r\n".encode()])
@@ -126,8 +126,8 @@ def test_other_methods_are_refused(client):
         assert refused(client.request(method, path), 405)
 
 
-def test_with_a_token_whoever_shows_it_comes_in(shelf):
-    client = visitor(shelf, host="album.example:9000", token=TOKEN)
+def test_with_a_token_whoever_shows_it_comes_in(reloading):
+    client = visitor(reloading, host="album.example:9000", token=TOKEN)
     for path in (
         "/",
         "/about",
@@ -148,7 +148,7 @@ def test_with_a_token_whoever_shows_it_comes_in(shelf):
     assert client.post("/find", content=drawing(), headers=own).status_code == 200
     refused(client.post("/find", content=drawing(), headers={"Origin": "http://evil.example"}), 403)
     for value in ("", TOKEN, "é", "0" * 64):
-        refused(visitor(shelf, token=TOKEN).get("/about", headers={"Cookie": f"page{PORT}={value}".encode()}), 401)
+        refused(visitor(reloading, token=TOKEN).get("/about", headers={"Cookie": f"page{PORT}={value}".encode()}), 401)
 
 
 def chunk(kind, content):
@@ -201,8 +201,8 @@ def too_much(port, sent):
         yield b"%x\r\n" % CHUNK + bytes(CHUNK) + b"\r\n"
 
 
-def test_what_is_too_large_is_cut_off(shelf):
-    with served(shelf) as port:
+def test_what_is_too_large_is_cut_off(reloading):
+    with served(reloading) as port:
         answer = say(port, [head(port, "POST /find HTTP/1.1", f"Content-Length: {MAX_UPLOAD_BYTES + 1}")])
         assert answer.startswith(b"HTTP/1.1 413 ") and b"at most 4 MB" in answer  # before any of it came
         sent = []
@@ -212,15 +212,15 @@ def test_what_is_too_large_is_cut_off(shelf):
         assert say(port, [head(port, "GET /about HTTP/1.1", "Connection: close")]).startswith(b"HTTP/1.1 200 ")
 
 
-def test_what_comes_too_slowly_is_given_up(shelf):
-    with served(shelf, timeout=PATIENCE) as port:
+def test_what_comes_too_slowly_is_given_up(reloading):
+    with served(reloading, timeout=PATIENCE) as port:
         for length in ("Content-Length: 1000", "Transfer-Encoding: chunked"):
             answer = say(port, [head(port, "POST /find HTTP/1.1", length), b"5\r\nhello"])
             assert answer.startswith(b"HTTP/1.1 408 ") and b"did not come within 0.3 seconds" in answer
 
 
-def test_refused_bodies_are_not_read(shelf):
-    with served(shelf) as port:
+def test_refused_bodies_are_not_read(reloading):
+    with served(reloading) as port:
         for lines in (
             ("POST /find HTTP/1.1", "Origin: http://evil.example"),
             ("PUT /about HTTP/1.1",),
@@ -230,8 +230,8 @@ def test_refused_bodies_are_not_read(shelf):
             assert re.match(rb"HTTP/1.1 40[345] ", answer) and b"connection: close" in answer.lower()
 
 
-def test_whoever_goes_away_leaves_nothing(shelf, capfd):
-    with served(shelf) as port:
+def test_whoever_goes_away_leaves_nothing(reloading, capfd):
+    with served(reloading) as port:
         for body in (drawing(), drawing()[:50]):
             for _ in range(5):
                 with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -250,8 +250,8 @@ def bad_requests(port):
     yield head(port, "GET /about HTTP/1.1", "Upgrade: websocket", "Connection: Upgrade")
 
 
-def test_no_request_leaves_a_traceback(shelf, capfd):
-    with served(shelf) as port:
+def test_no_request_leaves_a_traceback(reloading, capfd):
+    with served(reloading) as port:
         for request in bad_requests(port):
             with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
                 connection.sendall(request)
@@ -270,37 +270,39 @@ def tampered(index, folder, **metadata):
 
 
 def test_an_index_that_names_other_folders_gives_none_of_its_photos(index, tmp_path, monkeypatch):
-    shelf = shelf_of(tampered(index, tmp_path / "index", folders=["/etc", "/proc", "", "."]), monkeypatch)
+    reloading = reloading_index_of(tampered(index, tmp_path / "index", folders=["/etc", "/proc", "", "."]), monkeypatch)
     for row in range(6):
-        assert "no longer there" in refused(visitor(shelf).get(f"/photo/{shelf.now().stamp}/{row}"), 404)
+        assert "does not exist any more" in refused(
+            visitor(reloading).get(f"/photo/{reloading.latest().version}/{row}"), 404
+        )
 
 
 def test_a_damaged_index_is_told(index, tmp_path, monkeypatch):
     folder = tampered(index, tmp_path / "index")
-    shelf = shelf_of(folder, monkeypatch)
+    reloading = reloading_index_of(folder, monkeypatch)
     (folder / "index.json").write_text("{")
-    assert "damaged index" in refused(visitor(shelf).get("/about"), 503)
+    assert "damaged index" in refused(visitor(reloading).get("/about"), 503)
 
 
 def test_files_that_became_others_are_harmless(tmp_path, monkeypatch):
     write_album(tmp_path / "album", 6)
     update(tmp_path / "index", FakeEncoder(), tmp_path / "album")
-    shelf = shelf_of(tmp_path / "index", monkeypatch)
-    index, client = shelf.now().finder.index, visitor(shelf)
+    reloading = reloading_index_of(tmp_path / "index", monkeypatch)
+    index, client = reloading.latest().searcher.index, visitor(reloading)
     others = [SVG, b"<html><script>alert(1)</script>", b"", b"\x89PNG\r\n\x1a\n<script>alert(1)</script>"]
     for row, content in enumerate(others):
         with open(index.path(row), "wb") as file:
             file.write(content)
     for row in range(3):
-        assert "this photo cannot be shown" in refused(client.get(f"/photo/{shelf.now().stamp}/{row}"), 404)
-    answer = client.get(f"/photo/{shelf.now().stamp}/3")
+        assert "this photo cannot be shown" in refused(client.get(f"/photo/{reloading.latest().version}/{row}"), 404)
+    answer = client.get(f"/photo/{reloading.latest().version}/3")
     assert answer.headers["content-type"] == "image/png" and answer.headers["x-content-type-options"] == "nosniff"
     os.remove(index.path(4))
     os.mkfifo(index.path(4))
     os.remove(index.path(5))
     os.mkdir(index.path(5))
     for row in (4, 5):
-        assert "no longer there" in refused(client.get(f"/photo/{shelf.now().stamp}/{row}"), 404)
+        assert "does not exist any more" in refused(client.get(f"/photo/{reloading.latest().version}/{row}"), 404)
 
 
 def test_names_of_any_bytes_are_data(tmp_path, monkeypatch):
@@ -315,8 +317,8 @@ def test_names_of_any_bytes_are_data(tmp_path, monkeypatch):
         name = name if name.endswith(b".png") else name + b".png"
         write_photo(tmp_path / "album" / os.fsdecode(name), seed)
     update(tmp_path / "index", FakeEncoder(), tmp_path / "album")
-    shelf = shelf_of(tmp_path / "index", monkeypatch)
-    answer = visitor(shelf).post("/find", content=drawing())
+    reloading = reloading_index_of(tmp_path / "index", monkeypatch)
+    answer = visitor(reloading).post("/find", content=drawing())
     assert answer.headers["content-type"] == "application/json"
     expected = {os.fsencode(name).decode("utf-8", "replace") for name in os.listdir(tmp_path / "album")}
     assert {each["name"] for each in answer.json()["found"]} == expected and len(expected) == 5

@@ -8,7 +8,7 @@ import torch
 
 from models.eval import matching
 from photo_search import cells as search_cells
-from photo_search.cells import Cells, Nearest, search
+from photo_search.cells import Cells, Nearest, find_nearest
 
 WEIGHTS = (0, 0.2, 0.8, 1)  # of the cluster distance
 
@@ -23,9 +23,9 @@ def build(features, codebook, places=None):
     order, codes, ends = search_cells.sort_by_cell(codes)
     basis = search_cells.fit_pca_basis(features)
     features = features[order]
-    outlines = search_cells.project_features(features, basis)
-    balls = search_cells.bounding_spheres(outlines, ends)
-    return Cells(features, order.astype(np.int32), codebook, codes, ends, *balls, basis, outlines), order
+    projections = search_cells.project_features(features, basis)
+    spheres = search_cells.bounding_spheres(projections, ends)
+    return Cells(features, order.astype(np.int32), codebook, codes, ends, *spheres, basis, projections), order
 
 
 def brute_force(features, codebook, query, k, weight, photos=None):
@@ -90,7 +90,7 @@ def test_search_equals_brute_force(name, features, subspaces, clusters):
     for query in queries(features, rng):
         for weight in WEIGHTS if subspaces else (0,):
             for k in (1, 20, 2 * len(features)):
-                found = search(cells, query, k, weight)
+                found = find_nearest(cells, query, k, weight)
                 photos, scores = brute_force(features, codebook, query, k, weight)
                 np.testing.assert_array_equal(order[found.rows], photos)
                 np.testing.assert_allclose(found.scores, scores, rtol=0, atol=1e-14)
@@ -109,7 +109,7 @@ def test_search_among_some_photos_equals_brute_force_over_them(name, features, s
     for query in queries(features, rng):
         for weight in WEIGHTS:
             for k in (1, 20, len(features)):
-                found = search(cells, query, k, weight, allowed)
+                found = find_nearest(cells, query, k, weight, allowed)
                 photos, scores = brute_force(features, codebook, query, k, weight, order[allowed])
                 np.testing.assert_array_equal(order[found.rows], photos)
                 np.testing.assert_allclose(found.scores, scores, rtol=0, atol=1e-14)
@@ -126,12 +126,11 @@ def test_scores_are_those_of_matching():
     cluster = matching.cluster_distances(query, words, members)
     distances = matching.euclidean_distances(query, gallery)
     fused = matching.fused_scores(cluster, distances)[0].numpy()
-    found = search(cells, features[0], 400)
+    found = find_nearest(cells, features[0], 400, matching.CLUSTER_WEIGHT)
     np.testing.assert_allclose(found.scores, fused[order[found.rows]], atol=1e-7)  # at d = 0 the product rounds most
     np.testing.assert_allclose(found.scores[1:], fused[order[found.rows]][1:], atol=1e-13)
     np.testing.assert_allclose(found.cluster_distances, cluster[0, order[found.rows]], atol=1e-13)
     np.testing.assert_allclose(found.distances[1:], distances[0, order[found.rows]][1:], atol=1e-13)
-    assert search_cells.CLUSTER_WEIGHT == matching.CLUSTER_WEIGHT
 
 
 def test_most_photos_of_other_clusters_are_left_out():
@@ -140,12 +139,12 @@ def test_most_photos_of_other_clusters_are_left_out():
     starts = features[:40].reshape(40, 2, 64).swapaxes(0, 1)
     cells, _ = build(features, np.ascontiguousarray(starts))
     for weight, most in ((0.8, 0.2), (0, 0.3)):
-        found = search(cells, features[7], 20, weight)
+        found = find_nearest(cells, features[7], 20, weight)
         assert 20 <= found.scanned < most * len(features)
 
 
 def test_bounds_hold():
-    """No photo is nearer than its cell's ball and its outline say, but for rounding."""
+    """No photo is nearer than the bounds of its cell and of its projection, except for rounding."""
     rng = np.random.default_rng(4)
     features = clustered(rng, 2000, 96)
     cells, _ = build(features, np.ascontiguousarray(features[:9].reshape(9, 2, 48).swapaxes(0, 1)))
@@ -162,5 +161,5 @@ def test_features_that_are_not_finite_are_an_error():
     cells, _ = build(unit(np.random.default_rng(5).normal(size=(50, 8))), np.empty((0, 0, 0), np.float32))
     sick = dataclasses.replace(cells, features=cells.features * np.float32("nan"))
     with pytest.raises(ValueError, match="not finite"):
-        search(sick, cells.features[0], 3, 0)
-    assert isinstance(search(cells, cells.features[0], 3, 0), Nearest)
+        find_nearest(sick, cells.features[0], 3, 0)
+    assert isinstance(find_nearest(cells, cells.features[0], 3, 0), Nearest)

@@ -226,14 +226,14 @@ def test_a_sheet_without_lines_is_refused(image):
 def test_a_finder_cleans_up_unless_told_not_to(tmp_path):
     network = Seeing()
     update(tmp_path / "index", network, write_album(tmp_path / "album"))
-    finder, image = Searcher(open_index(tmp_path / "index"), network), drawing(width=8)
-    cleaned = finder.find(image)
+    searcher, image = Searcher(open_index(tmp_path / "index"), network), drawing(width=8)
+    cleaned = searcher.find(image)
     assert network.images[-1].tobytes() == clean_up(image).tobytes()
-    as_drawn = finder.find(image, as_drawn=True)
+    as_drawn = searcher.find(image, as_drawn=True)
     assert network.images[-1] is image and cleaned != as_drawn
-    assert finder.find(clean_up(image), as_drawn=True) == cleaned
+    assert searcher.find(clean_up(image), as_drawn=True) == cleaned
     with pytest.raises(InputError, match="the sketch: no line"):
-        finder.find(Image.new("RGB", (9, 9), "white"))
+        searcher.find(Image.new("RGB", (9, 9), "white"))
 
 
 class Seeing(FakeEncoder):

@@ -19,7 +19,7 @@ from albums import FakeEncoder, update, write_album, write_photo
 from test_cells import clustered
 
 from photo_search.index import RECORD, open_index, write_index
-from photo_search.search import Searcher, open_location
+from photo_search.search import Searcher, open_index_at
 from utils.cli import InputError
 
 pytest.importorskip("pymilvus", reason="pymilvus is not installed (requirements-milvus.txt)")
@@ -27,7 +27,7 @@ pytest.importorskip("milvus_lite", reason="milvus-lite is not installed (require
 
 from pymilvus import DataType
 
-from photo_search import milvus, publish
+from photo_search import milvus, milvus_publish
 from photo_search.milvus import Server, open_milvus
 
 NPY = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<i8', 'fortran_order': False, 'shape': (%s,), }".ljust(120) + b"\n"
@@ -93,7 +93,7 @@ def uri(lite):
 def kept(lite, tmp_path_factory):
     """(Index, Server) of 60 photos, to be left as they are."""
     own, server = write(tmp_path_factory.mktemp("kept"), *gallery(60)), Server(lite.uri, "kept")
-    publish.publish(server, own)
+    milvus_publish.publish(server, own)
     return own, server
 
 
@@ -137,7 +137,7 @@ def test_milvus_finds_what_the_index_on_disk_finds(where, uri, tmp_path):
     features, codebook = gallery()
     own = write(tmp_path / "index", features, codebook)
     uri = uri if where == "server" else str(tmp_path / "photos.db")
-    assert publish.publish(Server(uri), own)
+    assert milvus_publish.publish(Server(uri), own)
     there = open_milvus(uri)
     assert len(there) == 1500 and there.clusters == (2, 30) and there.metadata["folders"] == ["/photos"]
     rng = np.random.default_rng(1)
@@ -160,7 +160,7 @@ def test_milvus_finds_what_the_index_on_disk_finds(where, uri, tmp_path):
 def test_a_search_may_be_kept_to_a_range_of_rows(uri, tmp_path):
     features, codebook = gallery(400)
     own = write(tmp_path / "index", features, codebook)
-    publish.publish(Server(uri), own)
+    milvus_publish.publish(Server(uri), own)
     there = open_milvus(uri)
     allowed = range(100, 180)
     within = (own.cells.path_order >= 100) & (own.cells.path_order < 180)
@@ -175,7 +175,7 @@ def test_a_killed_server_is_one_line_and_a_restarted_one_goes_on(tmp_path, monke
     own = write(tmp_path / "index", features, codebook)
     server = LiteServer(tmp_path / "data")
     try:
-        publish.publish(Server(server.uri), own)
+        milvus_publish.publish(Server(server.uri), own)
         there = Searcher(open_milvus(server.uri), None)
         before = there.find_features(features[7])
         server.kill()
@@ -213,18 +213,18 @@ def on_disk(folder):
 def test_milvus_follows_the_index_on_disk(uri, tmp_path):
     album, folder, network = write_album(tmp_path / "album"), tmp_path / "index", FakeEncoder()
     update(folder, network, album, clusters=3)
-    assert publish.publish(Server(uri), open_index(folder))
+    assert milvus_publish.publish(Server(uri), open_index(folder))
     assert photos_of(uri) == on_disk(folder) and len(on_disk(folder)) == 12
     before = names(uri)
     update(folder, network, album)
-    assert not publish.publish(Server(uri), open_index(folder))  # nothing has changed
+    assert not milvus_publish.publish(Server(uri), open_index(folder))  # nothing has changed
     assert names(uri) == before and len(before) == 2
     (album / "3.png").unlink()
     write_photo(album / "new.png", 99)
     write_photo(album / os.fsdecode(b"\xff\n.png"), 98)
     update(folder, network, album, clusters=2, refit=True)
     old = open_milvus(uri)
-    assert publish.publish(Server(uri), open_index(folder))
+    assert milvus_publish.publish(Server(uri), open_index(folder))
     assert photos_of(uri) == on_disk(folder) and open_milvus(uri).clusters == (2, 2)
     assert len(names(uri)) == 2 and network.seen == 14
     refused(lambda: old.path(0), f"photo_index at {uri}: the photos were indexed again, or removed; search again")
@@ -237,7 +237,7 @@ class Died(BaseException):
 def test_a_writer_that_dies_leaves_the_old_photos(uri, tmp_path, monkeypatch):
     album, folder, network = write_album(tmp_path / "album", 4), tmp_path / "index", FakeEncoder()
     update(folder, network, album, clusters=2)
-    publish.publish(Server(uri), open_index(folder))
+    milvus_publish.publish(Server(uri), open_index(folder))
     before = photos_of(uri)
     write_photo(album / "new.png", 99)
     update(folder, network, album)
@@ -256,13 +256,13 @@ def test_a_writer_that_dies_leaves_the_old_photos(uri, tmp_path, monkeypatch):
 
         monkeypatch.setattr(server, "_call", dying)
         try:
-            publish.publish(server, open_index(folder))
+            milvus_publish.publish(server, open_index(folder))
         except Died:
             assert photos_of(uri) in (before, on_disk(folder))
         if len(photos_of(uri)) == 5:  # all that is left is to drop the old one
             break
     assert calls > 8
-    publish.publish(Server(uri), open_index(folder))
+    milvus_publish.publish(Server(uri), open_index(folder))
     assert photos_of(uri) == on_disk(folder) and len(names(uri)) == 2
 
 
@@ -270,18 +270,18 @@ def test_photos_of_others_are_left_alone(uri, tmp_path, monkeypatch):
     features, codebook = gallery(60)
     own, other = (write(tmp_path / name, features, codebook) for name in ("own", "other"))
     server = Server(uri)
-    publish.publish(server, own)
-    for action in (publish.check_own, publish.publish):
-        refused(lambda action=action: action(server, other.folder if action is publish.check_own else other),
+    milvus_publish.publish(server, own)
+    for action in (milvus_publish.check_own, milvus_publish.publish):
+        refused(lambda action=action: action(server, other.folder if action is milvus_publish.check_own else other),
                 "holds the photos of another index than", "name another --collection")  # fmt: skip
     assert len(open_milvus(uri)) == 60 and len(names(uri)) == 2
-    monkeypatch.setattr(publish, "check_own", lambda *_: None)  # as if it had come while they were written
+    monkeypatch.setattr(milvus_publish, "check_own", lambda *_: None)  # as if it had come while they were written
     monkeypatch.setattr(Server, "current", lambda self: None)
-    refused(lambda: publish.publish(server, other), "alias")
+    refused(lambda: milvus_publish.publish(server, other), "alias")
     assert len(names(uri)) == 2
     monkeypatch.undo()
-    assert open_milvus(uri).generation.startswith(f"photo_index_{publish._mark(own.folder)}")
-    publish.publish(Server(uri, "others"), other)
+    assert open_milvus(uri).generation.startswith(f"photo_index_{milvus_publish._mark(own.folder)}")
+    milvus_publish.publish(Server(uri, "others"), other)
     assert len(open_milvus(uri)) == len(open_milvus(uri, "others")) == 60
 
 
@@ -293,9 +293,9 @@ def test_one_process_publishes_an_index(uri, tmp_path):
         cwd=ROOT,
     )  # fmt: skip
     assert holder.stdout.readline() == "holding\n"
-    refused(lambda: publish.publish(Server(uri), own), "is publishing there; wait until it ends")
+    refused(lambda: milvus_publish.publish(Server(uri), own), "is publishing there; wait until it ends")
     holder.communicate()
-    assert publish.publish(Server(uri), own)
+    assert milvus_publish.publish(Server(uri), own)
 
 
 HOLDS = """
@@ -314,11 +314,11 @@ def test_a_collection_of_something_else_is_refused(uri, tmp_path):
     refused(lambda: open_milvus(uri), "was not created by search_photos.py; name another --collection")
     features, codebook = gallery(60)
     own = write(tmp_path / "index", features, codebook)
-    refused(lambda: publish.publish(Server(uri), own), "was not created by search_photos.py")
+    refused(lambda: milvus_publish.publish(Server(uri), own), "was not created by search_photos.py")
     client.rename_collection("photo_index", "cats")
     client.create_alias("cats", "photo_index")
     refused(lambda: open_milvus(uri), "was not created by search_photos.py; name another --collection")
-    refused(lambda: publish.publish(Server(uri), own), "was not created by search_photos.py")
+    refused(lambda: milvus_publish.publish(Server(uri), own), "was not created by search_photos.py")
     assert names(uri) == ["cats"]
 
 
@@ -371,13 +371,13 @@ DAMAGES = {
     "an endless array": (table("ends", NPY % b"1000000000000"), "("),
     "other numbers": (table("ends", np.float32([60])), "ends holds other values"),
     "cells without end": (table("ends", np.array([10**12])), "do not fit together"),
-    "balls of no size": (table("radii", np.float32([np.nan])), "do not fit together"),
+    "spheres of no size": (table("radii", np.float32([np.nan])), "do not fit together"),
     "folders that are none": (said(lambda text: json.dumps(json.loads(text) | {"folders": [["a", 0, 0, 61]]})), "none"),
     "folders of nothing": (said(lambda text: json.dumps(json.loads(text) | {"folders": [["a", 0, 5, 5]]})), "empty"),
     "another codebook": (table("codebook", gallery(60)[1][:, ::-1].copy()), "in the cells of another codebook"),
     "another width in words": (metadata(width=33), "do not fit together"),
     "a photo is gone": (photos(count=59), "59 photos, not 60"),
-    "vectors of another width": (photos(width=16), "features of 16 values, where 32 are told of"),
+    "vectors of another width": (photos(width=16), "features of 16 values, not 32"),
     "other fields": (photos(without="thumbnail"), "other fields"),
     "a search that is not exact": (photos("HNSW"), "its search is not exact"),
     "another metric": (photos(metric="IP"), "its search is not exact"),
@@ -407,10 +407,10 @@ def test_the_page_shows_what_is_in_milvus(uri, tmp_path, monkeypatch):
 
     from photo_search import server
 
-    monkeypatch.setattr(server, "open_searcher", lambda place, *_: Searcher(open_location(place), PageEncoder()))
+    monkeypatch.setattr(server, "open_searcher", lambda place, *_: Searcher(open_index_at(place), PageEncoder()))
     album, folder, network = write_album(tmp_path / "album", 12), tmp_path / "index", PageEncoder()
     update(folder, network, album, clusters=2)
-    publish.publish(Server(uri), open_index(folder))
+    milvus_publish.publish(Server(uri), open_index(folder))
     one, other = (visitor(server.ReloadingIndex(place)) for place in (folder, Server(uri)))
     about = [each.get("/about").json() for each in (one, other)]
     stamp = about[1].pop("index")
@@ -427,7 +427,7 @@ def test_the_page_shows_what_is_in_milvus(uri, tmp_path, monkeypatch):
     assert other.get(f"/photo/{stamp}/{photo}").content == Path(found[1][0]["path"]).read_bytes()
     write_photo(album / "new.png", 99)
     update(folder, network, album)
-    publish.publish(Server(uri), open_index(folder))
+    milvus_publish.publish(Server(uri), open_index(folder))
     assert other.get("/about").json()["photos"] == 13 and other.get(f"/thumbnail/{stamp}/{photo}").status_code == 410
     Server(uri).client.drop_alias("photo_index")
     assert other.get("/about").status_code == 503
@@ -492,7 +492,7 @@ def test_addresses_that_are_none(uri, told, tmp_path, monkeypatch):
     with pytest.raises(InputError) as error:
         open_milvus(uri)
     assert "secret" not in str(error.value)
-    refused(lambda: Server("none/photos.db"), "its folder is not there; make it, or correct --uri")
+    refused(lambda: Server("none/photos.db"), "its folder does not exist; make it, or correct --uri")
 
 
 def test_names_that_are_none():

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from albums import FakeEncoder, update, write_album, write_photo
-from pages import drawing, shelf_of, visitor
+from pages import drawing, reloading_index_of, visitor
 from PIL import Image
 
 import search_photos
@@ -36,13 +36,13 @@ def index(album, tmp_path):
 
 
 @pytest.fixture
-def shelf(index, monkeypatch):
-    return shelf_of(index, monkeypatch)
+def reloading(index, monkeypatch):
+    return reloading_index_of(index, monkeypatch)
 
 
 @pytest.fixture
-def client(shelf):
-    return visitor(shelf)
+def client(reloading):
+    return visitor(reloading)
 
 
 def find(client, body=b"", **options):
@@ -79,15 +79,17 @@ def test_the_page_is_one_file_that_may_run_its_own_script_alone(client):
 
 
 @pytest.mark.parametrize("matching", [None, "one-to-one", "one-to-many"])
-def test_a_drawing_finds_what_the_finder_finds(client, shelf, matching):
-    finder, options = shelf.now().finder, {"matching": matching} if matching else {}
+def test_a_drawing_finds_what_the_finder_finds(client, reloading, matching):
+    searcher, options = reloading.latest().searcher, {"matching": matching} if matching else {}
     answer = find(client, drawing(), k=7, **options)
-    assert told(answer) == as_found(finder.find(read_drawing(drawing()), 7, matching))
+    assert told(answer) == as_found(searcher.find(read_drawing(drawing()), 7, matching))
     assert answer["matching"] == (matching or "one-to-many")
     as_drawn = find(client, drawing(), k=7, as_drawn=1, **options)
-    assert told(as_drawn) == as_found(finder.find(read_drawing(drawing()), 7, matching, as_drawn=True)) != told(answer)
+    assert (
+        told(as_drawn) == as_found(searcher.find(read_drawing(drawing()), 7, matching, as_drawn=True)) != told(answer)
+    )
     for each in answer["found"]:
-        path = finder.index.path(each["photo"])
+        path = searcher.index.path(each["photo"])
         assert (each["path"], each["name"]) == (path, os.path.basename(path))
 
 
@@ -98,51 +100,51 @@ def test_pictures_of_other_forms_are_drawings_too(client, form, mode):
     assert len(find(client, drawing(form, mode=mode), k=3)["found"]) == 3
 
 
-def test_a_photo_finds_photos_like_it(client, shelf):
-    finder = shelf.now().finder
+def test_a_photo_finds_photos_like_it(client, reloading):
+    searcher = reloading.latest().searcher
     for row in (0, 11, 23):
         answer = find(client, photo=row, k=5)
-        matches = finder.find_features(finder.index.cells.features[row], 6)
+        matches = searcher.find_features(searcher.index.cells.features[row], 6)
         assert matches[0].row == row  # which is left out
         assert told(answer) == as_found(matches[1:])
-    assert len(find(client, photo=3, k=200)["found"]) == len(finder.index) - 1
+    assert len(find(client, photo=3, k=200)["found"]) == len(searcher.index) - 1
 
 
-def test_a_photo_and_a_drawing_find_what_is_between_them(client, shelf):
-    finder = shelf.now().finder
-    one, other = finder.index.features_of([5])[0], finder.network.features([clean_up(read_drawing(drawing()))])[0]
+def test_a_photo_and_a_drawing_find_what_is_between_them(client, reloading):
+    searcher = reloading.latest().searcher
+    one, other = searcher.index.features_of([5])[0], searcher.encoder.features([clean_up(read_drawing(drawing()))])[0]
     middle = (one + other) / np.linalg.norm(one + other)
-    expected = [match for match in finder.find_features(middle, 8) if match.row != 5][:7]
+    expected = [match for match in searcher.find_features(middle, 8) if match.row != 5][:7]
     answer = find(client, drawing(), photo=5, k=7)
     assert [each["photo"] for each in answer["found"]] == [match.row for match in expected]
     assert [each["score"] for each in answer["found"]] == pytest.approx([match.score for match in expected], abs=1e-6)
 
 
-def test_the_weight_of_the_cluster_distance_is_chosen(client, shelf):
-    finder = shelf.now().finder
+def test_the_weight_of_the_cluster_distance_is_chosen(client, reloading):
+    searcher = reloading.latest().searcher
     assert client.get("/about").json()["cluster_weight"] == DEFAULT_CLUSTER_WEIGHT
     for weight in ("0", "0.2", ".45", "0.8", "1"):
         answer = find(client, drawing(), k=9, weight=weight)
-        assert told(answer) == as_found(finder.find(read_drawing(drawing()), 9, weight=float(weight)))
+        assert told(answer) == as_found(searcher.find(read_drawing(drawing()), 9, weight=float(weight)))
         assert answer["cluster_weight"] == float(weight)
         for each in answer["found"]:
             score = float(weight) * each["cluster_distance"] + (1 - float(weight)) * each["distance"]
             assert each["score"] == pytest.approx(score, abs=1e-6)
 
 
-def test_copies_of_a_photo_have_one_digest(client, shelf, album, index):
-    shutil.copy(shelf.now().finder.index.path(0), album / "b" / "a copy.png")
+def test_copies_of_a_photo_have_one_digest(client, reloading, album, index):
+    shutil.copy(reloading.latest().searcher.index.path(0), album / "b" / "a copy.png")
     update(index, FakeEncoder(), album)
     digests = [each["digest"] for each in find(client, drawing(), k=200)["found"]]
     assert len(digests) == 25 and len(set(digests)) == 24
 
 
-def test_a_search_can_be_kept_to_a_folder(client, shelf, album):
-    finder, about = shelf.now().finder, client.get("/about").json()
+def test_a_search_can_be_kept_to_a_folder(client, reloading, album):
+    searcher, about = reloading.latest().searcher, client.get("/about").json()
     assert about["photos"] == 24 and about["matchings"] == ["one-to-one", "one-to-many"]
     folders = [(each["name"], each["depth"], each["photos"]) for each in about["folders"]]
     assert folders == [("album", 0, 24), ("a", 1, 8), ("b", 1, 8), ("c", 2, 8)]
-    every = finder.find(read_drawing(drawing()), 24)
+    every = searcher.find(read_drawing(drawing()), 24)
     for place, folder in enumerate((album, album / "a", album / "b", album / "b/c")):
         inside = [match for match in every if match.path.startswith(f"{folder}{os.sep}")]
         assert inside and told(find(client, drawing(), k=24, folder=place)) == as_found(inside)
@@ -169,8 +171,8 @@ def test_folders_hold_the_photos_whose_paths_begin_with_them(tmp_path):
         assert folder.rows(index).tolist() == inside and any(inside)
 
 
-def test_photos_and_thumbnails_come_by_number(client, shelf):
-    index, stamp = shelf.now().finder.index, shelf.now().stamp
+def test_photos_and_thumbnails_come_by_number(client, reloading):
+    index, stamp = reloading.latest().searcher.index, reloading.latest().version
     for row in range(24):
         small = client.get(f"/thumbnail/{stamp}/{row}")
         assert small.content == index.thumbnail(row) and small.headers["content-type"] == "image/jpeg"
@@ -187,9 +189,9 @@ def test_what_browsers_do_not_show_is_converted(tmp_path, monkeypatch):
     Image.fromarray(pixels).save(tmp_path / "album/photo.tif")
     Image.fromarray(pixels).save(tmp_path / "album/named so.png", "BMP")
     update(tmp_path / "index", FakeEncoder(), tmp_path / "album")
-    shelf = shelf_of(tmp_path / "index", monkeypatch)
+    reloading = reloading_index_of(tmp_path / "index", monkeypatch)
     for row in range(2):
-        answer = visitor(shelf).get(f"/photo/{shelf.now().stamp}/{row}")
+        answer = visitor(reloading).get(f"/photo/{reloading.latest().version}/{row}")
         assert answer.headers["content-type"] == "image/jpeg"
         with Image.open(io.BytesIO(answer.content), formats=["JPEG"]) as image:
             assert image.size == (2048, 41)
@@ -197,19 +199,19 @@ def test_what_browsers_do_not_show_is_converted(tmp_path, monkeypatch):
             assert np.abs(np.asarray(image, int) - np.asarray(wanted, int)).mean() < 3
 
 
-def test_a_photo_that_is_gone_is_told(client, shelf):
-    index, stamp = shelf.now().finder.index, shelf.now().stamp
+def test_a_photo_that_is_gone_is_told(client, reloading):
+    index, stamp = reloading.latest().searcher.index, reloading.latest().version
     os.remove(index.path(5))
     answer = client.get(f"/photo/{stamp}/5")
     assert answer.status_code == 404
-    assert answer.json() == {"error": "this photo is no longer there; index again to leave it out"}
+    assert answer.json() == {"error": "this photo does not exist any more; index again to remove it"}
     assert client.get(f"/thumbnail/{stamp}/5").status_code == 200
     with open(index.path(6), "wb") as file:
         file.write(b"no image")
     assert "this photo cannot be shown: " in client.get(f"/photo/{stamp}/6").json()["error"]
 
 
-def test_a_new_index_is_taken_while_the_page_is_open(client, shelf, album, index):
+def test_a_new_index_is_taken_while_the_page_is_open(client, reloading, album, index):
     before = client.get("/about").json()
     assert find(client, drawing(), index=before["index"])["index"] == before["index"]
     write_photo(album / "new" / "one.png", 99)
@@ -225,41 +227,41 @@ def test_a_new_index_is_taken_while_the_page_is_open(client, shelf, album, index
     assert answer.status_code == 503 and "no index of photos" in answer.json()["error"]
 
 
-def test_an_index_of_another_checkpoint_brings_its_network(index, shelf, album, monkeypatch):
-    first = shelf.now().finder.network
+def test_an_index_of_another_checkpoint_brings_its_network(index, reloading, album, monkeypatch):
+    first = reloading.latest().searcher.encoder
     write_photo(album / "new.png", 99)
     update(index, FakeEncoder(), album, clusters=3)
-    assert shelf.now().finder.network is first and len(shelf.now().finder.index) == 25
+    assert reloading.latest().searcher.encoder is first and len(reloading.latest().searcher.index) == 25
     for path in index.iterdir():
         path.unlink()
     update(index, FakeEncoder(sha256="cd" * 32), album)
-    assert shelf.now().finder.network is not first
+    assert reloading.latest().searcher.encoder is not first
 
 
-def test_several_threads_find_what_one_finds(shelf):
-    finder = shelf.now().finder
+def test_several_threads_find_what_one_finds(reloading):
+    searcher = reloading.latest().searcher
     images = [
         Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), np.uint8)) for seed in range(40)
     ]
     jobs = [(image, matching) for image in images for matching in ("one-to-one", "one-to-many")]
 
     def found(job):
-        return finder.find(job[0], 9, job[1], as_drawn=True)
+        return searcher.find(job[0], 9, job[1], as_drawn=True)
 
     alone = list(map(found, jobs))
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(found, jobs)) == alone
 
 
-def test_too_many_searches_at_once_are_put_off(shelf, monkeypatch):
+def test_too_many_searches_at_once_are_put_off(reloading, monkeypatch):
     monkeypatch.setattr(pages, "MAX_WAITING_REQUESTS", 0)
-    answer = visitor(shelf).post("/find", content=drawing())
+    answer = visitor(reloading).post("/find", content=drawing())
     assert answer.status_code == 503 and "too many searches" in answer.json()["error"]
 
 
-def test_every_search_makes_room_for_the_next(shelf, monkeypatch):
+def test_every_search_makes_room_for_the_next(reloading, monkeypatch):
     monkeypatch.setattr(pages, "MAX_WAITING_REQUESTS", 2)
-    client = visitor(shelf)
+    client = visitor(reloading)
     for body in [drawing(), b"no picture", bytes(MAX_UPLOAD_BYTES + 1)] * 3:
         client.post("/find", content=body)
     assert client.post("/find", content=drawing()).status_code == 200
@@ -290,7 +292,7 @@ def test_wrong_options_are_told(client, options, said):
 
 def test_an_index_without_clusters_has_one_matching(tmp_path, album, monkeypatch):
     update(tmp_path / "plain", FakeEncoder(), album)
-    client = visitor(shelf_of(tmp_path / "plain", monkeypatch))
+    client = visitor(reloading_index_of(tmp_path / "plain", monkeypatch))
     assert client.get("/about").json()["matchings"] == ["one-to-one"]
     assert find(client, drawing())["found"][0]["cluster_distance"] is None
     answer = client.post("/find", params={"matching": "one-to-many"}, content=drawing())
@@ -316,8 +318,8 @@ def test_the_command_is_refused_in_one_line(index, fails, monkeypatch):
     assert "pip install -r requirements-page.txt" in fails(search_photos.main, *own)
 
 
-def test_photos_outside_the_folders_of_the_index_are_not_sent(shelf, album, tmp_path):
-    index = shelf.now().finder.index
+def test_photos_outside_the_folders_of_the_index_are_not_sent(reloading, album, tmp_path):
+    index = reloading.latest().searcher.index
     outside = write_photo(tmp_path / "album-2" / "secret.png", 1)
     os.remove(index.path(3))
     os.symlink(outside, index.path(3))

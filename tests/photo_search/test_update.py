@@ -379,7 +379,7 @@ DAMAGES = {
     "cells that end nowhere": spoil_array("ends", put(-1, 10**12)),
     "cells backwards": spoil_array("ends", lambda array: -array),
     "codes of no word": spoil_array("codes", put(0, 9)),
-    "balls of no size": spoil_array("radii", put(0, np.nan)),
+    "spheres of no size": spoil_array("radii", put(0, np.nan)),
     "paths backwards": spoil_array("records", lambda array: put("path_end", array["path_end"][::-1].copy())(array)),
     "thumbnails nowhere": spoil_array("records", put("thumbnail", 2**62)),
 }

@@ -1,7 +1,7 @@
-"""A copy of an index on disk in Milvus, replaced as a whole; see photo_search.milvus for what is where.
+"""Writes a copy of an index on disk to Milvus, atomically; see photo_search.milvus for its collections.
 
-A writer puts a new generation beside the old one, points the alias to it, and drops the old one; one that dies leaves
-the old one current, and the next writer drops what it left.
+A writer adds a new generation, points the alias to it, and drops the old one. If it is killed, the old generation stays
+current, and the next writer drops the unfinished one.
 """
 
 import base64
@@ -20,11 +20,11 @@ from photo_search.milvus import BATCH_ROWS, CELL_ARRAYS, GENERATION, MARK, MILVU
 from utils.cli import InputError
 from utils.files import folder_lock, write_json
 
-MAX_TEXT_BYTES, PIECE_BYTES = 65_535, 60_000  # bytes of a text in Milvus at most, and of a piece
+MAX_TEXT_BYTES, PIECE_BYTES = 65_535, 60_000  # the limit of Milvus, and the size of a piece
 
 
 def check_own(server, folder):
-    """Raise InputError if the collection holds photos of another index than that in `folder`."""
+    """Raise InputError if the collection is a copy of another index than that in `folder`."""
     name = server.current()
     if name and name.rsplit("_", 1)[0] != f"{server.collection}_{_mark(folder)}":
         raise InputError(
@@ -33,9 +33,9 @@ def check_own(server, folder):
 
 
 def publish(server, index):
-    """Make what Milvus holds a copy of an Index on disk; returns whether it was another one.
+    """Make the collection a copy of an Index on disk; returns whether it was not one before.
 
-    Raises InputError as check_own does, and where another process does the same.
+    Raises InputError as check_own does, and if another process is publishing the same index.
     """
     with folder_lock(index.folder, "publishing"):
         check_own(server, index.folder)
@@ -52,18 +52,18 @@ def publish(server, index):
 
 
 def _point(server, name, old):
-    """Make `name` the current generation; `old` was that, or None."""
+    """Make `name` the current generation instead of `old`, which may be None."""
     if old:
         return server.call("alter_alias", name, server.collection)
     try:
         server.call("create_alias", name, server.collection)
-    except InputError:  # another index may have been first
+    except InputError:  # another index may have set the alias meanwhile
         _drop(server, name.rsplit("_", 1)[0] + "_", server.current())
         raise
 
 
 def _mark(folder, make=False):
-    """What tells an index on disk from others; None if it has none."""
+    """The random id of an index folder, stored in milvus.json; None if there is none, unless `make`."""
     path = Path(folder) / "milvus.json"
     try:
         mark = json.loads(path.read_bytes())["mark"]
@@ -86,21 +86,19 @@ def _drop(server, prefix, name):
 
 
 def _create(server, name, key, texts, numbers, vector):
-    """Make a collection: whole numbers `key` and `numbers`, texts, and one vector (its name, its width)."""
+    """Create a collection with int64 fields `key` and `numbers`, string fields, and a vector field (name, width)."""
     schema = server.client.create_schema(auto_id=False, enable_dynamic_field=False)
     schema.add_field(key, DataType.INT64, is_primary=True)
     for each in numbers:
         schema.add_field(each, DataType.INT64)
     for each in texts:
-        schema.add_field(
-            each, DataType.VARCHAR, max_length=MAX_TEXT_BYTES, mmap_enabled=True
-        )  # on disks, not in memory
+        schema.add_field(each, DataType.VARCHAR, max_length=MAX_TEXT_BYTES, mmap_enabled=True)  # on disk, not in memory
     schema.add_field(vector[0], DataType.FLOAT_VECTOR, dim=vector[1])
     params = server.client.prepare_index_params()
     params.add_index(vector[0], index_type="FLAT", metric_type="L2")
     for each in numbers:
         params.add_index(each, index_type="INVERTED")  # for filters
-    # Readers see all that was written before they asked.
+    # Readers see everything that was written before their request.
     more = {"schema": schema, "index_params": params, "consistency_level": "Strong"}
     server.call_with_retries("create_collection", name, **more)
 
@@ -124,17 +122,17 @@ def _write_about(server, name, index):
         {"piece": piece, "text": text[start : start + PIECE_BYTES], "none": [0.0, 0.0]}
         for piece, start in enumerate(range(0, len(text), PIECE_BYTES))
     ]
-    _create(server, name, "piece", ["text"], [], ("none", 2))  # Milvus wants a vector
+    _create(server, name, "piece", ["text"], [], ("none", 2))  # Milvus requires a vector field
     _insert(server, name, (rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS)))
 
 
 def _write_photos(server, name, index):
     _create(server, name, "row", ["path", "thumbnail"], ["cell"], ("feature", index.metadata["width"]))
-    own = np.argsort(index.cells.path_order)  # of each row here the row in the Index
+    own = np.argsort(index.cells.path_order)  # row in Milvus -> row in the Index
     batches = (_rows(index, start, own[start : start + BATCH_ROWS]) for start in range(0, len(own), BATCH_ROWS))
     _insert(server, name, batches)
     if (count := count_rows(server, name)) != len(own):
-        raise InputError(f"{server.address}: took {count:,} of {len(own):,} photos; see its log, and index again")
+        raise InputError(f"{server.address}: stored {count:,} of {len(own):,} photos; see its log, and index again")
 
 
 def _rows(index, first, own):

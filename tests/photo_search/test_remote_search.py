@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from test_cells import WEIGHTS, brute_force, build, clustered, drawn_codebook, galleries, queries
 
-from photo_search import rounds
+from photo_search import remote_search
+from photo_search.remote_search import find_nearest_remote
 
 
 class Holder:
@@ -26,7 +27,7 @@ class Holder:
         return [self.answer(*question) for question in questions]
 
     def answer(self, chosen, limit):
-        assert 0 < limit <= rounds.MAX_PHOTOS_PER_REQUEST
+        assert 0 < limit <= remote_search.MAX_PHOTOS_PER_REQUEST
         there = self.allowed if chosen is None else self.allowed & np.isin(self.numbers, chosen)
         rows = np.flatnonzero(there)
         rows = rows[np.argsort(self.squares[rows], kind="stable")][::-1][-limit:][::-1]  # ties: the last comes first
@@ -46,8 +47,8 @@ def without_photos(cells):
 )
 @pytest.mark.parametrize(("subspaces", "clusters"), [(0, 0), (2, 5), (4, 30)])
 def test_rounds_equal_brute_force(name, features, subspaces, clusters, monkeypatch):
-    monkeypatch.setattr(rounds, "FIRST_ROUND_PHOTOS", 100)
-    monkeypatch.setattr(rounds, "MIN_FIRST_PHOTOS", 8)
+    monkeypatch.setattr(remote_search, "FIRST_ROUND_PHOTOS", 100)
+    monkeypatch.setattr(remote_search, "MIN_FIRST_PHOTOS", 8)
     rng = np.random.default_rng(1)
     codebook = drawn_codebook(features, subspaces, clusters, rng)
     cells, _ = build(features, codebook)
@@ -55,7 +56,7 @@ def test_rounds_equal_brute_force(name, features, subspaces, clusters, monkeypat
         for weight in WEIGHTS if subspaces else (0,):
             for k in (1, 20, 2 * len(features)):
                 holder = Holder(cells, query)
-                found = rounds.search(without_photos(cells), query, k, holder.ask, holder.fetch, weight)
+                found = find_nearest_remote(without_photos(cells), query, k, holder.ask, holder.fetch, weight)
                 photos, scores = brute_force(features, codebook, query, k, weight)
                 np.testing.assert_array_equal(found.rows, photos)
                 np.testing.assert_allclose(found.scores, scores, rtol=0, atol=1e-14)
@@ -69,13 +70,13 @@ def gallery(count=4000):
 
 @pytest.mark.parametrize("share", [0.005, 0.6])
 def test_only_photos_that_are_allowed_are_found(share, monkeypatch):
-    monkeypatch.setattr(rounds, "MAX_PHOTOS_PER_REQUEST", 500)
+    monkeypatch.setattr(remote_search, "MAX_PHOTOS_PER_REQUEST", 500)
     features, codebook, cells = gallery(2000)
     allowed = np.random.default_rng(4).random(len(features)) < share
     rows = np.flatnonzero(allowed)
     for weight in WEIGHTS:
         holder = Holder(cells, features[5], allowed=allowed)
-        found = rounds.search(cells, features[5], 30, holder.ask, holder.fetch, weight, len(rows))
+        found = find_nearest_remote(cells, features[5], 30, holder.ask, holder.fetch, weight, len(rows))
         photos, _ = brute_force(features[rows], codebook, features[5], 30, weight)
         np.testing.assert_array_equal(found.rows, rows[photos])
         assert share > 0.5 or len(holder.asked) == 1
@@ -85,20 +86,20 @@ def test_few_questions_are_asked_and_few_photos_come():
     features, _, cells = gallery(20_000)
     for weight, most in ((0.8, 0.3), (0, 0.01)):
         holder = Holder(cells, features[7])
-        found = rounds.search(cells, features[7], 20, holder.ask, holder.fetch, weight)
+        found = find_nearest_remote(cells, features[7], 20, holder.ask, holder.fetch, weight)
         assert sum(map(len, holder.asked)) <= 4 and found.scanned < 100
         assert 20 <= found.projected < most * len(features)
 
 
 def test_more_ties_than_asked_for_are_all_looked_at(monkeypatch):
     """Of 900 photos that are the same the 20 first by row are found, though any may come first."""
-    monkeypatch.setattr(rounds, "MAX_PHOTOS_PER_REQUEST", 1000)
+    monkeypatch.setattr(remote_search, "MAX_PHOTOS_PER_REQUEST", 1000)
     features, codebook, _ = gallery(1000)
     features[100:] = features[100]
     cells, _ = build(features, codebook)
     for weight in WEIGHTS:
         holder = Holder(cells, features[100], error=0)
-        found = rounds.search(cells, features[100], 20, holder.ask, holder.fetch, weight)
+        found = find_nearest_remote(cells, features[100], 20, holder.ask, holder.fetch, weight)
         np.testing.assert_array_equal(found.rows, np.arange(100, 120))
         assert len(holder.asked) > 1
 
@@ -108,4 +109,4 @@ def test_photos_that_do_not_come_are_an_error():
     holder = Holder(cells, features[0], allowed=np.arange(500) < 10)
     for weight in WEIGHTS:
         with pytest.raises(ValueError, match="10 photos came where there are 20"):
-            rounds.search(cells, features[0], 20, holder.ask, holder.fetch, weight)
+            find_nearest_remote(cells, features[0], 20, holder.ask, holder.fetch, weight)
