@@ -12,7 +12,7 @@ import pytest
 from albums import FakeEncoder, update, write_album, write_photo
 
 from photo_search import update as updates
-from photo_search.cells import assign_codes, search
+from photo_search.cells import assign_codes, find_nearest
 from photo_search.index import open_index
 from photo_search.photos import read_photo, thumbnail
 from utils.cli import InputError
@@ -62,7 +62,7 @@ def test_an_index_holds_every_photo(album, index, network):
     for path in files:
         assert held[str(path)][1] == thumbnail(read_photo(path, 32))
         features = np.frombuffer(held[str(path)][0], np.float32)
-        assert opened.path(search(opened.cells, features, 1, 0).rows[0]) == str(path)
+        assert opened.path(find_nearest(opened.cells, features, 1, 0).rows[0]) == str(path)
     assert not list(index.glob(".*")) and not list(index.glob("unfinished*"))
 
 
@@ -89,8 +89,8 @@ def test_only_what_changed_is_done_again(album, index, network):
     fresh = index.with_name("fresh")
     update(fresh, FakeEncoder(), album)
     assert photos_of(index) == photos_of(fresh)
-    assert search(open_index(index).cells, network_feature(fresh, "0.png"), 12, 0).scores.tolist() == (
-        search(open_index(fresh).cells, network_feature(fresh, "0.png"), 12, 0).scores.tolist()
+    assert find_nearest(open_index(index).cells, network_feature(fresh, "0.png"), 12, 0).scores.tolist() == (
+        find_nearest(open_index(fresh).cells, network_feature(fresh, "0.png"), 12, 0).scores.tolist()
     )
 
 
