@@ -82,16 +82,18 @@ def load_published(module, state, source):
     own = module.state_dict()
     timm_names = dict(zip(expected, own, strict=True))  # both are in the order of the module's parameters
     renamed = {timm_names.get(name, name): value for name, value in state.items()}
+    # Old files lack BatchNorm's counters, which have no effect.
+    renamed = {name: value for name, value in own.items() if _is_counter(name, value)} | renamed
     # load_state_dict copies what fits before it reports what does not: a copy without values is asked first.
     names = {name: own[name].to("meta") if name in own else None for name in renamed}
     missing, unexpected = on_meta(module).load_state_dict(names, strict=False)
     published = dict(zip(own, expected, strict=True))
-    missing = [published[name] for name in missing if not _is_counter(name, own[name])]  # old files lack the counters
+    missing = [published[name] for name in missing]
     for names, word in ((unexpected, "with"), (missing, "without")):
         if names:
             more = f"{min(names)} and {len(names) - 1} more"
             raise InputError(f"{source}: holds another network, {word} {more}; see --model")
-    module.load_state_dict(own | {name: value.reshape(own[name].shape) for name, value in renamed.items()})
+    module.load_state_dict({name: value.reshape(own[name].shape) for name, value in renamed.items()})
 
 
 def _with_published_names(state, expected, source):

@@ -1,8 +1,9 @@
 """The four golden training steps, each rank with its share of every batch; rank 0 writes the weights.
 
-    torchrun --nproc_per_node 2 tests/helpers/golden_steps.py golden.npz FOLDER 1 2
+    torchrun --nproc_per_node 2 tests/helpers/golden_steps.py golden.npz FOLDER
 
-writes FOLDER/1.pt, without gradient accumulation, and FOLDER/2.pt, with two micro-batches.
+writes FOLDER/1.pt, without gradient accumulation, FOLDER/2.pt, with two micro-batches, and FOLDER/cls.pt, with L_cls
+alone.
 """
 
 import sys
@@ -14,26 +15,28 @@ from timm.models.convnext import ConvNeXt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models.losses import Batch
+from models.losses import PAPER_WEIGHTS, Batch, LossWeights
 from models.networks import Student, Teacher
 from models.train_step import TrainState, create_optimizers
 from models.training import train_step
 from models.weights import load_published, published_state
 from utils import distributed
 
+ONLY_CLS = LossWeights({"cls": 1.0})  # no loss has a gradient for the ImageNet heads
 
-def main(golden, folder, *accum_steps):
+
+def main(golden, folder):
     with np.load(golden) as file:
         z = {name: torch.from_numpy(file[name]) for name in file.files if file[name].dtype.kind in "biuf"}
     distributed.init_process_group("cpu")
-    for steps in accum_steps:
-        weights = four_steps(z, int(steps))
+    for name, steps, loss_weights in (("1", 1, PAPER_WEIGHTS), ("2", 2, PAPER_WEIGHTS), ("cls", 1, ONLY_CLS)):
+        weights = four_steps(z, steps, loss_weights)
         if distributed.get_rank() == 0:
-            torch.save(weights, Path(folder) / f"{steps}.pt")
+            torch.save(weights, Path(folder) / f"{name}.pt")
     distributed.destroy_process_group()
 
 
-def four_steps(z, accum_steps):
+def four_steps(z, accum_steps, loss_weights=PAPER_WEIGHTS):
     """The weights after the steps."""
     sizes = dict(depths=z["depths"].tolist(), dims=z["dims"].tolist(), use_grn=True, ls_init_value=None)
     backbones = [ConvNeXt(num_classes=int(z["num_classes"]), **sizes) for _ in range(2)]
@@ -50,7 +53,7 @@ def four_steps(z, accum_steps):
         own = distributed.rank_slice(len(z["target"][batch]))
         values = (z["images"][batch].double(), z["target"][batch], z["tag"][batch, :, 0], z["cid_mask"][batch])
         batch = Batch(*(value[own] for value in (*values, z["noise"][step])))
-        train_step(state, batch, bool(bidirectional), accum_steps)
+        train_step(state, batch, bool(bidirectional), accum_steps, loss_weights=loss_weights)
     return {name: published_state(network) for name, network in networks.items()}
 
 

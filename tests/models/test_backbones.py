@@ -34,7 +34,7 @@ def shaken(backbone):
 
 
 @pytest.mark.parametrize(
-    "model, width, normalises",
+    "model, width, needs_norm",
     [
         ("convnextv2_atto", 320, False),
         ("vit_tiny_patch16_224", 192, False),
@@ -44,19 +44,20 @@ def shaken(backbone):
         ("coat_tiny", 152, True),  # which calls some layers twice
     ],
 )
-def test_what_belongs_to_a_network_comes_with_it(model, width, normalises):
+def test_what_belongs_to_a_network_comes_with_it(model, width, needs_norm):
     student = Student(create_backbone(model, 7), 5).eval()
-    assert (student.width, student.normalises) == (width, normalises)
+    assert (student.width, student.needs_norm) == (width, needs_norm)
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         output = student(images)
         torch.testing.assert_close(output.imagenet_logits, student.backbone(images))  # as it was pretrained
         torch.testing.assert_close(output.seen_logits, student.linear(output.features))
         pooled = student.backbone.forward_head(student.backbone.forward_features(images), pre_logits=True)
-    if normalises:
+    if needs_norm:
         pooled = pooled - pooled.mean(dim=1, keepdim=True)
         pooled = pooled / (pooled.var(dim=1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(output.features, pooled)
+    torch.testing.assert_close(Teacher(student.backbone)(images).features, output.features)
 
 
 def test_batchnorm_keeps_its_statistics_and_no_image_depends_on_its_batch():
@@ -72,7 +73,10 @@ def test_batchnorm_keeps_its_statistics_and_no_image_depends_on_its_batch():
     train_step(run, batch, bidirectional=True)
     assert all(torch.equal(value, before[name]) for name, value in student.backbone.named_buffers())
     with torch.no_grad():
-        for network, output in ((student, lambda x: student(x).seen_logits), (teacher, teacher)):
+        for network, output in (
+            (student, lambda x: student(x).seen_logits),
+            (teacher, lambda x: teacher(x).imagenet_logits),
+        ):
             network.train()
             together = output(images)
             torch.testing.assert_close(torch.cat([output(image[None]) for image in images]), together)
@@ -172,7 +176,7 @@ def test_a_network_of_a_fixed_size_takes_no_other():
         fit_input_size("resnet5", 128)
 
 
-def test_images_too_small_for_a_network_are_told_before_training(tiny, tmp_path, fails):
+def test_images_too_small_for_a_network_are_named_before_training(tiny, tmp_path, fails):
     small = ["--data_root", tiny, "--model", "inception_v3", "--device", "cpu", "--workers", 0, "--batch_size", 3]
     message = fails(train_sketchy_ext.main, *small, "--finetune", "none", "--input_size", 32, "--savedir", tmp_path)
     assert "--input_size 32: inception_v3 takes no images of that size" in message

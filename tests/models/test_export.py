@@ -60,7 +60,7 @@ def expected(student, images):
     with torch.no_grad():
         pooled = student.backbone.forward_features(torch.from_numpy(((images / 255 - mean) / std).astype(np.float32)))
         pooled = student.backbone.forward_head(pooled, pre_logits=True)
-    if student.normalises:
+    if student.needs_norm:
         pooled = (pooled - pooled.mean(1, keepdim=True)) / (pooled.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     return F.normalize(pooled).numpy()
 

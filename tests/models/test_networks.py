@@ -32,7 +32,7 @@ def test_forward_equals_golden(golden, small_backbone, dtype, suffix, tolerance)
         torch.testing.assert_close(student.features(images), output.features)
 
 
-def test_only_the_head_of_the_teacher_learns():
+def test_only_the_head_of_the_teacher_is_trained():
     teacher = Teacher(create_backbone("convnextv2_atto", 10))
     assert [name for name, p in teacher.named_parameters() if p.requires_grad] == [
         "backbone.head.fc.weight",
