@@ -31,7 +31,7 @@ MIN_TOKEN_LENGTH = 8
 MAX_CONNECTIONS = 256
 HTML = Path(__file__).with_name("page.html")
 # Inlined into the page in this order, so that it is one file with one Content-Security-Policy.
-STYLES, SCRIPTS = ("page.css",), ("page.js",)
+STYLES, SCRIPTS = ("page.css",), ("page_paper.js", "page_state.js", "page_photos.js", "page.js")
 MAX_SHOWN_PHOTOS = 200
 MAX_PARALLEL_SEARCHES = 2
 MAX_WAITING_REQUESTS = 32  # each with a picture in memory
@@ -171,8 +171,10 @@ class Page:
         hits = searcher.find_features(features, k + (left_out is not None), matching, allowed, weight)
         hits = [hit for hit in hits if hit.row != left_out][:k]
         digests = searcher.index.digests_of([hit.row for hit in hits])
+        path = searcher.index.path(left_out) if left_out is not None else ""
         return {
-            "index": opened.version, "matching": searcher.matching(matching),
+            "index": opened.version, "photo": {"name": readable(os.path.basename(path)), "path": readable(path)},
+            "matching": searcher.matching(matching),
             "cluster_weight": searcher.cluster_weight(matching, weight),
             "found": [_as_json(hit, digest) for hit, digest in zip(hits, digests, strict=True)],
         }  # fmt: skip
