@@ -88,7 +88,7 @@ for (const name of ["clean", "weight"]) {
     search();
   };
 }
-at("folder").oninput = () => {
+at("folder").oninput = at("folder").onchange = () => {
   const known = !at("folder").value || folders.has(at("folder").value);
   at("folder").setCustomValidity(known ? "" : "no such folder");
   const now = known ? at("folder").value : null;
@@ -141,7 +141,6 @@ at("mini").onclick = () => {
   scrollTo({top: 0, behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth"});
   paper.focus({preventScroll: true, focusVisible: false});
 };
-new IntersectionObserver(([{isIntersecting}]) => isIntersecting && more(), {rootMargin: "600px"}).observe(at("end"));
 let across = 0;
 new ResizeObserver(() => {
   const now = columns();
@@ -155,12 +154,10 @@ new ResizeObserver(() => {
 function example([name, text]) {
   const strokes = unpack(decode(text)), picture = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   picture.setAttribute("viewBox", `0 0 ${UNITS} ${UNITS}`);
-  picture.setAttribute("stroke-width", 44);
   picture.setAttribute("aria-hidden", "true");
   for (const {points} of strokes) {
     const line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
     line.setAttribute("points", points.join(" "));
-    line.setAttribute("vector-effect", "none");
     picture.append(line);
   }
   const button = element("button", {}, picture, name);

@@ -22,17 +22,26 @@ function visible() {
 
 const isCover = item => Boolean(item?.file || item?.like);
 const cover = () => visible().find(isCover) ?? null;
-const isEmpty = () => !visible().some(item => isCover(item) || !item.erase);
+const isEmpty = () => erased || !visible().some(item => isCover(item) || !item.erase);
+let erased = false;  // whether the eraser left nothing
 
 function render() {
   const brush = finished.getContext("2d");
   blank(brush);
   for (const item of visible()) item.points ? trace(brush, item) : item.picture && spread(brush, item.picture);
+  erased = !cover() && visible().some(item => item.erase) && isBlank();
   refresh();
   at("undo").disabled = !done;
   at("redo").disabled = done === items.length;
   at("clear").disabled = isEmpty();
   at("link").disabled = isEmpty() || !("CompressionStream" in window) || Boolean(cover()?.file);
+}
+
+function isBlank() {
+  const small = document.createElement("canvas"), brush = small.getContext("2d", {willReadFrequently: true});
+  small.width = small.height = SENT;
+  brush.drawImage(finished, 0, 0, SENT, SENT);
+  return brush.getImageData(0, 0, SENT, SENT).data.every(value => value > 230);
 }
 
 // What is finished, with the stroke under way.

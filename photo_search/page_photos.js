@@ -32,7 +32,7 @@ async function search() {
   const next = await query();
   if (own !== turn) return;
   asked = next;
-  wanted = pageful();
+  wanted = Math.min(pageful() + columns() - 1, MOST);  // copies that become one card leave the rows whole
   const answer = await answered(own, wanted);
   if (!answer) return;
   const took = Math.round(performance.now() - began);
@@ -164,7 +164,8 @@ function pageful() {
   return Math.min(across * Math.max(Math.ceil(innerHeight / side), Math.ceil(FEW / across)), whole(MOST));
 }
 
-const endIsNear = () => at("end").getBoundingClientRect().top < innerHeight + 600;
+const endIsNear = () => at("end").getBoundingClientRect().top < innerHeight + (scrollY ? 600 : 0);
+addEventListener("scroll", () => endIsNear() && more(), {passive: true});
 
 function described({photo, cluster_weight: weight, matching}, took) {
   const like = cover()?.like, name = like && isolated(like.name = photo.name || like.name);

@@ -1,16 +1,19 @@
 """A page to test: over photos and a network that cost nothing, and on a real port."""
 
+import base64
 import io
 import socket
 import threading
 from contextlib import contextmanager
 
+import numpy as np
 import uvicorn
 from albums import FakeEncoder
 from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
 from datasets.images import resize, stack
+from datasets.prepare.drawings import CATEGORIES
 from photo_search import server as page_server
 from photo_search.index import open_index
 from photo_search.search import Searcher
@@ -78,3 +81,26 @@ def drawing(form="PNG", side=80, mode="RGB"):
     file = io.BytesIO()
     image.convert(mode).save(file, form)
     return file.getvalue()
+
+
+EXAMPLES = ("bell", "bicycle", "fish", "umbrella", "butterfly", "sailboat")  # of the page, to begin with
+
+
+def packed(name, width=18):
+    """A category's drawing as the page has it: strokes as in a link, not compressed, in base64."""
+    content = bytearray([2])
+
+    def put(value):
+        while value > 127:
+            content.append(value & 127 | 128)
+            value >>= 7
+        content.append(value)
+
+    for points, closed in CATEGORIES[name](np.random.default_rng(1)):
+        points = np.vstack([points, points[:1]]) if closed else points
+        points = (1023 * (0.5 + 0.38 * points)).round().astype(int)
+        put(4 * width)
+        put(len(points))
+        for by in np.diff(points, axis=0, prepend=[[0, 0]]).ravel().tolist():
+            put(-2 * by - 1 if by < 0 else 2 * by)
+    return base64.urlsafe_b64encode(content).decode().rstrip("=")
