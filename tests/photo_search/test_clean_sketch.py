@@ -13,6 +13,7 @@ from photo_search.clean_sketch import (
     PAPER_SIDE,
     SUPERSAMPLING,
     WORK_SIDE,
+    _dilated,
     clean_up,
     framed,
     ink_of,
@@ -255,3 +256,12 @@ def test_a_photographed_sketch_is_rotated_upright(tmp_path):
     image.save(tmp_path / "sketch.jpg", exif=exif)
     upright = np.asarray(read_sketch(tmp_path / "sketch.jpg").convert("L"))
     assert upright.shape == (60, 20) and upright[:18].mean() < 20 and upright[22:].mean() > 235
+
+
+def test_lines_are_dilated_by_a_disc():
+    rng = np.random.default_rng(0)
+    for share in (0.01, 0.2, 0.9):
+        drawn = rng.random((40, 50)) < share
+        for radius in (0, 1, 2.3, 5):
+            within = ndimage.distance_transform_edt(~drawn) <= radius
+            np.testing.assert_array_equal(_dilated(drawn, radius), within)

@@ -29,7 +29,7 @@ from datasets.prepare.miniature import draw_photo, draw_sketch
 from models import export
 from models.checkpoints import save_checkpoint
 from models.networks import Student, create_backbone, normalise
-from photo_search.server import Shelf
+from photo_search.server import ReloadingIndex
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -103,7 +103,7 @@ def served(index, *more):
 
 @pytest.fixture(scope="module")
 def shelf(index):
-    return Shelf(index, device="cpu")
+    return ReloadingIndex(index, device="cpu")
 
 
 @pytest.fixture(scope="module")
