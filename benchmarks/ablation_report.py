@@ -1,4 +1,4 @@
-"""What a study found, as tables and figures; see study.py."""
+"""Tables and figures of an ablation study; see ablation.py."""
 
 from itertools import groupby
 
@@ -10,14 +10,7 @@ from utils.files import atomic_write
 
 def markdown(results):
     """The choice of rates, and a table a split: mean ± deviation over seeds, and the difference from the base."""
-    lines = [
-        "Seen: accuracy (%) on held-back sketches of seen classes, of the tested epoch and of the last three; the best",
-        f"rate (*) is taken. Unseen: {results['rows'][0]['metric']} by each matching; it has no say.",
-        "",
-        "| variant | rate | seen | unseen |",
-        "|---|---|---|---|",
-    ]
-    lines += map(_rate, results["rates"])
+    lines = _rates_table(results["rates"], results["chosen_by"])
     for split, rows in groupby(results["rows"], key=lambda row: row["split"]):
         rows = list(rows)
         shown = list(dict.fromkeys(_matching(row) for row in rows))
@@ -30,10 +23,25 @@ def markdown(results):
     return "\n".join(lines)
 
 
-def _rate(run):
-    last = " ".join(f"{value:.1f}" for value in run["accuracy"][-3:])
-    unseen, mark = " / ".join(f"{value:.3f}" for value in run["unseen"]), " *" if run["chosen"] else ""
-    return f"| {run['variant']} | {run['rate']}{mark} | {run['tested']:.1f} ({last}) | {unseen} |"
+def _rates_table(runs, chosen_by):
+    """Lines on the choice of rates. chosen_by: the study's "hold_out", or a text for a study without."""
+    seen = "Seen: accuracy (%) on validation sketches of seen classes, of the tested epoch and of the last three"
+    metrics = " and ".join(dict.fromkeys(run["metric"] for run in runs))
+    if isinstance(chosen_by, dict):
+        held_out = f"{chosen_by['classes']} seen classes that are held out (seed {chosen_by['seed']})"
+        lines = [f"Held out: {metrics}, one-to-one, on {held_out};", f"the best rate (*) is taken. {seen}.", ""]
+        lines += ["| split | variant | rate | held out | seen |", "|---|---|---|---|---|"]
+    else:
+        lines = [f"Rates chosen by {chosen_by}, not by retrieval of held-out classes. {seen};"]
+        lines += [f"the best rate (*) is taken. Unseen: {metrics} by each matching; it decides nothing.", ""]
+        lines += ["| variant | rate | seen | unseen |", "|---|---|---|---|"]
+    for run in runs:
+        values = " / ".join(f"{value:.3f}" for value in run["values"])
+        seen = f"{run['tested']:.1f} ({' '.join(f'{value:.1f}' for value in run['accuracy'][-3:])})"
+        cells = [run["variant"], f"{run['rate']}{' *' if run['chosen'] else ''}"]
+        cells = [run["split"], *cells, values, seen] if isinstance(chosen_by, dict) else [*cells, seen, values]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _matching(row):

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablation as studies  # noqa: E402
 from ablation_report import draw_sweeps, markdown  # noqa: E402
 
-SHIPPED = [ROOT / f"benchmarks/study/{name}.json" for name in ("sketchy", "sketchy25")]
+SHIPPED = [ROOT / f"benchmarks/study/{name}.json" for name in ("sketchy", "sketchy25", "sketchy25_held_out")]
 
 
 @pytest.fixture
@@ -60,6 +60,8 @@ def test_the_shipped_studies_are_some(path):
         (lambda study: study["splits"]["zeroshot1"].update(script="test_shoes"), "there is no script test_shoes.py"),
         (lambda study: study.update(base="nothing"), "base: there is no variant nothing"),
         (lambda study: study["sweeps"].update(tests=["--cluster 3 x"]), "variant cls:"),
+        (lambda study: study.update(hold_out={"classes": 3}), "hold_out lacks 'seed'"),
+        (lambda study: study.update(hold_out={"classes": "3", "seed": 0}), "hold_out: classes is not a whole number"),
     ],
 )  # fmt: skip
 def test_a_faulty_study_ends_in_one_line(change, message, study, fails):
@@ -73,13 +75,13 @@ def test_a_study_needs_data_and_weights(study, fails):
     assert "--data_root and --weights" in fails(studies.main, study[0])
 
 
-def done(study, path, accuracy):
-    """Do all jobs of a study, but for the work: the accuracies are given by (variant, rate). Returns their keys."""
+def done(study, path, score):
+    """Record all jobs of a study without running them. score: a function of a Job. Returns their keys."""
     records, keys = studies.Records(path), []
     while (job := studies.next_job(study, records, path.parent / "runs")) is not None:
         assert job.key not in keys
         keys.append(job.key)
-        records.runs[job.key] = {"tested": accuracy.get((job.variant, job.rate), 0)}
+        records.runs[job.key] = score(job)
     return keys
 
 
@@ -90,7 +92,7 @@ def done(study, path, accuracy):
 def test_rates_are_sought_upwards_of_the_middle_and_all_else_runs_at_the_best(found, tried, best, study):
     path, content = study
     accuracy = {("cls", rate): value for rate, value in found.items()} | {("method", "2"): 1}
-    keys = done(content, path, accuracy)
+    keys = done(content, path, lambda job: {"tested": accuracy.get((job.variant, job.rate), 0)})
     assert {key for key in keys if "zeroshot1/cls" in key} == {
         *(f"zeroshot1/cls/{rate}/0" for rate in tried), f"zeroshot1/cls/{best}/1"
     }  # fmt: skip
@@ -100,6 +102,31 @@ def test_rates_are_sought_upwards_of_the_middle_and_all_else_runs_at_the_best(fo
     assert {key for key in keys if "method" in key} == {
         *(f"zeroshot1/method/{rate}/0" for rate in "123"), "zeroshot1/method/2/1"
     }  # fmt: skip
+
+
+def test_each_split_has_the_rate_that_is_best_on_its_own_held_out_classes(study):
+    path, content = study
+    content["hold_out"] = {"classes": 4, "seed": 7}
+    best = {("zeroshot1", "cls"): "1", ("zeroshot2", "cls"): "4", ("zeroshot1", "method"): "3"}
+
+    def score(job):
+        good = job.hold_out == 7 and best[job.split, job.variant] == job.rate
+        # Accuracy on seen classes, and results on published unseen classes, are better at other rates.
+        other = 2 if job.hold_out is None else 0
+        near = 0.5 - 0.1 * abs(int(job.rate) - int(best.get((job.split, job.variant), 0)))
+        return {"metrics": ["mAP@all"], "tested": 100 - near, "rows": [{"mAP@all": good + near + other}]}
+
+    keys = done(content, path, score)
+    assert {key for key in keys if "_held_out_7/" in key} == {
+        *(f"zeroshot1_held_out_7/cls/{rate}/0" for rate in "123"),
+        *(f"zeroshot2_held_out_7/cls/{rate}/0" for rate in "234"),
+        *(f"zeroshot1_held_out_7/method/{rate}/0" for rate in "234"),
+    }
+    assert {key for key in keys if "_held_out_7/" not in key} == {
+        "zeroshot1/untrained/0/0",
+        "zeroshot2/untrained/0/0",
+        *(f"{split}/{variant}/{rate}/{seed}" for (split, variant), rate in best.items() for seed in (0, 1)),
+    }
 
 
 def test_differences_are_paired_and_commands_stand_beside_them(study):
@@ -134,6 +161,7 @@ def test_differences_are_paired_and_commands_stand_beside_them(study):
     assert method[1]["gain_interval"][0] < method[1]["gain"] < method[1]["gain_interval"][1]
     assert [entry["rate"] for entry in results["rates"] if entry["chosen"]] == ["2", "2"]
     table = markdown(results)
+    assert table.startswith("Rates chosen by accuracy on seen classes, not by retrieval of held-out classes.")
     assert "| the method | 1 | 1.0 (1.0) | 0.250 / 0.500 |\n| the method | 2 * | 5.0 (5.0) | 0.250 / 0.500 |" in table
     assert (
         f"| the method | 2 | {method[0]['mean']:.3f} ± {method[0]['deviation']:.3f} ({method[0]['difference']:+.3f}"
@@ -141,15 +169,18 @@ def test_differences_are_paired_and_commands_stand_beside_them(study):
     )
 
 
-def test_a_run_is_trained_tested_swept_and_not_done_again(study, miniature, tmp_path, capsys, monkeypatch):
-    def run_here(command, threads):  # as starting Python three times takes longer than all else
+def test_a_rate_is_chosen_then_trained_tested_swept_and_not_done_again(study, miniature, tmp_path, capsys, monkeypatch):
+    commands = []
+
+    def run_here(command, threads):  # as starting Python five times takes longer than all else
+        commands.append(command)
         importlib.import_module(command[0]).main(command[1:])
 
     monkeypatch.setattr(studies, "_run", run_here)
     path, content = study
     content["variants"] = {"cls": content["variants"]["cls"]}
     del content["splits"]["zeroshot2"]
-    content |= {"rates": ["1e-3"], "seeds": [0]}
+    content |= {"rates": ["1e-3"], "seeds": [0], "hold_out": {"classes": 4, "seed": 1}}
     path.write_text(json.dumps(content))
     run = ["--data_root", str(miniature), "--weights", "none", "--runs", str(tmp_path / "runs")]
     studies.main([str(path), *run])
@@ -161,6 +192,15 @@ def test_a_run_is_trained_tested_swept_and_not_done_again(study, miniature, tmp_
     assert f"{many['mean']:.3f}" in table
     sweep = results["sweeps"][0][0]
     assert [(row["M"], row["K"], len(row["values"])) for row in sweep] == [(None, None, 1), (2, 2, 2), (2, 3, 2)]
+    chosen = json.loads((tmp_path / "runs/zeroshot1_held_out_1/cls/1e-3/0/results.json").read_text())
+    assert chosen["benchmark"].endswith(", 4 seen classes held out as unseen ones (seed 1)")
+    assert len(chosen["rows"]) == 1 and len(chosen["rows"][0]["per_class"]) == 4
+    assert results["chosen_by"] == {"classes": 4, "seed": 1}
+    assert f"| zeroshot1 | cross entropy alone | 1e-3 * | {chosen['rows'][0]['mAP@all']:.3f} |" in table
+    # A training and a test on held-out classes; then a training, a sweep and a test on the published ones.
+    lists = [command[command.index("--zero_version") + 1] for command in commands]
+    assert lists == ["zeroshot1_held_out_1"] * 2 + ["zeroshot1"] * 3
+    assert list(studies.Records(path).queries) == ["zeroshot1/classes", "zeroshot1/cls/1e-3/0"]
     left = (tmp_path / "toys_runs.json").read_bytes()
     (tmp_path / "runs").rename(tmp_path / "away")
     studies.main([str(path), *run])

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,10 +208,12 @@ def make_derived_lists(options):
     )
     _check_derived_folder(folder, contents, benchmark, options.force)
     links = image_links(benchmark, folder.parent)
-    _write_together(folder, contents)
-    for link, target in links.items():
-        link.symlink_to(target)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for link, target in links.items():  # before the lists: a folder with lists is complete
+        with suppress(FileExistsError):
+            link.symlink_to(target)
         print(f"{link}: a link to {target}")
+    _write_together(folder, contents)
     for name, content in contents.items():
         lines = content.count(b"\n") if name.endswith(".txt") else None
         print(f"{folder / name}" + (f": {lines:,}" if lines and name != TITLE_FILE else ""))
