@@ -127,7 +127,8 @@ def _add_zero_version(parser, default):
 
 
 def make_lists(options):
-    """Write the lists of a protocol: from its image folders, or from the lists of another release (--convert).
+    """Write lists: of a protocol, from its image folders or the lists of another release (--convert); of a benchmark
+    of the user's own, from any class folders (--custom); or derived from other lists (--hold_out_classes).
 
     All lists are made before the first one is written, and they are written together.
     """
@@ -188,6 +189,8 @@ def _check_lists_options(options):
         raise InputError(f"{given[0]}: is for lists of a benchmark of your own from its class folders; see --custom")
     if options.unseen and options.unseen_classes:
         raise InputError("--unseen and --unseen_classes: use one of them")
+    if options.unseen and not os.path.isfile(options.unseen):
+        raise InputError(f"--unseen {options.unseen}: no such file; name one of class names, one a line")
     if options.convert and (options.custom or derived):
         raise InputError("--convert: is for the lists of a release of --protocol; hold out classes of its result")
     if options.out and not derived:
@@ -208,7 +211,7 @@ def make_derived_lists(options):
     )
     _check_derived_folder(folder, contents, benchmark, options.force)
     links = image_links(benchmark, folder.parent)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(folder.parent)
     for link, target in links.items():  # before the lists: a folder with lists is complete
         with suppress(FileExistsError):
             link.symlink_to(target)

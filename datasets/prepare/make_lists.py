@@ -241,7 +241,9 @@ def lists_from_class_folders(protocol, root, folders=None, unseen=None, held_bac
     notes, images = [], {"sketch": {}, "photo": {}}  # {kind: {normalised class name: {folder: paths}}}
     names = {}
     for kind, known in images.items():
-        for source in (folders or {}).get(kind) or _find_class_folders(root, kind):
+        for source in map(os.path.normpath, (folders or {}).get(kind) or _find_class_folders(root, kind)):
+            if os.path.isabs(source) or source.startswith(".."):
+                raise InputError(f"{source}: is not inside {root}; lists name images by paths inside the data folder")
             check_stat(Path(root) / source)
             if not os.path.isdir(Path(root) / source):
                 raise InputError(f"{Path(root) / source}: no such folder; name folders of class folders inside {root}")
@@ -254,17 +256,9 @@ def lists_from_class_folders(protocol, root, folders=None, unseen=None, held_bac
         notes.append(f"note: {len(without)} classes have no sketches or no photos, first {without[0]!r}: left out")
     classes = sorted(both, key=names.get)
     if unseen is None:
-        chosen = _apart(root, images, classes, names)
-    elif isinstance(unseen, int):
-        if unseen >= len(classes):
-            raise InputError(f"--unseen_classes {unseen}: {root} has {len(classes)} classes; some must remain seen")
-        chosen = {classes[index] for index in np.random.default_rng(seed).permutation(len(classes))[:unseen]}
+        chosen = _classes_of_val(root, images, classes, names)
     else:
-        chosen = set(map(normalise_class_name, unseen))
-        if unknown := [name for name in unseen if normalise_class_name(name) not in both]:
-            raise InputError(
-                f"--unseen: {unknown[0]!r} is no class of {root} with sketches and photos{_alike(unknown[0], names)}"
-            )
+        chosen = _choose_unseen(root, classes, names, unseen, seed)
     if not chosen or len(chosen) == len(classes):
         raise InputError(f"{root}: {len(chosen)} of {len(classes)} classes are unseen; some must be, and not all")
     seen = [names[name] for name in classes if name not in chosen]
@@ -274,6 +268,20 @@ def lists_from_class_folders(protocol, root, folders=None, unseen=None, held_bac
         for kind in images
     }
     return _lists_of_classes(own, root, paths["sketch"], paths["photo"], held_back, seed), notes
+
+
+def _choose_unseen(root, classes, names, unseen, seed):
+    """The unseen ones of normalised class names, see `lists_from_class_folders`."""
+    if isinstance(unseen, int):
+        if unseen >= len(classes):
+            raise InputError(f"--unseen_classes {unseen}: {root} has {len(classes)} classes; some must remain seen")
+        return {classes[index] for index in np.random.default_rng(seed).permutation(len(classes))[:unseen]}
+    for name in unseen:
+        if normalise_class_name(name) not in classes:
+            alike = difflib.get_close_matches(name, names.values(), n=1)
+            way_out = f"; rename it to {alike[0]!r} if that is it" if alike else ""
+            raise InputError(f"--unseen: {name!r} is no class of {root} with sketches and photos{way_out}")
+    return set(map(normalise_class_name, unseen))
 
 
 def _find_class_folders(root, kind):
@@ -305,8 +313,8 @@ def _own_class_folders(source, notes):
     return folders
 
 
-def _apart(root, images, classes, names):
-    """The unseen classes of folders that have them apart from the seen ones: those that are not in `train`."""
+def _classes_of_val(root, images, classes, names):
+    """The unseen ones of normalised class names in `train` and `val`: those that are not in `train`."""
     parts = {
         name: {source.split("/")[0] for kind in images for source in images[kind][name]} & set(PARTS)
         for name in classes
@@ -319,8 +327,3 @@ def _apart(root, images, classes, names):
             "folders do not part the classes; choose the unseen ones by --unseen FILE or --unseen_classes N"
         )
     return {name for name in classes if "train" not in parts[name]}
-
-
-def _alike(name, names):
-    alike = difflib.get_close_matches(name, names.values(), n=1)
-    return f"; rename it to {alike[0]!r} if that is it" if alike else ""

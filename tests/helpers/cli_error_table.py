@@ -62,6 +62,9 @@ PREPARE = [
     "lists {data} --protocol sketchy --convert none", "lists {data} --protocol tuberlin", "mask {data}/none --protocol sketchy",
     "mask {data} --protocol sketchy", "miniature {data}", "miniature {data}/zeroshot1/cname_cid.txt",
     "miniature {out}/new --seed -1", "summary {data}/none", "summary {data} --zero_version none",
+    "lists {data} --protocol sketchy --hold_out_classes 99", "lists {data}/none --custom --hold_out_classes 2",
+    "lists {data} --custom --hold_out_photos nan", "lists {data} --custom --unseen {data}/none",
+    "lists {data} --custom --unseen_classes 999", "lists {data} --custom --hold_out_classes 2 --out /proc/none/lists",
 ]  # fmt: skip
 
 

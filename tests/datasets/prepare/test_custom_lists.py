@@ -28,7 +28,7 @@ def paths(benchmark, kind, split):
     return {path: names[label] for path, label in zip(files.paths, files.labels, strict=True)}
 
 
-@pytest.mark.parametrize("named", [(), ("--sketches", "sketch", "--photos", "photo")])
+@pytest.mark.parametrize("named", [(), ("--sketches", "sketch/", "--photos", "./photo")])
 def test_plain_folders_with_unseen_classes_by_name(tmp_path, named, capsys):
     lay_out(tmp_path, "sketch", "photo")
     lay_out(tmp_path, "sketch", classes=["only drawn"])
@@ -87,11 +87,13 @@ def test_train_and_val_folders_part_the_classes(tmp_path, fails):
     [
         ((), "choose the unseen classes by --unseen FILE or --unseen_classes N"),
         (("--unseen_classes", 5), "--unseen_classes 5: {root} has 5 classes; some must remain seen"),
-        (("--unseen", "{root}/names"), "names: no such list"),
+        (("--unseen", "{root}/names"), "names: no such file; name one of class names"),
         (("--unseen", "{root}/unknown"), "'zebras' is no class of {root} with sketches and photos; rename it"),
         (("--unseen", "{root}/all"), "5 of 5 classes are unseen; some must be, and not all"),
         (("--unseen", "{root}/all", "--unseen_classes", 2), "--unseen and --unseen_classes: use one of them"),
         (("--unseen_classes", 2, "--photos", "images"), "{root}/images: no such folder"),
+        (("--unseen_classes", 2, "--photos", "{root}/photo"), "{root}/photo: is not inside {root}; lists name"),
+        (("--unseen_classes", 2, "--photos", "photo/../../photo"), "../photo: is not inside {root}"),
         (("--unseen_classes", 2, "--held_back", 3), "has 3 sketches, too few to hold back 3"),
         (("--unseen_classes", 2, "--convert", "zeroshot0"), "--convert: is for the lists of a release"),
     ],
