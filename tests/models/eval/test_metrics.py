@@ -79,7 +79,7 @@ def test_definitions_without_golden_numbers_equal_a_plain_loop():
     gallery_labels[:4] = torch.arange(4)
     sums = {}
     for row, label in zip(scores.tolist(), query_labels.tolist(), strict=True):
-        relevant = [gallery_labels[photo] == label for photo in sorted(range(260), key=row.__getitem__)]
+        relevant = [gallery_labels[photo].item() == label for photo in sorted(range(260), key=row.__getitem__)]
         precision = [sum(relevant[: rank + 1]) / (rank + 1) for rank in range(260)]
         for name, top in (("all", 260), ("200", 200), ("100", 100)):
             hits = [rank for rank in range(top) if relevant[rank]]
