@@ -1,8 +1,9 @@
-"""A drawing of one's own, made like the drawings that networks learn from, which are Sketchy's.
+"""Normalises drawings of users to the form of the training sketches, those of Sketchy: paper, size and line width.
 
-Those are 256 × 256: black lines on white paper, 2.5 to 3 pixels wide, the drawing's longer side 80 to 235 pixels in
-nine of ten, anywhere on the paper. One's own may be a photo of a sheet in bad light, thick, small, or white on black.
-What helps, and what does not, is measured in benchmarks/sketches.py. Stands on Pillow and SciPy.
+Sketchy's are 256 × 256: black lines on white paper, 2.5 to 3 pixels wide; the longer side of nine in ten drawings is 80
+to 235 pixels, at any position. Drawings of users may be photos of a sheet in bad light, thick, small, or white on
+black.
+The effect of each step is measured in benchmarks/sketches.py. Needs Pillow and SciPy.
 """
 
 import functools
@@ -14,22 +15,22 @@ from scipy import ndimage
 from utils.cli import InputError
 
 PAPER_SIDE = 256  # pixels of the paper
-DRAWING_SIDE = 200  # pixels that the longer side of a drawing takes
+DRAWING_SIDE = 200  # pixels of the longer side of a drawing
 LINE_WIDTH = 2.8  # pixels of a line
-SUPERSAMPLING = 2  # lines are made this many times as large as they end
-FILLED_SHARE = 1 / 8  # of a drawing's longer side, from which a line is no line but a filled shape
-MAX_THINNING_STEPS = 40  # of a line at most
-WORK_SIDE = 1024  # pixels of the longer side that is looked at
-MIN_PAPER_BRIGHTNESS = 0.25  # how bright paper in a shadow is at least, beside the brightest
-MIN_LINE_SHARE = 1 / 16  # pixels in a line at least, of those of the longer side
-MIN_CONTRAST = 0.08  # contrast to the paper up to which nothing is a line
+SUPERSAMPLING = 2  # lines are drawn at this multiple of the final size
+FILLED_SHARE = 1 / 8  # of a drawing's longer side; wider strokes are filled shapes, not lines
+MAX_THINNING_STEPS = 40
+WORK_SIDE = 1024  # pixels of the longer side of the image that is analysed
+MIN_PAPER_BRIGHTNESS = 0.25  # of paper in a shadow, as a share of the brightest
+MIN_LINE_SHARE = 1 / 16  # pixels of a line, as a share of the longer side
+MIN_CONTRAST = 0.08  # to the paper, of lines
 
 
 def clean_up(image, name="the sketch"):
     """Normalise a drawing's paper, size and line width: PIL.Image, RGB, PAPER_SIDE × PAPER_SIDE.
 
-    image: PIL.Image, RGB, of any size. The time does not grow with it beyond WORK_SIDE pixels. Raises InputError, which
-    calls the drawing `name`, where no line can be told from the paper.
+    image: PIL.Image, RGB, of any size. Larger images than WORK_SIDE take no more time. Raises InputError, which
+    names the drawing `name`, if no line differs from the paper.
     """
     ink = ink_of(image)
     if not _drawn(ink).any():
@@ -38,7 +39,7 @@ def clean_up(image, name="the sketch"):
 
 
 def ink_of(image):
-    """How far each pixel of a drawing (PIL.Image, RGB) is from the paper to the lines: (H, W) float32, 0 to 1.
+    """The darkness of a drawing (PIL.Image, RGB) relative to its paper: (H, W) float32, 0 (paper) to 1 (line).
 
     The paper may have any colour, be lit unevenly, or be dark with light lines. The longer side has at most WORK_SIDE
     pixels.
@@ -46,7 +47,7 @@ def ink_of(image):
     image = image.copy()
     image.thumbnail((WORK_SIDE, WORK_SIDE), Image.Resampling.BOX)
     grey = np.asarray(image, np.float32).mean(axis=2)
-    # Closing fills in what is narrower than its window, lines, and leaves slopes and edges of shadows where they are.
+    # Closing removes what is narrower than its window (lines), and preserves slopes and edges of shadows.
     window = max(grey.shape) // 8 | 1
     grey = 255 - grey if _is_dark(grey, 2 * window + 1) else grey
     blurred = np.pad(ndimage.gaussian_filter(grey, 2), window, mode="edge")
@@ -55,7 +56,7 @@ def ink_of(image):
         paper, MIN_PAPER_BRIGHTNESS * np.percentile(grey, 95)
     )  # a filled shape may be wider than the window
     darker = paper - ndimage.gaussian_filter(grey, 0.5)
-    noise = 1.5 * np.median(np.abs(darker))  # its deviation, where less than half of the sheet is drawn on
+    noise = 1.5 * np.median(np.abs(darker))  # its deviation, if less than half of the sheet is drawn on
     contrast = (darker - 3 * noise).clip(min=0) / np.maximum(paper, 1)
     lines = contrast[contrast > MIN_CONTRAST]
     if not lines.size:
@@ -65,9 +66,9 @@ def ink_of(image):
 
 
 def _is_dark(grey, window):
-    """Whether lines are lighter than the paper: what differs most from what is around it is light, so it is skewed."""
-    apart = grey - ndimage.uniform_filter(grey, window, mode="nearest")
-    return (apart**3).mean() > 0.5 * (apart**2).mean() ** 1.5
+    """Whether lines are lighter than the paper: the differences to the local mean are then skewed to the light."""
+    difference = grey - ndimage.uniform_filter(grey, window, mode="nearest")
+    return (difference**3).mean() > 0.5 * (difference**2).mean() ** 1.5
 
 
 def framed(ink):
@@ -87,7 +88,7 @@ def framed(ink):
 
 
 def _drawn(ink):
-    """What belongs to the drawing in ink (H, W): bool. What is far smaller than its largest part is dirt."""
+    """The mask of the drawing in ink (H, W): bool. Components far smaller than the largest one are dirt."""
     parts, count = ndimage.label(ink > 0.25, np.ones((3, 3)))
     sizes = np.bincount(parts.ravel(), minlength=count + 1)
     sizes[0] = 0
@@ -96,19 +97,19 @@ def _drawn(ink):
 
 
 def thinned(ink):
-    """`framed` ink with lines of LINE_WIDTH, where they are thicker. Thin ones stay: networks know them as well."""
+    """`framed` ink with thicker lines thinned to LINE_WIDTH. Thin lines are not changed: networks recognise them."""
     drawn = ink > 0.5
     depth = ndimage.distance_transform_edt(np.pad(drawn, 1))[1:-1, 1:-1]
     width = 2 * np.median(depth[drawn & (depth == ndimage.maximum_filter(depth, 3))]) - 1
     if not SUPERSAMPLING * (LINE_WIDTH + 1) < width < SUPERSAMPLING * DRAWING_SIDE * FILLED_SHARE:
         return ink
-    # Lines shrink to one pixel, and what is thicker by as much as they do.
+    # Lines shrink to one pixel, thicker shapes by the same amount.
     left = peeled(drawn, min(MAX_THINNING_STEPS, round(1.5 * width))) | (depth > width / 2 + 1)
-    return _dilated(left, (SUPERSAMPLING * LINE_WIDTH - 1) / 2).astype(np.float32)
+    return _dilate(left, (SUPERSAMPLING * LINE_WIDTH - 1) / 2).astype(np.float32)
 
 
-def _dilated(drawn, radius):
-    """Pixels (H, W) bool that are no further than `radius` from one that is drawn."""
+def _dilate(drawn, radius):
+    """Dilate a mask (H, W) bool by a disc of `radius` pixels."""
     reach = int(radius)
     padded = np.pad(drawn, reach)
     near = np.zeros_like(drawn)
@@ -120,7 +121,7 @@ def _dilated(drawn, radius):
 
 
 def peeled(drawn, times):
-    """Lines (H, W) bool less their outermost pixels, `times` over. None breaks, and one of one pixel stays as it is.
+    """Remove the boundary pixels of lines (H, W) bool `times` times; lines stay connected and at least one pixel wide.
 
     Source: Zhang and Suen, A fast parallel algorithm for thinning digital patterns, 1984.
     """
@@ -130,21 +131,21 @@ def peeled(drawn, times):
     pixels = np.flatnonzero(flat)
     for _ in range(times):
         before = len(pixels)
-        for goes in _peels():
+        for is_removed in _removal_tables():
             neighbours = np.zeros(len(pixels), np.uint8)
             for bit, step in enumerate(steps):
                 neighbours |= flat[pixels + step] << bit
-            gone = goes[neighbours]
-            flat[pixels[gone]] = 0
-            pixels = pixels[~gone]
+            removed = is_removed[neighbours]
+            flat[pixels[removed]] = 0
+            pixels = pixels[~removed]
         if len(pixels) == before:
             break
     return left[1:-1, 1:-1] > 0
 
 
 @functools.cache
-def _peels():
-    """Whether a pixel goes, by its neighbours: bit 0 is the one above, clockwise. Two tables (256,) bool, in turns."""
+def _removal_tables():
+    """Which pixels are removed, by their neighbours (bit 0: above, then clockwise): (2, 256) bool, used in turn."""
     tables = np.zeros((2, 256), bool)
     for code in range(256):
         around = [code >> bit & 1 for bit in range(8)]

@@ -35,7 +35,7 @@ MAX_LISTED_UNREADABLE = 10  # unreadable files that are named
 
 @one_line_errors(should_print=lambda: get_rank() == 0)
 def main(argv=None):
-    """Command line of search_photos.py; returns what the command did."""
+    """Command line of search_photos.py; returns the result of the command."""
     options = create_parser().parse_args(argv)
     return options.run(options)
 
@@ -52,59 +52,59 @@ def create_parser():
             "--index", type=_path, default=Path("photo_index"), metavar="DIR", help="folder of the index"
         )
         added.add_argument("--engine", choices=ENGINES, default=LOCAL,
-            help="what searches: this program, or Milvus, which also has a copy of the index")  # fmt: skip
-        added.add_argument("--uri", metavar="ADDRESS", help="of Milvus: http://HOST:PORT, or a path that ends in .db")
-        added.add_argument("--collection", metavar="NAME", help="of the copy in Milvus (default: photo_index)")
+            help="search in the index on disk, or in a copy of it in Milvus")  # fmt: skip
+        added.add_argument(
+            "--uri", metavar="ADDRESS", help="address of Milvus: http://HOST:PORT, or a path that ends in .db"
+        )
+        added.add_argument("--collection", metavar="NAME", help="collection in Milvus (default: photo_index)")
         added.add_argument("--checkpoint", type=_path, metavar="FILE",
-            help="what a train script wrote, ours or the authors', or models.export as .onnx (default: that of the "
-            "index)")  # fmt: skip
-        added.add_argument("--backend", choices=BACKENDS, help="what computes: torch with checkpoints, onnx with "
-            "exported ones, without loading PyTorch (default: what the checkpoint needs)")  # fmt: skip
-        added.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+            help="checkpoint of a train script, ours or the authors', or .onnx of models.export (default: "
+            "that of the index)")  # fmt: skip
+        added.add_argument("--backend", choices=BACKENDS, help="torch for checkpoints, onnx for exported "
+            "files, without loading PyTorch (default: by the suffix of the checkpoint)")  # fmt: skip
+        added.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
         return added
 
     index = command("index", make_index, "index folders of photos, or bring their index up to date")
     add = index.add_argument
-    add("folders", nargs="*", metavar="folder", help="what the index is to hold (default: what it holds)")
-    add("--exclude", action="append", metavar="GLOB", help="leave out files and folders of this name, or path inside "
-        "a folder; may be given several times")  # fmt: skip
-    add("--model", help="of a checkpoint that does not tell (default: convnextv2_tiny)")
+    add("folders", nargs="*", metavar="folder", help="folders of photos (default: those of the index)")
+    add("--exclude", action="append", metavar="GLOB", help="exclude files and folders with this name, or this path "
+        "inside a folder; may be given several times")  # fmt: skip
+    add("--model", help="timm model, for a checkpoint that does not record it (default: convnextv2_tiny)")
     add("--input_size", type=image_side,
         help="side of an input image, in pixels (default: what the checkpoint was trained with, else 224)")  # fmt: skip
     add(
         "--imagenet_classes",
         type=positive_int,
-        help="outputs of the ImageNet head (default: what the checkpoint tells)",
+        help="outputs of the ImageNet head (default: what the checkpoint records, else 1000)",
     )
-    add("--clusters", type=positive_int, metavar="K", help="clusters (default: a 25th of the photos, at "
+    add("--clusters", type=positive_int, metavar="K", help="number of clusters (default: a 25th of the photos, at "
         f"most {update.MAX_DEFAULT_CLUSTERS}; none below {update.MIN_PHOTOS_FOR_CLUSTERS} photos)")  # fmt: skip
-    add("--subspaces", type=positive_int, metavar="M", help="parts of a feature (default: 2)")
-    add("--refit", action="store_true", help="fit the clusters to the photos there are now")
-    add("--batch_size", type=positive_int, default=64, help="photos at a time")
+    add("--subspaces", type=positive_int, metavar="M", help="number of subspaces of a feature (default: 2)")
+    add("--refit", action="store_true", help="fit the clusters again, to the present photos")
+    add("--batch_size", type=positive_int, default=64, help="photos in a batch")
     add("--workers", type=number_type(int, 0, 1000, "a whole number from 0 to 1000"), default=min(4, available_cores()),
         help="processes that decode photos")  # fmt: skip
 
     find = command("find", find_photos, "find the photos of an index that look like sketches")
     add = find.add_argument
-    add("sketches", nargs="+", metavar="sketch", help="picture of a sketch")
+    add("sketches", nargs="+", metavar="sketch", help="image file of a sketch")
     add("-k", type=positive_int, default=20, help="how many photos to show")
-    add("--as_drawn", action="store_true", help="compare sketches as they are (default: bring paper, size and lines to "
-        "what networks learn from)")  # fmt: skip
-    add("--matching", choices=MATCHINGS, help="(default: one-to-many where the index has clusters)")
+    add("--as_drawn", action="store_true", help="do not clean up sketches (default: normalise paper, size and lines "
+        "to those of the training sketches)")  # fmt: skip
+    add("--matching", choices=MATCHINGS, help="(default: one-to-many if the index has clusters)")
     add("--cluster_weight", type=number_type(float, 0, 1, "a number from 0 to 1"), metavar="W",
         help="weight of the cluster distance in one-to-many matching, 0 to 1; the paper's is 0.8 "
         f"(default: {DEFAULT_CLUSTER_WEIGHT})")  # fmt: skip
-    add("--json", type=_path, metavar="FILE", help="write what was found to FILE")
-    add("--picture", type=_path, metavar="FILE", help="where the picture goes (default: found.png in the index; of "
-        "Milvus, here)")  # fmt: skip
+    add("--json", type=_path, metavar="FILE", help="write the results to FILE")
+    add("--picture", type=_path, metavar="FILE", help="write the picture to FILE (default: found.png in the index, or "
+        "in the current folder with Milvus)")  # fmt: skip
 
     page = command("page", serve_page, "serve a page for the browser: draw, and see the photos of an index")
     add = page.add_argument
-    add(
-        "--port", type=number_type(int, 0, 65535, "a port from 0 to 65535"), default=8000, help="0 for any that is free"
-    )
-    add("--host", default="127.0.0.1", help="address to serve at; others than this machine's own need --token")
-    add("--token", metavar="TEXT", help="what visitors must show, as the end of the address: /?token=TEXT")
+    add("--port", type=number_type(int, 0, 65535, "a port from 0 to 65535"), default=8000, help="0 for any free port")
+    add("--host", default="127.0.0.1", help="address to listen on; any but the loopback addresses needs --token")
+    add("--token", metavar="TEXT", help="secret that clients must send, at the end of the address: /?token=TEXT")
     return parser
 
 
@@ -180,7 +180,7 @@ def _feature_computation():
 
 
 def _publisher(options):
-    """A function that brings what Milvus holds in line with the index; None for the local engine. Raises InputError."""
+    """A function that copies the index to Milvus; None for the local engine. Raises InputError."""
     if not (milvus := _milvus(options)):
         return None
     from photo_search.milvus_publish import check_own, publish
@@ -195,18 +195,18 @@ def _publisher(options):
     return run
 
 
-def _place(options):
-    """Where the index is that options name, see find.open_index_at. Raises InputError."""
+def _location(options):
+    """The location of the index, see search.open_index_at. Raises InputError."""
     milvus = _milvus(options)
     return milvus.existing_server(options.uri, options.collection) if milvus else options.index
 
 
 def _milvus(options):
-    """The module photo_search.milvus where options ask for Milvus; None for the local engine. Raises InputError."""
+    """The module photo_search.milvus for --engine milvus; None for the local engine. Raises InputError."""
     if options.engine == LOCAL:
         for name in ("uri", "collection"):
             if (asked := getattr(options, name)) is not None:
-                raise InputError(f"--{name} {asked}: it is for --engine {MILVUS}")
+                raise InputError(f"--{name} {asked}: only for --engine {MILVUS}")
         return None
     if not options.uri:
         raise InputError(f"--engine {MILVUS}: needs --uri, the address of Milvus (see --help)")
@@ -231,7 +231,9 @@ def _print_stats(folder, stats):
     if not index.clusters:
         log_rank0(f"note: clusters are fitted from {update.MIN_PHOTOS_FOR_CLUSTERS} photos on, or with --clusters")
     if index.share_new > update.REFIT_SHARE:
-        log_rank0(f"note: {index.share_new:.0%} of the photos are newer than the clusters; --refit fits them anew")
+        log_rank0(
+            f"note: {index.share_new:.0%} of the photos are newer than the clusters; --refit fits the clusters again"
+        )
 
 
 def find_photos(options):
@@ -240,7 +242,7 @@ def find_photos(options):
     sketches = [read_sketch(path) for path in options.sketches]
     if not options.as_drawn:
         sketches = [clean_up(sketch, path) for sketch, path in zip(sketches, options.sketches, strict=True)]
-    searcher = open_searcher(_place(options), options.checkpoint, options.device)
+    searcher = open_searcher(_location(options), options.checkpoint, options.device)
     matching, weight = (
         searcher.matching(options.matching),
         searcher.cluster_weight(options.matching, options.cluster_weight),
@@ -255,7 +257,7 @@ def find_photos(options):
         _print_table(path, matching, hits)
         found.append(hits)
     if gone := len({hit.path for hits in found for hit in hits if is_missing(hit)}):
-        log_rank0(f"note: no longer there: {gone:,} of the photos found; index again")
+        log_rank0(f"note: {gone:,} of the photos found do not exist any more; index again")
     result = [
         {
             "sketch": path,
@@ -313,11 +315,11 @@ def serve_page(options):
     except ImportError as error:
         raise InputError(f"the page needs {error.name}; pip install -r requirements-page.txt") from None
     _check_backend(options)
-    serve(_place(options), options.checkpoint, options.device, options.host, options.port, options.token)
+    serve(_location(options), options.checkpoint, options.device, options.host, options.port, options.token)
 
 
 def _check_backend(options):
-    """Raise InputError if --backend does not compute with the checkpoint."""
+    """Raise InputError if --backend contradicts the suffix of the checkpoint."""
     if options.backend is None:
         return
     checkpoint = options.checkpoint
@@ -333,7 +335,7 @@ def _check_backend(options):
 
 def _path(text):
     if not text.strip():
-        raise InputError("an empty text is no file or folder (see --help)")
+        raise InputError("an empty string is not a file or folder (see --help)")
     return Path(text)
 
 
@@ -372,5 +374,5 @@ def _lines(name, sketch, photos):
 def _decoded(photo):
     try:
         return Image.open(io.BytesIO(photo), formats=["JPEG"]).convert("RGB")
-    except Exception:  # a damaged thumbnail can fail in any way, and the path is told all the same
+    except Exception:  # a damaged thumbnail can fail in any way; the table has the path
         return Image.new("RGB", (8, 8), "lightgrey")

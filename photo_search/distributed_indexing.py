@@ -1,31 +1,31 @@
-"""Several processes, as torchrun starts them, compute the features of photos; the first does all else.
+"""Feature computation on several ranks that torchrun starts; rank 0 does everything else.
 
-Batches are dealt out in turn, and the first process keeps them in their order: the index is the one that a process
-alone makes. Only the first needs the folder of the index; all need the checkpoint and the photos.
+Batches are assigned round-robin, and rank 0 stores them in their order, so the index equals that of one process. Only
+rank 0 needs the folder of the index; all ranks need the checkpoint and the photos.
 """
 
 import functools
 from contextlib import contextmanager
 
-from photo_search import encoder as networks
+from photo_search import encoder as local
 from utils import distributed
 from utils.cli import InputError, RankError
 from utils.distributed import get_rank, get_world_size
 
 
-def add_photos(network, metadata, found, unfinished, batch_size=64, workers=0):
-    """As photo_search.encoder.add_photos, for the first process; the others are in `follow`."""
+def add_photos(encoder, metadata, photos, partial_index, batch_size=64, workers=0):
+    """As photo_search.encoder.add_photos, on rank 0, while the other ranks are in `follow`."""
     distributed.init_process_group("cpu")
-    distributed.broadcast_object((metadata, found, batch_size))
-    _compute(network, metadata, found, unfinished, batch_size, workers)
+    distributed.broadcast_object((metadata, photos, batch_size))
+    _compute(encoder, metadata, photos, partial_index, batch_size, workers)
 
 
 @contextmanager
 def leading():
-    """Within this block the first process makes the index; at its end the others end, too."""
+    """Within this block rank 0 makes the index; at its end `follow` returns on the other ranks."""
     try:
         yield
-        if not distributed.is_initialized():  # nothing was to be computed
+        if not distributed.is_initialized():  # there was nothing to compute
             distributed.init_process_group("cpu")
             distributed.broadcast_object(None)
     finally:
@@ -33,38 +33,38 @@ def leading():
 
 
 def follow(checkpoint=None, device=None, workers=0):
-    """Compute what the first process shares, in another one.
+    """Compute features on a rank other than 0.
 
-    checkpoint: where it is on this machine, if not where the first process has it. Raises OwnError.
+    checkpoint: its path on this machine, if it differs from that of rank 0. Raises RankError.
     """
     distributed.init_process_group("cpu")
     try:
         if task := distributed.broadcast_object(None):
-            metadata, found, batch_size = task
-            network = functools.cache(lambda: networks.encoder_of(metadata, checkpoint, device))
-            _compute(network, metadata, found, None, batch_size, workers)
+            metadata, photos, batch_size = task
+            encoder = functools.cache(lambda: local.encoder_of(metadata, checkpoint, device))
+            _compute(encoder, metadata, photos, None, batch_size, workers)
     except InputError as error:
         raise RankError(str(error)) from error
     finally:
         distributed.destroy_process_group()
 
 
-def _compute(network, metadata, found, unfinished, batch_size, workers):
-    batches = [found[start : start + batch_size] for start in range(0, len(found), batch_size)]
+def _compute(encoder, metadata, photos, partial_index, batch_size, workers):
+    batches = [photos[start : start + batch_size] for start in range(0, len(photos), batch_size)]
     own = batches[get_rank() :: get_world_size()]
-    together = _Together(unfinished)
-    networks.add_photos(network, metadata, [each for batch in own for each in batch], together, batch_size, workers)
+    gathering = _GatheringIndex(partial_index)
+    local.add_photos(encoder, metadata, [each for batch in own for each in batch], gathering, batch_size, workers)
     if len(own) < -(-len(batches) // get_world_size()):
-        together.add()  # the others have one more
+        gathering.add()  # other ranks have one more batch
 
 
-class _Together:
-    """An PartialIndex to which all processes add a batch at a time."""
+class _GatheringIndex:
+    """Gathers one batch of each rank at a time into the PartialIndex of rank 0."""
 
-    def __init__(self, unfinished):
-        self.unfinished = unfinished
+    def __init__(self, partial_index):
+        self.partial_index = partial_index
 
     def add(self, *batch):
         for each in distributed.gather_objects(batch) or ():
             if each:
-                self.unfinished.add(*each)
+                self.partial_index.add(*each)

@@ -28,7 +28,7 @@ from pymilvus import MilvusClient, MilvusException
 
 from photo_search import remote_search
 from photo_search.cells import Cells, assign_codes
-from photo_search.index import INDEX_METADATA, Folder, cells_field, check_table, has_fields
+from photo_search.index import INDEX_METADATA, MAX_FOLDER_DEPTH, Folder, cells_field, check_table, has_fields
 from utils.cli import InputError
 from utils.sampling import evenly_spaced
 
@@ -109,7 +109,7 @@ class Server:
             name = self.call("describe_alias", self.collection)["collection_name"]
             if re.fullmatch(rf"{self.collection}_{MARK}_{GENERATION}", name):
                 return name
-        raise InputError(f"{self.address}: holds something else than photos of this program; name another --collection")
+        raise InputError(f"{self.address}: was not created by search_photos.py; name another --collection")
 
     def version(self):
         """The hash of the current generation."""
@@ -335,11 +335,11 @@ def _parsed(text):
         raise ValueError("its cells are too large")
     folders = [Folder(*values) for values in content["folders"]]
     for name, depth, first, last in folders:
-        if not (
-            type(name) is str
-            and depth in (0, 1)
-            and _int64_in_range([first, last], cells.cell_ends[-1] + 1) is not None
-        ):
+        numbers = (
+            _int64_in_range([depth], MAX_FOLDER_DEPTH + 1),
+            _int64_in_range([first, last], cells.cell_ends[-1] + 1),
+        )
+        if type(name) is not str or any(each is None for each in numbers):
             raise ValueError("malformed folder list")
         if first >= last:
             raise ValueError("a folder without photos")

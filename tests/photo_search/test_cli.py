@@ -129,7 +129,7 @@ def test_photos_that_are_gone_are_told(photos, checkpoint, sketch, capsys, tmp_p
     capsys.readouterr()
     found = run("find", sketch, *HERE)[0]
     assert found["matching"] == "one-to-many" and len(found["found"]) == 5
-    assert "note: no longer there: 1 of the photos found; index again" in capsys.readouterr().err
+    assert "note: 1 of the photos found do not exist any more; index again" in capsys.readouterr().err
     for photo in found["found"]:
         score = 0.2 * photo["cluster_distance"] + 0.8 * photo["distance"]
         assert photo["score"] == pytest.approx(score, abs=1e-12)
@@ -208,7 +208,7 @@ def bad_sketches(folder):
     ("find sketch.png --device abacus", "--device abacus: there is no such device"),
     ("find sketch.png --json sketch.png/x.json", "x.json cannot be written"),
     ("find sketch.png --json empty", "empty cannot be written (Is a directory); choose another name or folder"),
-    ("find sketch.png --collection cats", "--collection cats: it is for --engine milvus"),
+    ("find sketch.png --collection cats", "--collection cats: only for --engine milvus"),
     ("index --index new", "a new one needs a folder of photos"), ("index photos --index new", "needs --checkpoint"),
     ("index none --index new --checkpoint {}", "none: cannot be searched for photos"),
     ("index empty --index new --checkpoint {}", "empty: contains no photos"),
@@ -262,7 +262,7 @@ def test_milvus_finds_the_same(photos, checkpoint, sketch, tmp_path, capsys, fai
 
 @pytest.mark.parametrize(("arguments", "told"), [
     ("find sketch.png --engine milvus", "--engine milvus: needs --uri"), ("index --engine milvus", "needs --uri"),
-    ("find sketch.png --uri photos.db", "--uri photos.db: it is for --engine milvus"),
+    ("find sketch.png --uri photos.db", "--uri photos.db: only for --engine milvus"),
     ("find sketch.png --engine faiss", "argument --engine"),
     ("find sketch.png --engine milvus --uri photos.db", "--engine milvus: needs pymilvus; pip install -r "),
 ])  # fmt: skip
