@@ -13,7 +13,7 @@ from photo_search.clean_sketch import (
     PAPER_SIDE,
     SUPERSAMPLING,
     WORK_SIDE,
-    _dilated,
+    _dilate,
     clean_up,
     framed,
     ink_of,
@@ -264,4 +264,4 @@ def test_lines_are_dilated_by_a_disc():
         drawn = rng.random((40, 50)) < share
         for radius in (0, 1, 2.3, 5):
             within = ndimage.distance_transform_edt(~drawn) <= radius
-            np.testing.assert_array_equal(_dilated(drawn, radius), within)
+            np.testing.assert_array_equal(_dilate(drawn, radius), within)
