@@ -442,7 +442,7 @@ def test_a_photo_is_searched_as_it_is(visit, index):
     assert visit.reload().names[0] == "fish 5.jpg"
 
 
-@pytest.mark.parametrize(("form", "type_", "side"), [("PNG", "image/png", 5000), ("BMP", "image/bmp", 100)])
+@pytest.mark.parametrize(("form", "type_", "side"), [("PNG", "image/png", 4100), ("BMP", "image/bmp", 100)])
 def test_pictures_that_are_not_taken_as_they_are_get_converted(visit, form, type_, side):
     assert len(hand_over(visit, drawing(form, side), "a picture", type_).names) >= 12
 
@@ -644,8 +644,8 @@ def test_a_photo_that_is_gone_is_told_in_the_page(visit):
     os.remove(path)
     visit.driver.find_element(By.CLASS_NAME, "photo").click()
     visit.until("return !at('trouble').hidden")
-    assert visit.get("trouble").text == "this photo is no longer there; index again to leave it out"
     Path(path).write_bytes(content)
+    assert visit.get("trouble").text == "this photo does not exist any more; index again to remove it"
     (entry,) = visit.driver.get_log("browser")
     assert "404" in entry["message"]
 
@@ -749,6 +749,21 @@ def test_a_page_that_opens_before_its_server_answers_loses_no_stroke(visit):
     visit.run("window.fetch = real; wake()")
     visit.driver.execute_async_script("again.then(arguments[0])")
     assert visit.wait().names
+
+
+def test_an_index_that_is_gone_is_told_and_asked_for_again(visit, index):
+    visit.example("bell")
+    before = visit.names
+    os.rename(index / "index.json", index / "elsewhere.json")
+    try:
+        visit.stroke()
+        visit.until("return at('status').textContent.endsWith('asking again …')")
+        assert "no index of photos" in visit.status and visit.names == before
+    finally:
+        os.rename(index / "elsewhere.json", index / "index.json")
+    visit.run("wake()")
+    assert visit.wait().names != before
+    assert {"503" in entry["message"] for entry in visit.driver.get_log("browser")} == {True}
 
 
 def test_drawings_to_begin_with_are_those_of_the_miniature(visit):
