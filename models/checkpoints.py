@@ -49,9 +49,9 @@ class SaveSchedule:
     """
 
     def __init__(self, every="1e"):
-        if not (parts := re.fullmatch(r"(0*[1-9]\d{0,5})([smhe])", every)):
+        if not (match := re.fullmatch(r"(0*[1-9]\d{0,5})([smhe])", every)):
             raise ValueError(f"{every!r} is not an interval like 10m, 30s, 2h, or 1e for epochs")
-        number, unit = int(parts[1]), parts[2]
+        number, unit = int(match[1]), match[2]
         self.every = every
         self.epochs = number if unit == "e" else 1
         self.seconds = None if unit == "e" else number * {"s": 1, "m": 60, "h": 3600}[unit]
@@ -131,8 +131,8 @@ def _exported_with(path):
     if metadata.get("format") != EXPORT_FORMAT:
         return {}
     try:
-        told = parse_metadata(metadata)
-        options = {name: told[name] for name in ("model", "input_size", "imagenet_classes")}
+        values = parse_metadata(metadata)
+        options = {name: values[name] for name in ("model", "input_size", "imagenet_classes")}
         return {"options": options, "classes": json.loads(metadata.get("classes", "null"))}
     except (KeyError, ValueError, RecursionError):
         return {}

@@ -98,10 +98,10 @@ def read_tested(folder):
     path = folder / QUERIES
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in ("rows", "metrics", "values", "class", "sketch")}
-        rows, values = found["rows"], found["values"]
-        shape = len(rows), len(found["metrics"]), len(found["class"])
-        if rows.shape != (shape[0], 3) or values.shape != shape or found["sketch"].shape != shape[2:]:
+            stored = {name: arrays[name] for name in ("rows", "metrics", "values", "class", "sketch")}
+        rows, values = stored["rows"], stored["values"]
+        shape = len(rows), len(stored["metrics"]), len(stored["class"])
+        if rows.shape != (shape[0], 3) or values.shape != shape or stored["sketch"].shape != shape[2:]:
             raise ValueError
         if not all(shape) or values.dtype.kind != "f" or np.isinf(values).any():
             raise ValueError
@@ -109,9 +109,9 @@ def read_tested(folder):
         raise InputError(f"{path}: no such file; run the test again, earlier versions did not write it") from None
     except Exception:  # a torn file can fail in any way
         raise InputError(f"{path}: torn, or not what a test writes; run the test again") from None
-    names = [str(name) for name in found["metrics"]]
+    names = [str(name) for name in stored["metrics"]]
     return TestedRun(
-        folder, results, [tuple(row) for row in rows.tolist()], names, values, found["class"], found["sketch"]
+        folder, results, [tuple(row) for row in rows.tolist()], names, values, stored["class"], stored["sketch"]
     )
 
 
@@ -177,16 +177,20 @@ def compare(settings, names, metric, draws=10_000, seed=0):
     classes = np.unique(first.classes, return_inverse=True)[1]
     table = []
     for row in common:
-        found = [np.stack([_of_row(run, row, metric) for run in runs]) for runs in settings]
+        per_setting = [np.stack([_of_row(run, row, metric) for run in runs]) for runs in settings]
         entries = []
-        for name, values in zip(names, found, strict=True):
+        for name, values in zip(names, per_setting, strict=True):
             entry = {"name": name, **over_seeds(values, classes)}
-            if values is not found[0]:
-                entry["difference"], entry["interval"] = difference_interval(values, found[0], classes, draws, seed)
+            if values is not per_setting[0]:
+                entry["difference"], entry["interval"] = difference_interval(
+                    values, per_setting[0], classes, draws, seed
+                )
             entries.append(entry)
         subspaces, clusters, weight = row
-        named = {"matching": "one-to-one"} if not clusters else {"M": int(subspaces), "K": int(clusters)}
-        table.append({"row": row_name(named | ({"cluster_weight": weight} if clusters else {})), "settings": entries})
+        row_labels = {"matching": "one-to-one"} if not clusters else {"M": int(subspaces), "K": int(clusters)}
+        table.append(
+            {"row": row_name(row_labels | ({"cluster_weight": weight} if clusters else {})), "settings": entries}
+        )
     return table
 
 

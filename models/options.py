@@ -171,6 +171,8 @@ def resolve(options, protocol, folder):
         options.input_size = fit_input_size(options.model, options.input_size)
     options.device = distributed.local_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_device("--device", options.device)
+    if getattr(options, "cls_weight", 1) == 0:
+        raise InputError("--cls_weight 0: the classifier of the seen classes would not be trained; use a larger weight")
     if getattr(options, "mixture_device", None) is not None:
         check_device("--mixture_device", options.mixture_device)
     for name in protocol.metrics:

@@ -235,7 +235,7 @@ class _NumberType:
     def __setstate__(self, state):
         _, self.order, *rest = state
         if self.order not in ("<", ">", "=", "|") or any(rest[:3]):
-            raise pickle.UnpicklingError("numbers of a type with parts")
+            raise pickle.UnpicklingError("numbers of a structured type")
 
 
 def _number(kind, content):
@@ -300,8 +300,8 @@ def safetensors_metadata(path):
 def zip_crc_ok(path):
     """Whether the CRCs of a torch file (a zip archive) are right; torch.load does not check them."""
     try:
-        with zipfile.ZipFile(path) as parts:
-            return parts.testzip() is None
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):
         return False
 
@@ -311,8 +311,10 @@ def _refuse_compressed(path):
     if not zipfile.is_zipfile(path):
         return
     try:
-        with zipfile.ZipFile(path) as parts:
-            compressed = [part.filename for part in parts.infolist() if part.compress_type != zipfile.ZIP_STORED]
+        with zipfile.ZipFile(path) as archive:
+            compressed = [
+                member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED
+            ]
     except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError):
         return  # torch.load reports what is wrong
     if compressed:

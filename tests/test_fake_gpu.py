@@ -1,11 +1,11 @@
-"""What runs on a GPU, on one that is pretended: devices never meet, the host does not wait, values are the CPU's."""
+"""GPU code on a fake GPU: no operation mixes devices, none is a needless synchronisation, values are the CPU's."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from helpers.fake_gpu import OnGpu, PretendGpu, values
+from helpers.fake_gpu import FakeGpu, OnGpu, values
 from timm.models.convnext import ConvNeXt
 
 from datasets.lists import open_benchmark
@@ -31,11 +31,11 @@ from utils.cli import one_line_errors
 
 @pytest.fixture
 def gpu():
-    with PretendGpu() as pretended:
+    with FakeGpu() as fake:
         for device in ("cuda:0", "cuda:1"):
             normalise(torch.zeros(1, 3, 4, 4, dtype=torch.uint8).to(device))  # brings mean and deviation there, once
-        pretended.reset()
-        yield pretended
+        fake.reset()
+        yield fake
 
 
 def create_state(device, seen_classes=5, imagenet_classes=20, drop_path=0.0):
@@ -71,7 +71,7 @@ def assert_close(ours, theirs, tolerance=1e-6):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("device", "accum_steps"), [("cuda", 1), ("cuda:1", 1), ("cuda", 2)])
-def test_a_step_waits_for_nothing_and_is_the_cpus(gpu, precision, device, accum_steps):
+def test_a_step_does_not_synchronise_and_equals_the_cpus(gpu, precision, device, accum_steps):
     batch, state, own = create_batch(), create_state(device), create_state("cpu")
     on_gpu, kernels = moved(batch, gpu, device), []
     for bidirectional in (False, True, True):
@@ -105,7 +105,7 @@ class Pinned:
             yield [self.gpu.pin(tensor) for tensor in batch]
 
 
-def test_an_epoch_waits_once_at_its_end_and_logs_every_step(gpu, tiny, tmp_path):
+def test_an_epoch_synchronises_once_at_its_end_and_logs_every_step(gpu, tiny, tmp_path):
     benchmark = open_benchmark("sketchy", tiny)
     data = open_training_data(benchmark, LoaderOptions(48, 3), imagenet_classes=None, validate=False)
     config, own, expected = config_of(epochs=1), create_state("cpu", 2, 1000), []
@@ -176,7 +176,7 @@ def test_a_batch_that_does_not_fit_is_accumulated_with_one_note(gpu, tiny, monke
 
 @pytest.fixture
 def other_rules():
-    """The environment says the opposite of what the precision fp32 says of TF32."""
+    """TF32 is allowed by the environment, which the precision fp32 forbids."""
     switches = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [switch.allow_tf32 for switch in switches]
     for switch in switches:
@@ -186,7 +186,7 @@ def other_rules():
         switch.allow_tf32 = allowed
 
 
-def test_a_trial_holds_what_a_step_will_and_lets_go_of_it(gpu, monkeypatch, other_rules):
+def test_the_memory_probe_allocates_as_much_as_a_step_and_frees_it(gpu, monkeypatch, other_rules):
     add, tried = train_step_module._add_gradients, []
 
     def short_of_memory_once(student, teacher, batch, counts, bidirectional, precision, loss_weights):
@@ -211,7 +211,7 @@ def test_a_trial_holds_what_a_step_will_and_lets_go_of_it(gpu, monkeypatch, othe
     assert 0.99 * second < half and first < 0.9 * second  # Adam also counts steps, in a number for each parameter
 
 
-def test_held_back_sketches_are_computed_by_the_rules_of_training(monkeypatch, other_rules):
+def test_validation_has_the_precision_of_training(monkeypatch, other_rules):
     state, data, seen = create_state("cpu"), TrainingData(None, None, [], val_loader=[], val_size=1), []
     state.metric_sums, state.step = torch.zeros(len(LOGGED)), 1
     monkeypatch.setattr(training, "validate", lambda *_: seen.append(other_rules()) or 50.0)
@@ -219,14 +219,14 @@ def test_held_back_sketches_are_computed_by_the_rules_of_training(monkeypatch, o
     assert seen == [[False, False]] and state.history[0]["accuracy"] == 50
 
 
-def test_single_images_that_do_not_fit_end_the_run(gpu, monkeypatch):
+def test_out_of_memory_with_single_images_ends_the_run(gpu, monkeypatch):
     limited, _ = short_of_memory(0)
     monkeypatch.setattr(train_step_module, "_add_gradients", limited)
     with pytest.raises(torch.OutOfMemoryError):
         train_step_module.find_accum_steps(create_state("cuda"), moved(create_batch(), gpu, "cuda"), 1, "fp32")
 
 
-def test_an_illegal_memory_access_is_no_lack_of_memory(gpu, monkeypatch):
+def test_an_illegal_memory_access_is_not_out_of_memory(gpu, monkeypatch):
     tried, state, batch = [], create_state("cuda"), moved(create_batch(), gpu, "cuda")
     monkeypatch.setattr(train_step_module, "_add_gradients", lambda *_: illegal(tried))
     for work in (
@@ -300,7 +300,7 @@ def test_ranks_equal_the_cpus(gpu):
     assert torch.equal(values(average_precision(found)), average_precision(expected))
 
 
-def test_tensors_of_two_devices_do_not_meet(gpu):
+def test_an_operation_on_two_devices_fails(gpu):
     one, other, host = torch.ones(2).to("cuda:0"), torch.ones(2).to("cuda:1"), torch.ones(2)
     for pair in ((one, other), (one, host), (host, one)):
         with pytest.raises(RuntimeError, match="tensors on"):
@@ -375,7 +375,7 @@ def test_mixtures_are_fitted_on_the_cpu_if_the_gpu_is_slow_in_float64(monkeypatc
     codebooks.mixture_device.cache_clear()
 
 
-def test_a_process_takes_its_gpu_before_it_meets_the_others(monkeypatch):
+def test_a_rank_sets_its_gpu_before_the_process_group_forms(monkeypatch):
     called = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -110,7 +110,7 @@ def test_another_number_of_seen_classes_is_refused(tiny, tmp_path, fails):
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_help_tells_how_many_seen_classes_a_benchmark_has(name):
+def test_help_has_the_number_of_seen_classes_of_a_benchmark(name):
     for parser in (train_parser(PROTOCOLS[name]), parser_of_test(PROTOCOLS[name])):
         assert f"{PROTOCOLS[name].title} has {PROTOCOLS[name].seen_classes}" in " ".join(parser.format_help().split())
 
@@ -125,7 +125,7 @@ def rewritten(path, **changes):
     torch.save(content, path)
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_on(tiny, tmp_path):
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tiny, tmp_path):
     arguments = [
         *SMALL,
         *"--finetune none --max_steps 1 --batch_size 3 --warmup_epochs 0 --data_root".split(),
@@ -150,7 +150,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tiny, tmp_path):
     assert read_checkpoint(kept)["options"]["imagenet_classes"] == 1000
 
 
-def test_an_option_that_an_older_checkpoint_does_not_know_had_its_default(tiny, tmp_path, fails):
+def test_an_option_that_an_older_checkpoint_lacks_had_its_default(tiny, tmp_path, fails):
     arguments = [*SMALL, *"--finetune none --max_steps 1 --batch_size 3 --epochs 1 --data_root".split(), str(tiny)]
     arguments += ["-s", str(tmp_path)]
     kept = train_sketchy_ext.main(arguments).with_name(LAST)

@@ -1,6 +1,6 @@
-"""A pretend GPU: tensors that say they are on `cuda` and hold their values on the CPU.
+"""A fake GPU for tests: tensors whose device is `cuda`, with their values on the CPU.
 
-    with PretendGpu() as gpu:
+    with FakeGpu() as gpu:
         network.to("cuda:1")
         ...
     gpu.kernels, gpu.copies, gpu.waits
@@ -40,9 +40,9 @@ WITHOUT_A_KERNEL = {
 
 
 class OnGpu(torch.Tensor):
-    """A tensor that says it is on a GPU; `value` is on the CPU.
+    """A tensor whose `device` is a GPU; `value` is on the CPU.
 
-    To the C++ part of torch it is on the CPU, so that its autograd engine needs no GPU.
+    For torch's C++ code it is a CPU tensor, so that autograd needs no GPU.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -55,21 +55,21 @@ class OnGpu(torch.Tensor):
         )  # fmt: skip
 
     def __init__(self, value, device):
-        self.value, self.place = value, device
+        self.value, self.fake_device = value, device
 
-    device = property(lambda self: self.place)
+    device = property(lambda self: self.fake_device)
     is_cuda = property(lambda self: True)
 
     def to(self, *args, **kwargs):
-        """As Tensor.to, by the device that this tensor says it is on."""
+        """As Tensor.to, by the fake device of this tensor."""
         device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         device = _numbered(device or self.device)
         if device == self.device:
             form = {} if memory_format is None else {"memory_format": memory_format}
             return super().to(dtype or self.dtype, **form)
         if device.type == "cpu":
-            PretendGpu.current.copies += 1
-            PretendGpu.current.waits["a copy to the host"] += 1
+            FakeGpu.current.copies += 1
+            FakeGpu.current.waits["a copy to the host"] += 1
             return self.value.to(dtype or self.dtype, copy=True)
         return torch.ops.aten._to_copy(self, device=device, dtype=dtype or self.dtype, non_blocking=non_blocking)
 
@@ -80,11 +80,11 @@ class OnGpu(torch.Tensor):
         return self.cpu().tolist()
 
     def __repr__(self):
-        return f"OnGpu({self.value}, {self.place})"
+        return f"OnGpu({self.value}, {self.fake_device})"
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        return PretendGpu.current.run(function, args, kwargs or {})
+        return FakeGpu.current.run(function, args, kwargs or {})
 
 
 def _numbered(device):
@@ -96,7 +96,7 @@ ANY, FIRST = torch.device("cuda"), torch.device("cuda", 0)
 
 
 class _Numbered(TorchFunctionMode):
-    """Does by hand what torch does with devices before an operation is dispatched: it would ask a real GPU."""
+    """Resolves device indices before dispatch, where torch would query a real GPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         def number(x):
@@ -113,25 +113,25 @@ class _Numbered(TorchFunctionMode):
 
 
 class Event:
-    """Stands for torch.cuda.Event: waiting for what was recorded before the last step costs nothing."""
+    """Replaces torch.cuda.Event: synchronize() counts as a wait only if no kernel was launched since record()."""
 
     def record(self, stream=None):
-        self.kernels = PretendGpu.current.kernels
+        self.kernels = FakeGpu.current.kernels
 
     def synchronize(self):
-        gpu = PretendGpu.current
-        if gpu.kernels == self.kernels:  # nothing was given to the GPU since, which runs dry meanwhile
+        gpu = FakeGpu.current
+        if gpu.kernels == self.kernels:  # the GPU is idle while the host waits
             gpu.waits["an event that nothing follows"] += 1
 
 
 class _Dispatch(TorchDispatchMode):
-    """Sends operations that make new tensors to the PretendGpu, too."""
+    """Sends operations that make new tensors to the FakeGpu, too."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return PretendGpu.current.run(function, args, kwargs or {})
+        return FakeGpu.current.run(function, args, kwargs or {})
 
 
-class PretendGpu:
+class FakeGpu:
     """A context in which "cuda" devices are there; see above."""
 
     current = None
@@ -141,7 +141,7 @@ class PretendGpu:
         self.names = collections.Counter()  # kernels by name
 
     def __enter__(self):
-        PretendGpu.current = self
+        FakeGpu.current = self
         self.stack, on_cpu = contextlib.ExitStack(), functools.partial(torch.autocast, "cpu")
         for owner, name, value in (
             (torch, "autocast", lambda device, *rest, **named: on_cpu(*rest, **named)),
@@ -217,7 +217,7 @@ class PretendGpu:
             raise RuntimeError(f"{function}: tensors on {devices}")
         for x in tensors:
             if not isinstance(x, OnGpu) and x.ndim == 0:
-                continue  # a number, which is passed along
+                continue  # a scalar argument
             if not isinstance(x, OnGpu):
                 if name in INDEXING and any(x is index for index in args[1]):
                     self.waits["an index on the CPU"] += 1

@@ -1,4 +1,4 @@
-"""What training survives: kills, signals, torn files, full disks, images and losses gone bad."""
+"""Interrupted training: kills, signals, torn files, full disks, damaged images, losses that are not finite."""
 
 import json
 import os
@@ -141,7 +141,7 @@ def test_a_torn_checkpoint_never_takes_the_place_of_a_whole_one(tiny, tmp_path, 
     EOFError(), ConnectionResetError(104, "Connection reset by peer"),
     RuntimeError("DataLoader worker (pid 7) exited unexpectedly"),
 ])  # fmt: skip
-def test_a_signal_that_ends_workers_first_saves_all_the_same(tiny, tmp_path, monkeypatch, capsys, error):
+def test_a_signal_that_ends_workers_first_also_saves(tiny, tmp_path, monkeypatch, capsys, error):
     run(tiny, tmp_path / "whole")
 
     def dies(*_):
@@ -164,14 +164,14 @@ def test_the_last_checkpoint_is_there_at_any_moment_of_a_save(tmp_path):
     assert (tmp_path / LAST).read_bytes() == (tmp_path / PREVIOUS).read_bytes() == b"new"
 
 
-def test_what_a_kill_left_half_written_goes(tiny, tmp_path):
+def test_incomplete_files_of_a_killed_process_are_deleted(tiny, tmp_path):
     leftover = tmp_path / f".{LAST}.ab12"
     leftover.write_bytes(b"half")
     run(tiny, tmp_path, "--epochs", 1)
     assert not leftover.exists()
 
 
-def test_a_resumed_run_keeps_to_its_protocol(tiny, tmp_path, fails):
+def test_a_run_is_not_resumed_with_another_protocol(tiny, tmp_path, fails):
     run(tiny, tmp_path, "--epochs", 1)
     lists = tiny / "zeroshot1"
     for kind, name in (("sketch_tx_000000000000_ready", "sketch"), ("all_photo", "all_photo")):
@@ -331,7 +331,7 @@ def test_the_log_of_a_resumed_run_has_no_line_twice(tmp_path):
 
 
 @pytest.mark.draws
-def test_what_a_run_shows(tiny, tmp_path, capsys):
+def test_lines_log_and_curves_of_a_run(tiny, tmp_path, capsys):
     run(tiny, tmp_path, "--eval_every", 2)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4 and "mAP@all" in printed[1] and "mAP@all" not in printed[0] + printed[2]
@@ -346,7 +346,7 @@ def test_what_a_run_shows(tiny, tmp_path, capsys):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and list((tmp_path / "curves").iterdir())
 
 
-def test_training_does_not_depend_on_what_is_measured_on_the_way(tiny, tmp_path):
+def test_training_does_not_depend_on_evaluation_between_epochs(tiny, tmp_path):
     run(tiny, tmp_path / "plain")
     run(tiny, tmp_path / "measured", "--eval_every", 1, "--print_freq", 7)
     one, two = (read_checkpoint(tmp_path / name / LAST)["state_dict"] for name in ("plain", "measured"))
@@ -354,7 +354,7 @@ def test_training_does_not_depend_on_what_is_measured_on_the_way(tiny, tmp_path)
 
 
 def test_a_checkpoint_with_zeros_in_a_weight_gives_way_to_the_one_before(tiny, tmp_path, at_step, capsys):
-    """A torn disk can leave zeros in the middle of a file, which torch reads without a word."""
+    """A torn disk can leave zeros in the middle of a file, which torch.load does not notice."""
     run(tiny, tmp_path / "whole")
     at_step(5, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit):

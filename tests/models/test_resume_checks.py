@@ -1,4 +1,4 @@
-"""Checkpoints that hold something else than a run left there end in one line, whatever it is."""
+"""--resume: every malformed entry of a checkpoint ends in one line."""
 
 import copy
 import math
@@ -43,7 +43,7 @@ def whole(tmp_path_factory):
 
 
 def change(key, value):
-    """A change of one entry; `key` is its path, and `value` may be a function of what stood there."""
+    """A change of one entry; `key` is its path, and `value` may be a function of the old value."""
 
     def apply(content):
         *path, last = key
@@ -147,7 +147,7 @@ def test_a_damaged_state_is_refused_in_one_line(whole, name):
     assert ("damaged, it cannot be resumed (" if name in DAMAGES else "is no ordinary tensor") in message
 
 
-def test_a_sound_state_goes_on_however_it_lies_in_memory(whole):
+def test_a_valid_state_is_restored_from_any_memory_layout(whole):
     folder, content = whole
     ends = []
     for form in ("as it is", "other strides", "settings of another version"):
@@ -169,7 +169,7 @@ def test_a_sound_state_goes_on_however_it_lies_in_memory(whole):
         assert all(torch.equal(one, two) for one, two in zip(ends[0], other, strict=True))
 
 
-def test_a_moment_laid_over_itself_is_copied_out(whole):
+def test_a_moment_with_overlapping_memory_is_copied(whole):
     """A tensor with strides of 0 has fewer numbers in memory than it shows."""
     folder, content = whole
     content = copy.deepcopy(content)

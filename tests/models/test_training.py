@@ -93,9 +93,9 @@ def selection(accuracies, warmup):
 
 def test_the_kept_checkpoint_beats_every_epoch_before_it_after_warmup():
     assert selection([90, 50, 91, 91, 92, 80], warmup=1) == [[], [], [BEST], [], [BEST], []]
-    # Warm-up epochs are tracked, too: here none ever beats the first, and a stand-in is kept.
+    # Warm-up epochs are tracked, too: here none ever beats the first, and the best one after warm-up is kept.
     assert selection([90, 50, 60, 55, 70], warmup=1) == [[], [], [BEST_AFTER_WARMUP], [], [BEST_AFTER_WARMUP]]
-    # Once there is a best, no stand-in is written beside it.
+    # Once there is a best, no other is written beside it.
     assert selection([70, 60, 80, 75], warmup=0) == [[], [BEST_AFTER_WARMUP], [BEST], []]
 
 
@@ -127,8 +127,8 @@ def test_interrupted_and_resumed_ends_with_the_same_weights(tiny, tmp_path, monk
 
 
 @pytest.mark.parametrize("losses", [["cls"], ["cls", "ka_teacher"]])
-def test_a_run_of_some_terms_goes_on_and_wears_no_head_away(tiny, tmp_path, monkeypatch, losses):
-    """A head that nothing is learnt in must not move by weight decay alone: in all epochs, or in warm-up."""
+def test_a_run_with_some_losses_resumes_and_decays_no_unused_head(tiny, tmp_path, monkeypatch, losses):
+    """A head without a gradient must not change by weight decay alone: in all epochs, or in warm-up."""
     more = ["--losses", *losses]
     run(tiny, tmp_path / "whole", *more)
     torch.manual_seed(0)
@@ -180,8 +180,8 @@ def test_without_validation_the_last_epoch_is_kept(tiny, tmp_path):
     assert not (tmp_path / BEST).exists()
 
 
-def test_a_run_that_keeps_no_best_says_so(tiny, tmp_path, capsys):
-    kept = run(tiny, tmp_path, "--lr", 0)  # nothing is learnt, so no epoch beats the first
+def test_a_run_without_a_best_checkpoint_prints_a_note(tiny, tmp_path, capsys):
+    kept = run(tiny, tmp_path, "--lr", 0)  # no weight changes, so no epoch beats the first
     assert kept == tmp_path / BEST_AFTER_WARMUP and kept.exists() and not (tmp_path / BEST).exists()
     assert "no model_best.pth.tar; use best_after_warmup.pth.tar instead" in capsys.readouterr().err
 
@@ -194,6 +194,8 @@ def test_bad_options_end_in_one_line(tiny, tmp_path, fails):
     assert "no pretrained weights" in error("--finetune", tmp_path / "none.pt")
     assert "no ImageNet head" in error("--model", "vit_small_patch14_dinov2")
     assert "--epochs" in error("--epochs", 0)
+    assert "--cls_weight 0: the classifier of the seen classes" in error("--cls_weight", 0)
+    assert "add cls" in error("--losses", "ma")
     for device in ("abacus", "meta", "cuda:99"):
         assert f"--device {device}: there is no such device here" in error("--device", device)
     assert "--zero_version" in error("--zero_version", "a/b")
@@ -224,7 +226,7 @@ def test_bad_data_ends_in_one_line(tiny, tmp_path, fails):
     assert "all_photo_filelist_train.txt:1: no image" in error("--no_mask", "--no_validation")
 
 
-def test_quickdraw_takes_a_mask_where_it_is_told_to(tiny, tmp_path, fails):
+def test_quickdraw_has_a_mask_with_the_option_mask(tiny, tmp_path, fails):
     (tiny / "zeroshot1").rename(lists := tiny / "zeroshot")
     for path in list(lists.glob("sketch_*_train.txt")):
         path.rename(lists / "sketch_train.txt")
