@@ -74,16 +74,17 @@ def _check_same_options(before, now, path):
     """Raise InputError for the first option with an effect on the result that differs. Both: options by name."""
     before, now = effective_options(before), effective_options(now)
     for name in [*now, *(name for name in before if name not in now)]:
-        if before.get(name) == now.get(name):
+        one, two = before.get(name), now.get(name)
+        if one == two:
             continue
-        if isinstance(now.get(name), bool) and isinstance(before.get(name), bool):
-            how, way_out = ("with", "add it") if before[name] else ("without", "leave it out")
-            raise InputError(f"--resume: {path} was trained {how} --{name}; {way_out}")
-        one, two = (
-            " ".join(map(str, value)) if isinstance(value, list) else value
-            for value in (before.get(name), now.get(name))
-        )
-        raise InputError(f"--resume: {path} was trained with --{name} {one}, not {two}; use the same")
+        if one is None or one is False:
+            how, way_out = f"without --{name}", "leave it out"
+        elif two is None or two is False:
+            how, way_out = f"with --{name}" + ("" if one is True else f" {one}"), "add it"
+        else:
+            one, two = (" ".join(map(str, value)) if isinstance(value, list) else value for value in (one, two))
+            how, way_out = f"with --{name} {one}, not {two}", "use the same"
+        raise InputError(f"--resume: {path} was trained {how}; {way_out}")
 
 
 def _note_other_rounding(before, record):

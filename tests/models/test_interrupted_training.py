@@ -194,6 +194,8 @@ def test_a_flag_that_changed_is_named_with_the_way_out(tiny, tmp_path, fails):
     run(tiny, tmp_path, "--epochs", 1, "--no_mask")
     arguments = [*TRAIN, "--epochs", 1, "--data_root", tiny, "--savedir", tmp_path, "--resume"]
     assert "was trained with --no_mask; add it" in fails(train_sketchy_ext.main, *arguments)
+    arguments += ["--no_mask", "--max_steps", 1]
+    assert "was trained without --max_steps; leave it out" in fails(train_sketchy_ext.main, *arguments)
 
 
 def test_options_of_the_same_step_may_change_when_resuming_with_a_note(tiny, tmp_path, at_step, capsys):
