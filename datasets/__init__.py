@@ -1,1 +1,1 @@
-"""What SBKA sees: the benchmarks, their lists, images and loaders."""
+"""The benchmarks: protocols, lists, images and data loaders."""

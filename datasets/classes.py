@@ -109,7 +109,7 @@ QUICKDRAW_UNSEEN = _names("""
 """)
 
 # The WordNet ids (without their n) of Sketchy's seen classes whose photos have more than one id. The ids of a class
-# stand in the order in which the published list of training photos names them. No other file has this order, and the
+# are in the order of the published list of training photos. No other file has this order, and the
 # published mask depends on it.
 SKETCHY_WORDNET_IDS = _names("""
     02738535 03001627, 02139199 02147328 02149420 02147947 02142407, 02958343 04166281, 03541923 02782093, 04086273

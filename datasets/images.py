@@ -102,7 +102,7 @@ def draw_augmentation(rng):
 
 
 def warp(image, augmentation):
-    """Apply an Augmentation to an RGB image (bilinear). The size stays the same; what lies outside the image is black.
+    """Apply an Augmentation to an RGB image (bilinear). The size stays the same; pixels outside the image are black.
 
     A flipped image is mirrored first. Then the point (x, y) moves to x' = sx·cos·x − sy·sin·y + tx and
     y' = sx·sin·x + sy·cos·y + ty, where (0, 0) is the centre of the top-left pixel.
@@ -113,7 +113,7 @@ def warp(image, augmentation):
     if (sx, sy, rotation, tx, ty) == (1, 1, 0, 0, 0):
         return image
     cos, sin = math.cos(rotation), math.sin(rotation)
-    # Pillow wants the inverse map, output to input: scale⁻¹ · rotation⁻¹ · (p − t).
+    # Pillow takes the inverse map, output to input: scale⁻¹ · rotation⁻¹ · (p − t).
     a, b = cos / sx, sin / sx
     d, e = -sin / sy, cos / sy
     c, f = -(a * tx + b * ty), -(d * tx + e * ty)

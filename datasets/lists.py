@@ -22,7 +22,7 @@ from utils.cli import InputError
 from utils.files import atomic_write, check_stat, dump_pickle, stat_error
 from utils.safe_pickle import read_pickled_dict
 
-LIST_DESCRIPTIONS = {  # (kind, split) of every list: what it holds
+LIST_DESCRIPTIONS = {  # {(kind, split) of every list: its content}
     ("sketch", "train"): "training sketches",
     ("sketch", "test"): "validation sketches",
     ("sketch", "zero"): "unseen sketches",
@@ -39,7 +39,7 @@ _MAKE_MASK = "make one with python -m datasets.prepare mask, or train without: -
 
 
 def raise_input_error(message):
-    """What readers do with a line they cannot use, unless told otherwise: raise InputError."""
+    """The default `on_error` of the readers: raise InputError."""
     raise InputError(message)
 
 
@@ -51,7 +51,7 @@ class FileList:
     root: Path
     paths: list[str]
     labels: np.ndarray
-    lines: list[int]  # where each stands in `source`
+    lines: list[int]  # line number of each in `source`
 
     def __len__(self):
         return len(self.paths)
@@ -185,7 +185,7 @@ def _benchmark_title(protocol, lists, seen, unseen):
     published = all(
         set(map(normalise_class_name, own)) == set(map(normalise_class_name, names)) for own, names in pairs
     )
-    # A folder's name need not be UTF-8, and what it becomes part of must be.
+    # A folder's name need not be UTF-8; titles are written as UTF-8.
     return protocol.title if published else lists.parent.resolve().name.encode(errors="replace").decode()
 
 
@@ -252,7 +252,7 @@ def read_list(path, root, classes, on_error=raise_input_error):
 
 
 def read_class_names(path, on_error=raise_input_error):
-    """Class names in the order of their labels, which must be 0..C-1; no name may come twice.
+    """Class names in the order of their labels, which must be 0..C-1; no name may occur twice.
 
     on_error: as in `read_list`. Raises InputError if the file is missing or empty, and what `on_error` raises.
     """
@@ -282,7 +282,7 @@ def read_names(path):
 def read_mask(path, classes, imagenet_classes=1000):
     """Semantic mask a (classes, imagenet_classes) float32, row c for seen class c.
 
-    Raises InputError if the file is missing, refused or torn, lacks a class, or holds vectors of another length.
+    Raises InputError if the file is missing, refused or damaged, lacks a class, or holds vectors of another length.
     """
     check_stat(path)
     if not os.path.isfile(path):
@@ -291,10 +291,10 @@ def read_mask(path, classes, imagenet_classes=1000):
     if set(mask) != set(range(classes)):
         raise InputError(f"{path}: not a mask of the {classes} classes in cname_cid.txt; {_MAKE_MASK}")
     rows = [mask[label] for label in range(classes)]
-    if sound := all(row is not None and row.shape == (imagenet_classes,) for row in rows):
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+    if is_valid := all(row is not None and row.shape == (imagenet_classes,) for row in rows):
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite and are refused below
             rows = np.stack(rows, dtype=np.float64).astype(np.float32)
-    if not sound or not np.isfinite(rows).all():
+    if not is_valid or not np.isfinite(rows).all():
         raise InputError(
             f"{path}: every class needs a vector of {imagenet_classes} finite numbers (see --imagenet_classes)"
         )
@@ -305,11 +305,11 @@ def check_images(files):
     """Raise InputError naming list and line of the first image of FileList `files` that is not there."""
     for index, name in enumerate(files.paths):
         if not os.path.isfile(files.root / name):
-            place = f"{files.source}:{files.lines[index]}"
+            location = f"{files.source}:{files.lines[index]}"
             if why := stat_error(files.root / name):
-                raise InputError(f"{place}: {files.root / name} cannot be read ({why}); correct that")
+                raise InputError(f"{location}: {files.root / name} cannot be read ({why}); correct that")
             way_out = WINDOWS_PATHS if "\\" in name else "unpack the data, or set --data_root"
-            raise InputError(f"{place}: no image {files.root / name}; {way_out}")
+            raise InputError(f"{location}: no image {files.root / name}; {way_out}")
 
 
 def write_list(path, rows):
@@ -324,7 +324,7 @@ def format_list(rows):
 
 
 def normalise_class_name(name):
-    """What all spellings of a class name have in common: the name without case, spaces and punctuation.
+    """A class name without case, spaces and punctuation: equal for all spellings of one class.
 
     Vowel signs stay, and so do + and #: C, C++ and C# are three classes. A name of punctuation only stays as it is.
     """

@@ -1,7 +1,7 @@
-"""torch datasets over lists of images, and the paired loader of a training step.
+"""Dataset, Sampler and DataLoader over lists of images, for training and evaluation.
 
-All randomness depends only on the seed, the epoch and the place in the list. So a run gives the same result with any
-number of workers, and after a restart.
+All randomness depends only on the seed, the epoch and the index in the list, so that a run gives the same result with
+any number of workers, and after a restart.
 """
 
 import signal
@@ -20,7 +20,7 @@ from utils.cli import InputError
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How images are read."""
+    """Image size, batch size, workers and device of a DataLoader."""
 
     size: int = 224  # side of an input image, in pixels
     batch_size: int = 64
@@ -55,26 +55,26 @@ class TrainingDataset(Dataset):
         self.size, self.seed = size, seed
 
     def file(self, index):
-        """The FileList that holds image `index`, and the place of the image in it."""
+        """The FileList of image `index`, and the position of the image in it."""
         is_photo = index >= len(self.sketches)
         return (self.photos, index - len(self.sketches)) if is_photo else (self.sketches, index)
 
     def __getitem__(self, key):
         epoch, index = key
-        files, place = self.file(index)
-        image = read_rgb(files.root / files.paths[place])
+        files, position = self.file(index)
+        image = read_rgb(files.root / files.paths[position])
         augmentation = draw_augmentation(np.random.default_rng((self.seed, epoch, index)))
         if augmentation is not None:
             image = warp(image, augmentation)
-        return resize(image, self.size), int(files.labels[place]), float(files is self.photos)
+        return resize(image, self.size), int(files.labels[position]), float(files is self.photos)
 
 
 class PairedBatchSampler(Sampler):
     """Batches of sketches_per_batch sketches and photos_per_batch photos, joined and shuffled.
 
     Seed and epoch decide the order. The epoch ends when one list has no images left; the last batch of a list may have
-    fewer. Yields batches start..stop-1 as lists of (epoch, index) for TrainingImages, of each only the part
-    share(length).
+    fewer. Yields batches start..stop-1 as lists of (epoch, index) for TrainingDataset, of each batch
+    only the slice share(length).
     """
 
     def __init__(self, sketches, photos, sketches_per_batch, photos_per_batch, seed, share=slice):
@@ -148,26 +148,26 @@ def _worker_arguments(loading):
 
 
 def init_worker(_):
-    """Prepare a process of a DataLoader: it leaves Ctrl-C to its parent, and does not tell when that is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process sees to it
+    """worker_init_fn: workers ignore SIGINT, and print nothing when the parent process dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles it
     sys.excepthook = _ignore_lost_connections
 
 
 def _ignore_lost_connections(kind, error, trace):
-    """What a thread of a worker does with an error: the main process may be gone, and then there is nobody to tell."""
+    """sys.excepthook of a worker: silent for connections that broke because the main process is gone."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns from, and the held-back sketches that it is measured on."""
+    """Training data, and the held-back sketches for validation."""
 
-    train_loader: DataLoader  # of this process's share of each batch
-    semantic_mask: torch.Tensor  # (C, J) the semantic mask, or (C, 1) zeros for none; on the device of the run
-    file_lists: list[FileList]  # sketches, photos and, if there are any, held-back sketches
-    val_loader: DataLoader | None = None  # of this process's share of the held-back sketches
-    val_size: int = 0  # how many there are in all
+    train_loader: DataLoader  # this rank's slice of each batch
+    semantic_mask: torch.Tensor  # (C, J) the semantic mask, or (C, 1) zeros for none; on the training device
+    file_lists: list[FileList]  # sketches, photos, held-back sketches (if any)
+    val_loader: DataLoader | None = None  # this rank's slice of the held-back sketches
+    val_size: int = 0  # their number on all ranks
 
 
 def open_training_data(benchmark, loading, seed=0, imagenet_classes=1000, validate=True, max_steps=None):

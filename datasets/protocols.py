@@ -30,7 +30,7 @@ class Protocol:
     sketch_share: int  # a batch has sketch_share sketches for every photo_share photos
     photo_share: int
     batch_size: int
-    last_warmup_epoch: int  # E_w: in epochs 0..E_w only the student learns
+    last_warmup_epoch: int  # E_w: in epochs 0..E_w only the student is trained
     teacher_lr: float
     clusters: tuple[int, ...]  # K
     subspaces: tuple[int, ...]  # M
@@ -200,7 +200,7 @@ LABEL_ORDERS = {
 
 
 def unseen_names_of(sketches):
-    """(release, unseen names in the order of labels) of published features, told by the sketches of each label.
+    """(release, unseen names in the order of labels) of published features, identified by the sketches of each label.
 
     sketches: numbers of sketches of the labels 0, 1, ... Returns (None, None) if they are not those of LABEL_ORDERS.
     """

@@ -1,1 +1,1 @@
-"""What is neither data nor model: command lines, files, processes. Imports nothing of the other packages."""
+"""Command lines, files, processes, safe pickles. Imports none of the other packages."""

@@ -1,7 +1,7 @@
-"""How command lines fail: `InputError` is an error that a user can cause and put right.
+"""Command lines: errors in one line, signals, argument types.
 
-Every command line of the project prints such an error in one line and ends with exit status 2. Any other error is a bug
-and keeps its traceback.
+`InputError` is an error that a user can cause and correct. Every command prints it in one line and exits with status
+2. Any other error is a bug and keeps its traceback.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from contextlib import contextmanager
 
 from utils import numpy_sort
 
-RANK0_PRINT_TIMEOUT_S = 30  # seconds
+RANK0_PRINT_TIMEOUT_S = 30
 
 
 def run_command(module, *arguments):
-    """Call `main` of a module of ours with `arguments`: all that a script does.
+    """Import a module of this project and call its `main` with `arguments`: all that a script does.
 
     Before the module is imported, NumPy's sort kernel is chosen. Ends in one line if a requirement is not installed.
     """
@@ -57,7 +57,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def sigterm_as_exception():
-    """Within this block SIGTERM raises Terminated, so that worker processes end and unfinished files are removed."""
+    """Within this block SIGTERM raises Terminated, so that worker processes exit and temporary files are removed."""
 
     def end(*_):
         raise Terminated
@@ -83,7 +83,7 @@ def signals_blocked():
 
 
 class RankError(InputError):
-    """An InputError of this process alone, where several work together: it is always told."""
+    """An InputError raised on one rank only; printed whatever the rank."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -233,7 +233,7 @@ _MACHINE_LIMITS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno
 
 
 def _user_message(error):
-    """The message for an error that a user can put right; None for a bug."""
+    """The message for an error that a user can cause; None for a bug."""
     if isinstance(error, InputError):
         # A worker of a DataLoader puts a traceback before the message; the last line is the message.
         return re.sub(r"^[\w.]*InputError: ", "", str(error).strip().split("\n")[-1])

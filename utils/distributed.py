@@ -1,7 +1,6 @@
-"""torch.distributed as torchrun starts it, in its own words; a process alone is rank 0 of 1.
+"""torch.distributed under torchrun; a process without torchrun is rank 0 of 1.
 
-What needs no PyTorch comes first. Nothing here waits for a GPU: what processes exchange about a run goes from CPU to
-CPU.
+Functions that need no PyTorch come first. None waits for a GPU: objects are exchanged between CPUs.
 """
 
 import os
@@ -13,12 +12,12 @@ from utils.files import folder_lock
 
 
 def get_world_size():
-    """Number of processes that work together."""
+    """Number of processes in the group."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def get_rank():
-    """Number of this process; rank 0 writes and prints."""
+    """Rank of this process; rank 0 writes and prints."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -34,7 +33,7 @@ def bar_disabled():
 
 
 def rank_slice(count):
-    """This rank's part of `count` items in a row, as a slice; parts differ by one at most."""
+    """This rank's share of `count` items, as a slice of consecutive ones; shares differ by one at most."""
     size, rank = get_world_size(), get_rank()
     return slice(count * rank // size, count * (rank + 1) // size)
 
@@ -47,8 +46,8 @@ def local_device(device):
 def should_print():
     """Whether this process prints its errors.
 
-    Before the process group is initialised all ranks find the same errors, and rank 0 prints them. Later an error can
-    be that of one rank alone (see `same_error_on_all_ranks` for those that are not).
+    Before the process group is initialised all ranks raise the same errors, and rank 0 prints them. Later an error can
+    occur on one rank only (see `same_error_on_all_ranks` for the others).
     """
     return get_rank() == 0 or is_initialized()
 
@@ -66,7 +65,7 @@ def same_error_on_all_ranks():
 
 @contextmanager
 def folder_lock_and_group(folder, work):
-    """Within this block rank 0 holds `folder` (utils.files.folder_lock); at its end the process group is destroyed."""
+    """Within this block rank 0 locks `folder` (utils.files.folder_lock); at its end the process group is destroyed."""
     with folder_lock(folder, work) if get_rank() == 0 else nullcontext():
         try:
             yield
@@ -74,7 +73,7 @@ def folder_lock_and_group(folder, work):
             destroy_process_group()
 
 
-# From here on PyTorch is imported where it is needed, so that commands that compute without it start at once.
+# From here on PyTorch is imported where it is needed, so that commands without it start at once.
 
 
 def is_initialized():
@@ -93,9 +92,8 @@ def init_process_group(device):
     """
     if get_world_size() == 1 or is_initialized():
         return
-    # Functions of this module have the process group as a default argument if there is one when it is imported. Were it
-    # imported later (timm does so), the group and its threads would outlive `destroy_process_group`, and the process
-    # could end with an abort. Now there is no group yet.
+    # At its import, this module binds an existing process group as a default argument. Imported later (timm does so),
+    # it would keep the group and its threads alive after `destroy_process_group`, and the process could abort at exit.
     import torch.distributed.nn.functional
     from torch import distributed
 
@@ -113,14 +111,14 @@ def init_process_group(device):
 
 
 def destroy_process_group():
-    """Leave the process group, at the end."""
+    """Destroy the process group, if there is one."""
     if is_initialized():
         import gc
 
         from torch import distributed
 
         distributed.destroy_process_group()
-        gc.collect()  # of DistributedDataParallel, whose circular references would keep the group and its threads alive
+        gc.collect()  # reference cycles of DistributedDataParallel keep the group and its threads alive
 
 
 def all_reduce_sum(values):
@@ -147,9 +145,9 @@ def gather_objects(value):
         return [value]
     from torch import distributed
 
-    parts = [None] * get_world_size() if get_rank() == 0 else None
-    distributed.gather_object(value, parts)
-    return parts
+    gathered = [None] * get_world_size() if get_rank() == 0 else None
+    distributed.gather_object(value, gathered)
+    return gathered
 
 
 def broadcast_object(value):
@@ -170,10 +168,10 @@ def gather_concat(rows):
     import numpy as np
     import torch
 
-    parts = gather_objects(rows)
-    if parts is None:
+    gathered = gather_objects(rows)
+    if gathered is None:
         return None
-    return torch.cat(parts) if isinstance(rows, torch.Tensor) else np.concatenate(parts)
+    return torch.cat(gathered) if isinstance(rows, torch.Tensor) else np.concatenate(gathered)
 
 
 def all_gather_dict(values):
@@ -182,9 +180,9 @@ def all_gather_dict(values):
         return values
     from torch import distributed
 
-    parts = [None] * get_world_size()
-    distributed.all_gather_object(parts, values)
-    return {key: value for part in parts for key, value in part.items()}
+    gathered = [None] * get_world_size()
+    distributed.all_gather_object(gathered, values)
+    return {key: value for each in gathered for key, value in each.items()}
 
 
 def wrap_ddp(network):
@@ -197,8 +195,8 @@ def wrap_ddp(network):
 
 
 def backward_sum(loss):
-    """Backward pass of this rank's part of a loss, after which parameters have the gradient of the whole loss."""
-    # DistributedDataParallel takes the mean over the ranks. The whole loss is the sum of their parts.
+    """Backward pass of this rank's share of a loss; parameters then have the gradient of the sum over all ranks."""
+    # DistributedDataParallel averages gradients over the ranks.
     (loss * get_world_size()).backward()
 
 

@@ -1,4 +1,4 @@
-"""Files as this project treats them: written whole or not at all, and known by their digest."""
+"""Atomic writes, checks of paths, SHA-256 digests and folder locks."""
 
 import errno
 import hashlib
@@ -75,7 +75,7 @@ class _OldNumpyNames:
 
 
 def check_writable(folder):
-    """Make `folder` and try a file in it, before hours of work are lost. Raises InputError if that fails."""
+    """Make `folder` and try a file in it, so that a bad folder fails at once. Raises InputError."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -84,9 +84,9 @@ def check_writable(folder):
 
 
 def stat_error(path):
-    """Why the system does not tell whether there is something at `path`: no permission, say, or a link in a circle.
+    """strerror of os.stat() unless the file simply does not exist: no permission, a link that leads to itself.
 
-    None if it tells. os.path.isfile and the like take both for a file that is not there.
+    None otherwise. os.path.isfile and the like return False in both cases.
     """
     try:
         os.stat(path)
@@ -106,7 +106,7 @@ def is_regular_file(entry):
 
 
 def check_stat(path):
-    """Raise InputError if the system does not tell whether there is something at `path`; see `why_unknown`."""
+    """Raise InputError if os.stat() of `path` fails for another reason than a missing file; see `stat_error`."""
     if why := stat_error(path):
         raise InputError(f"{path}: cannot be read ({why}); correct its permissions or its link, or choose another")
 
@@ -122,12 +122,12 @@ def sha256_of(path):
 
 @contextmanager
 def folder_lock(folder, work):
-    """Hold `folder` for this process and its `work`: others that want to do the same there are refused.
+    """Lock `folder` for one kind of `work`: a second process with the same work gets an InputError.
 
-    The system frees it when this process ends, however it ends, and processes that it has started do not hold it. That
-    is so on local disks and on network disks that know POSIX locks (NFS does, between machines, too). On disks that
-    do not, and on Windows, nothing is held. work: one word, such as "training".
-    Raises InputError if another process holds it.
+    A POSIX lock: the system releases it when this process ends, however it ends, and child processes do not inherit
+    it. It works on local disks and on network disks with POSIX locks (NFS, between machines, too); on others, and on
+    Windows, nothing is locked. work: one word, such as "training".
+    Raises InputError if another process has the lock.
     """
     path = Path(folder) / f".{work}"
     file = _locked(path)
@@ -140,13 +140,13 @@ def folder_lock(folder, work):
 
 
 def _locked(path):
-    """The file at `path`, open and locked; None where there are no locks."""
+    """The file at `path`, open and locked; None if the system or the disk has no locks."""
     try:
         import fcntl
     except ImportError:
         return None
     while True:
-        file = open(path, "a+")  # noqa: SIM115, it stays open as long as it is locked
+        file = open(path, "a+")  # noqa: SIM115, open as long as the lock lasts
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -160,7 +160,7 @@ def _locked(path):
             ) from None
         if _is_at(file, path):
             break
-        file.close()  # the last holder has just taken it away
+        file.close()  # the last holder has just deleted it
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()

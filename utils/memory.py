@@ -1,20 +1,20 @@
-"""Memory that is freed stays with the process, for what is computed next."""
+"""glibc malloc settings: freed memory stays in the process, for the next tensors."""
 
 import ctypes
 import sys
 from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_USUAL = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}  # to which glibc raises them by itself
+_DEFAULTS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}  # the highest that glibc adapts to
 _KEEPING = {_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: (1 << 31) - 1}
 
 
 @contextmanager
 def keep_freed_memory():
-    """Within this block, which computes tensors on a CPU, blocks up to 1 GiB that are freed are used again.
+    """Within this block glibc keeps freed memory blocks of up to 1 GiB for the next CPU tensors.
 
-    The C library of Linux (glibc) would give them back at once, and the system fill new ones with zeros for each
-    tensor, which can take half of the time. Numbers are the same. Does nothing with other C libraries.
+    By default it returns them to the kernel at once, which must then zero new pages for each tensor; that can take half
+    of the time. Results are the same. Does nothing with other C libraries.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(library, "mallopt"):
@@ -24,7 +24,7 @@ def keep_freed_memory():
     try:
         yield
     finally:
-        _set(library, _USUAL)
+        _set(library, _DEFAULTS)
         library.malloc_trim(0)
 
 

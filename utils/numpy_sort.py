@@ -1,4 +1,4 @@
-"""Which sort kernel NumPy takes: matching is mostly sorting, and AVX-512 is the slower one on some processors."""
+"""Choice of NumPy's sort kernel: AVX-512 is slower than AVX2 on some processors, and matching is mostly sorting."""
 
 import os
 import platform
@@ -7,9 +7,9 @@ import sys
 
 
 def choose_sort_kernel():
-    """Have NumPy sort with AVX2 where AVX-512 is slower. NumPy reads this once, when it is imported: call this before.
+    """Disable AVX-512 in NumPy if AVX2 sorts faster. Call it before NumPy is imported: NumPy reads the variable then.
 
-    A choice that the user made in the environment stays.
+    A value that the user has set in the environment stays.
     """
     if "numpy" not in sys.modules and is_avx512_sort_slow(processor_name()):
         # The names of NumPy 2.4 and of earlier versions; NumPy ignores the one it does not know.
@@ -17,7 +17,7 @@ def choose_sort_kernel():
 
 
 def is_avx512_sort_slow(processor):
-    """Whether NumPy's AVX-512 sort takes four times as long as its AVX2 sort: so on AMD's Zen 4 (family 25).
+    """Whether NumPy's AVX-512 sort is four times slower than its AVX2 sort: on AMD's Zen 4 (family 25).
 
     processor: the start of Linux's /proc/cpuinfo, or platform.processor() elsewhere.
     """
@@ -25,7 +25,7 @@ def is_avx512_sort_slow(processor):
 
 
 def processor_name():
-    """Text that names the processor, for `is_slow_with_avx512`."""
+    """Text that names the processor, for `is_avx512_sort_slow`."""
     try:
         with open("/proc/cpuinfo") as file:
             return file.read(200)

@@ -1,4 +1,4 @@
-"""The same work on many things: on all cores, with a progress bar."""
+"""Parallel map over worker processes, with a progress bar."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from utils.cli import signals_blocked
 
-CHUNKS_AHEAD = 4  # chunks for each worker that are worked on before the first of them is taken
+CHUNKS_AHEAD = 4  # chunks per worker that are computed before the first of them is consumed
 
 
 def available_cores():
@@ -20,55 +20,55 @@ def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def parallel_map(function, things, title, workers=None, chunk=32, no_bar=None):
-    """Yield function(thing) for each of `things`, in order, from `workers` worker processes (None: one for each core).
+def parallel_map(function, items, title, workers=None, chunk=32, no_bar=None):
+    """Yield function(item) for each of `items`, in order, from `workers` worker processes (None: one for each core).
 
-    With 0 workers this process does it. Otherwise they are at most AHEAD chunks each ahead of what is taken, and end at
-    once when this process is interrupted, and also when it is killed and can do nothing more. no_bar: tqdm's `disable`.
+    With 0 workers this process computes them. Otherwise at most CHUNKS_AHEAD chunks per worker are computed ahead of
+    the consumer, and the workers exit at once when this process is interrupted or killed. no_bar: tqdm's `disable`.
     """
-    bar = dict(desc=title, total=len(things), unit="image", leave=False, disable=no_bar)
+    bar = dict(desc=title, total=len(items), unit="image", leave=False, disable=no_bar)
     if workers == 0:
-        yield from tqdm(map(function, things), **bar)
+        yield from tqdm(map(function, items), **bar)
         return
-    chunks = [things[start : start + chunk] for start in range(0, len(things), chunk)]
+    chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
     workers = max(1, min(workers or available_cores(), len(chunks)))
-    # Nothing is ever sent through this pipe. It closes when this process closes it or dies, and the workers watch that.
-    watched, held = Pipe(duplex=False)
-    with watched, held, ProcessPoolExecutor(workers, initializer=_start, initargs=(watched, held)) as pool:
+    # Nothing is sent through this pipe. It closes when this process closes it or dies, and the workers wait for that.
+    reading, writing = Pipe(duplex=False)
+    with reading, writing, ProcessPoolExecutor(workers, initializer=_start, initargs=(reading, writing)) as pool:
         try:
             yield from tqdm(_in_order(pool, function, chunks, CHUNKS_AHEAD * workers), **bar)
         except BaseException:
-            held.close()  # futures are not cancelled: in Python 3.11 the executor fails on those when its workers end
+            writing.close()  # no future is cancelled: in Python 3.11 the executor fails on those when workers exit
             raise
 
 
 def _in_order(pool, function, chunks, ahead):
     """Yield the results of all chunks, at most `ahead` of which are worked on at a time."""
     futures = deque()
-    for number, part in enumerate(chunks):
+    for number, chunk_items in enumerate(chunks):
         with signals_blocked():  # so that a signal cannot reach a worker before _start has prepared it
-            futures.append(pool.submit(_work, function, part))
+            futures.append(pool.submit(_work, function, chunk_items))
         if number + 1 >= ahead:
             yield from futures.popleft().result()
     for future in futures:
         yield from future.result()
 
 
-def _work(function, things):
-    return [function(thing) for thing in things]
+def _work(function, items):
+    return [function(item) for item in items]
 
 
-def _start(watched, held):
+def _start(reading, writing):
     """Prepare a worker: it ignores Ctrl-C, which its parent handles, and watches whether its parent is alive."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
-    held.close()
-    threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
+    writing.close()
+    threading.Thread(target=_end_with_parent, args=(reading,), daemon=True).start()
 
 
-def _end_with_parent(watched):
-    watched.poll(None)  # returns once the pipe is closed
+def _end_with_parent(reading):
+    reading.poll(None)  # returns once the pipe is closed
     os._exit(1)
 
 

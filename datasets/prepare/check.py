@@ -106,7 +106,7 @@ def check_benchmark(root, protocol_name=None, zero_version=None, decode=False, t
 
 
 def _row(key, files, benchmark, missing, unreadable):
-    """What the table says of a list. None stands for a number that is not known."""
+    """A row of the table: the numbers of a list; None for an unknown number."""
     return {
         "list": files.source.name,
         "images": len(files),
@@ -190,7 +190,7 @@ def _check_labels(files, benchmark, split, findings):
         key = folder[0], label
         if key not in agree:
             same = normalise_class_name(folder[0])
-            agree[key] = same == spellings[label] or same not in known  # a folder that is no class says nothing
+            agree[key] = same == spellings[label] or same not in known  # other folders are no evidence
         if not agree[key]:
             findings.fault(
                 "labels",
@@ -208,9 +208,9 @@ def _check_repeats(lists, findings):
     seen = {}
     for files in lists.values():
         for index, path in enumerate(files.paths):
-            place = files.source, files.lines[index]
-            first = seen.setdefault(path, place)
-            if first != place:
+            location = files.source, files.lines[index]
+            first = seen.setdefault(path, location)
+            if first != location:
                 twice = f"{files.source}:{files.lines[index]}: {path!r} is in {first[0].name}:{first[1]} already"
                 findings.fault("repeats", f"{twice}; take one out")
 
@@ -315,25 +315,25 @@ def decode_all(lists, missing, findings):
 
     Returns ({(kind, split): number of unreadable images}, (images, seconds)).
     """
-    jobs, places = [], []
+    jobs, locations = [], []
     for key, files in lists.items():
         absent = set(missing[key])
         for index, path in enumerate(files.paths):
             if index not in absent:
                 jobs.append(files.root / path)
-                places.append((key, index))
+                locations.append((key, index))
     began, unreadable = time.monotonic(), collections.Counter()
-    for (key, index), path, result in zip(places, jobs, parallel_map(_size, jobs, "decoding"), strict=True):
-        place = f"{lists[key].source}:{lists[key].lines[index]}"
+    for (key, index), path, result in zip(locations, jobs, parallel_map(_size, jobs, "decoding"), strict=True):
+        location = f"{lists[key].source}:{lists[key].lines[index]}"
         if isinstance(result, str):
             unreadable[key] += 1
-            findings.fault("unreadable images", f"{place}: {result}")
+            findings.fault("unreadable images", f"{location}: {result}")
             continue
         width, height = result
         if min(result) < MIN_SIDE_PX:
-            findings.note("small images", f"{place}: {path}: only {width} x {height} pixels")
+            findings.note("small images", f"{location}: {path}: only {width} x {height} pixels")
         elif width * height > MAX_AREA_PX:
-            findings.note("large images", f"{place}: {path}: {width} x {height} pixels, slow to decode; reduce it")
+            findings.note("large images", f"{location}: {path}: {width} x {height} pixels, slow to decode; reduce it")
     return {key: unreadable[key] for key in lists}, (len(jobs), time.monotonic() - began)
 
 

@@ -169,14 +169,14 @@ def _check_old_lists(folder, protocol, lists, new, options):
         if os.path.isdir(folder / name):
             raise InputError(f"{folder / name}: is a folder where a list belongs; move it away")
         if os.path.lexists(folder / name) and not options.force:
-            raise InputError(f"{folder / name}: is there and says something else; replace it with --force")
+            raise InputError(f"{folder / name}: exists with other content; replace it with --force")
     for key in LIST_DESCRIPTIONS if options.convert is None and not options.force else ():
         for other in protocol.list_names(*key)[1:]:
             if (folder / other).exists():
-                raise InputError(f"{folder / other}: is there and would no longer be read; see --convert and --force")
+                raise InputError(f"{folder / other}: exists and would no longer be read; see --convert and --force")
     held_back = folder / protocol.list_names("sketch", "test")[0]
     if held_back.exists() and held_back.name not in lists:
-        raise InputError(f"{held_back}: is there, but nothing is held back; move it away, or see --held_back")
+        raise InputError(f"{held_back}: exists, but nothing is held back; move it away, or see --held_back")
 
 
 def _check_lists_options(options):
@@ -313,7 +313,7 @@ def make_mask(options):
 
     A class is looked up in WordNet by the ids in the names of its training photos; without such ids, by its own name.
     """
-    from datasets.prepare.wordnet_mask import (  # loads timm and torch, which takes seconds
+    from datasets.prepare.wordnet_mask import (  # imports timm and torch, which takes seconds
         compute_wordnet_mask,
         photo_ids,
     )
@@ -322,7 +322,7 @@ def make_mask(options):
     benchmark = open_benchmark(options.protocol, options.root, options.zero_version)
     path = benchmark.lists / MASK_FILE
     if path.exists() and not options.force:
-        raise InputError(f"{path}: is there already; replace it with --force")
+        raise InputError(f"{path}: exists; replace it with --force")
     ids = [[] for _ in benchmark.seen_names]
     if os.path.isfile(benchmark.path("photo", "train")):
         ids = photo_ids(benchmark.read("photo", "train"), len(benchmark.seen_names))
@@ -335,7 +335,7 @@ def make_mask(options):
 
 def make_summary(options):
     """Write summary.html and summary.png of a benchmark in any known layout."""
-    from datasets.prepare.summary import write_summary  # loads torch, which takes seconds
+    from datasets.prepare.summary import write_summary  # imports Pillow and NumPy
 
     name, zero_version = find_layout(options.root, options.zero_version)
     benchmark = open_benchmark(name, options.root, zero_version, on_error=lambda _: None)  # the check below reports it

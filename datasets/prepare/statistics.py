@@ -1,6 +1,6 @@
-"""What a benchmark folder holds, and what is odd about it.
+"""Statistics of a benchmark folder for its summary page: counts, image sizes, sample thumbnails, oddities.
 
-To take only seconds, it looks at samples of the images: the same samples every time.
+They come from samples of the images, the same every time, so that it takes only seconds.
 """
 
 import io
@@ -23,7 +23,7 @@ KIND_PLURALS = {"sketch": "sketches", "photo": "photos"}
 
 @dataclass(frozen=True)
 class Sample:
-    """One image that was looked at."""
+    """A sampled image."""
 
     path: str
     thumbnail: bytes | None  # JPEG; None if the image is missing or unreadable
@@ -52,7 +52,7 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """What a benchmark folder holds: {(kind, split): FileList}, its classes (unseen first), lines about oddities."""
+    """Of a benchmark folder: lists {(kind, split): FileList}, classes (unseen first), lines about oddities."""
 
     benchmark: Benchmark
     lists: dict
@@ -63,9 +63,9 @@ class DatasetStatistics:
 def collect_statistics(benchmark, lists):
     """Count the images in `lists`, {(kind, split): FileList}, and look at samples of every class; returns a Survey.
 
-    It reports odd counts and odd samples. Wrong lists and missing images are found by datasets.prepare.check.
+    It reports odd counts and odd samples. datasets.prepare.check reports wrong lists and missing images.
     """
-    classes = _look_at_samples(benchmark, lists)
+    classes = _sample_classes(benchmark, lists)
     return DatasetStatistics(benchmark, lists, classes, [*_odd_counts(classes), *_odd_images(classes)])
 
 
@@ -74,7 +74,7 @@ def evenly_sampled(items, count):
     return [items[index] for index in evenly_spaced(len(items), count, midpoints=True)]
 
 
-def _look_at_samples(benchmark, lists):
+def _sample_classes(benchmark, lists):
     """A ClassRow for every class, unseen classes first. The more classes there are, the fewer samples each has."""
     total = len(benchmark.unseen_names) + len(benchmark.seen_names)
     each = min(6, max(3, 400 // total))
@@ -84,7 +84,7 @@ def _look_at_samples(benchmark, lists):
             paths.setdefault((split != "zero", label, kind), []).append(path)
     jobs = [(key, benchmark.root, path) for key in sorted(paths) for path in evenly_sampled(paths[key], each)]
     samples = {}
-    for (key, *_), sample in zip(jobs, parallel_map(_look, jobs, "looking", chunk=4), strict=True):
+    for (key, *_), sample in zip(jobs, parallel_map(_read_sample, jobs, "looking", chunk=4), strict=True):
         samples.setdefault(key, []).append(sample)
     numbers = {key: np.bincount(files.labels, minlength=total).tolist() for key, files in lists.items()}
     rows = []
@@ -96,7 +96,7 @@ def _look_at_samples(benchmark, lists):
     return rows
 
 
-def _look(job):
+def _read_sample(job):
     """The Sample of a job (key, root, path). Colours are judged on the thumbnail, where very thin lines vanish."""
     (_, _, kind), root, path = job
     try:
@@ -124,7 +124,7 @@ def _look(job):
     return Sample(path, stored.getvalue(), size, form, frozenset(name for name, holds in oddities.items() if holds))
 
 
-# Lines about oddities: each says what is odd and what to do about it.
+# Lines about oddities: what is odd, and what to do about it.
 
 _ADVICE = {  # {oddity of a sample: (what is odd, what to do)}
     "broken": ("Not readable as images", "Fetch them again, or take them out of their lists."),

@@ -31,21 +31,21 @@ def write_summary(benchmark, lists, folder, odd=()):
     """
     page, picture = Path(folder) / "summary.html", Path(folder) / "summary.png"
     check_writable(folder)
-    found = collect_statistics(benchmark, lists)
-    odd = list(dict.fromkeys(_printable(line) for line in [*odd, *found.odd]))
+    statistics = collect_statistics(benchmark, lists)
+    odd = list(dict.fromkeys(_printable(line) for line in [*odd, *statistics.odd]))
     with atomic_write(page) as file:
-        file.write(_page_html(found, odd).encode())
+        file.write(_page_html(statistics, odd).encode())
     try:
         with no_pillow_warnings():  # matplotlib warns of letters that its font lacks; the HTML shows them
-            _draw_png(picture, found, odd)
+            _draw_png(picture, statistics, odd)
     except ImportError:
         picture.unlink(missing_ok=True)
         return [page]
     return [page, picture]
 
 
-def _page_title(found):
-    return f"{found.benchmark.title}: {_printable(found.benchmark.root)}"
+def _page_title(statistics):
+    return f"{statistics.benchmark.title}: {_printable(statistics.benchmark.root)}"
 
 
 def _printable(text):
@@ -53,16 +53,16 @@ def _printable(text):
     return str(text).encode(errors="replace").decode()
 
 
-def _classes_line(found):
-    return f"{len(found.benchmark.seen_names)} seen and {len(found.benchmark.unseen_names)} unseen classes"
+def _classes_line(statistics):
+    return f"{len(statistics.benchmark.seen_names)} seen and {len(statistics.benchmark.unseen_names)} unseen classes"
 
 
 def _shares(values, count=5):
     """The shares of the `count` most frequent values and of all others, as lines such as "227 × 227: 84 %"."""
-    found = sorted(Counter(values).items(), key=lambda item: (-item[1], item[0]))
-    total = sum(number for _, number in found)
-    lines = [f"{value}: {_percent(number / total)}" for value, number in found[:count]]
-    if rest := found[count:]:
+    ranked = sorted(Counter(values).items(), key=lambda item: (-item[1], item[0]))
+    total = sum(number for _, number in ranked)
+    lines = [f"{value}: {_percent(number / total)}" for value, number in ranked[:count]]
+    if rest := ranked[count:]:
         lines.append(f"{len(rest)} others: {_percent(sum(number for _, number in rest) / total)}")
     return lines
 
@@ -71,15 +71,15 @@ def _percent(share):
     return "under 1 %" if 0 < share < 0.01 else f"{100 * share:.0f} %"
 
 
-def _read_samples(found, kind):
+def _read_samples(statistics, kind):
     """The samples of a kind that could be read."""
-    return [sample for row in found.classes for sample in row.samples[kind] if sample.thumbnail]
+    return [sample for row in statistics.classes for sample in row.samples[kind] if sample.thumbnail]
 
 
-def _ranks(found):
+def _ranks(statistics):
     """For each list: (what it holds, a line with range and median, the images of each class from most to fewest)."""
-    for key, files in found.lists.items():
-        rows = sorted((row for row in found.classes if key in row.counts), key=lambda row: -row.counts[key])
+    for key, files in statistics.lists.items():
+        rows = sorted((row for row in statistics.classes if key in row.counts), key=lambda row: -row.counts[key])
         counts = [row.counts[key] for row in rows]
         spread = f"{counts[-1]:,} ({rows[-1].name}) to {counts[0]:,} a class, median {np.median(counts):,.0f}"
         if counts[0] == counts[-1]:
@@ -90,29 +90,30 @@ def _ranks(found):
 # The HTML: one file without scripts that loads nothing from elsewhere.
 
 
-def _page_html(found, odd):
-    benchmark = found.benchmark
-    rows = {seen: [row for row in found.classes if row.seen == seen] for seen in (False, True)}
-    tiles = max(len(samples) for row in found.classes for samples in row.samples.values())
+def _page_html(statistics, odd):
+    benchmark = statistics.benchmark
+    rows = {seen: [row for row in statistics.classes if row.seen == seen] for seen in (False, True)}
+    tiles = max(len(samples) for row in statistics.classes for samples in row.samples.values())
     lines = "".join(f"<li>{escape(line)}</li>" for line in odd)
     body = [
         f"<header><h1>{escape(benchmark.title)}</h1><p><code>{escape(_printable(benchmark.root))}</code>, lists in ",
-        f"<code>{escape(_printable(benchmark.lists.name))}</code><br>{escape(_classes_line(found))}</p>",
+        f"<code>{escape(_printable(benchmark.lists.name))}</code><br>{escape(_classes_line(statistics))}</p>",
         '<nav><a href="#odd">What is odd</a> <a href="#counts">Counts</a> <a href="#images">Images</a> ',
         '<a href="#unseen">Unseen classes</a> <a href="#seen">Seen classes</a> <a href="#table">Table</a>',
         "</nav></header>",
-        f"<main>{_totals(found)}<h2 id=odd>What is odd</h2>",
+        f"<main>{_totals(statistics)}<h2 id=odd>What is odd</h2>",
         f"<ul class=odd>{lines}</ul>" if odd else "<p>Nothing that these checks look for.</p>",
         "<h2 id=counts>Counts</h2><p>Images in each class, from the class with most to the one with fewest.</p>",
-        f"<div class=charts>{''.join(_chart(*rank) for rank in _ranks(found))}</div>",
-        f"<h2 id=images>Images</h2><div class=charts>{''.join(_sizes(found, kind) for kind in KIND_PLURALS)}</div>",
+        f"<div class=charts>{''.join(_chart(*rank) for rank in _ranks(statistics))}</div>",
+        "<h2 id=images>Images</h2>",
+        f"<div class=charts>{''.join(_sizes(statistics, kind) for kind in KIND_PLURALS)}</div>",
         f"<h2 id=unseen>Unseen classes</h2>{_cards(rows[False], tiles)}",
         f"<h2 id=seen>Seen classes</h2>{_cards(rows[True], tiles)}",
-        f"<h2 id=table>Table</h2>{_table(found)}</main>",
+        f"<h2 id=table>Table</h2>{_table(statistics)}</main>",
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>'
-        f'{escape(_page_title(found))}</title><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'{escape(_page_title(statistics))}</title><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
@@ -121,8 +122,8 @@ def _format_count(value):
     return "–" if value is None else f"{value:,}"
 
 
-def _totals(found):
-    sizes = {key: len(files) for key, files in found.lists.items()}
+def _totals(statistics):
+    sizes = {key: len(files) for key, files in statistics.lists.items()}
     lines = [f"<tr><th><th>{'<th>'.join(SPLITS.values())}<th>all</tr>"]
     for kind, plural in KIND_PLURALS.items():
         cells = [_format_count(sizes.get((kind, split))) for split in SPLITS]
@@ -142,8 +143,8 @@ def _chart(what, spread, counts):
     )
 
 
-def _sizes(found, kind):
-    samples = _read_samples(found, kind)
+def _sizes(statistics, kind):
+    samples = _read_samples(statistics, kind)
     sizes = "<br>".join(_shares([f"{sample.size[0]} × {sample.size[1]}" for sample in samples]))
     forms = "<br>".join(escape(line) for line in _shares([sample.form for sample in samples]))
     heading = f"{KIND_PLURALS[kind].capitalize()}, {len(samples):,} read"
@@ -171,12 +172,12 @@ def _tile(sample, what):
     return f'<img src="data:image/jpeg;base64,{data}" alt="{what}" title="{path}">'
 
 
-def _table(found):
-    shown = [key for key in LIST_DESCRIPTIONS if key in found.lists]
-    top = {key: max([1, *(row.counts.get(key, 0) for row in found.classes)]) for key in shown}
+def _table(statistics):
+    shown = [key for key in LIST_DESCRIPTIONS if key in statistics.lists]
+    top = {key: max([1, *(row.counts.get(key, 0) for row in statistics.classes)]) for key in shown}
     heads = "".join(f"<th>{LIST_DESCRIPTIONS[key]}" for key in shown)
     lines = [f"<tr><th>label<th>class<th>{heads}</tr>"]
-    for row in found.classes:
+    for row in statistics.classes:
         cells = [f"<td>{row.label}", f'<th><a href="#{row.anchor}">{escape(row.name)}</a>', f"<td>{_seen(row)}"]
         for key in shown:
             share = 100 * row.counts.get(key, 0) / top[key]
@@ -230,28 +231,36 @@ td[style] { background: linear-gradient(to left, var(--part) var(--share), trans
 # The PNG: as much as one picture can show legibly.
 
 
-def _draw_png(path, found, odd, unseen=30, seen=10, each=4):
+def _draw_png(path, statistics, odd, unseen=30, seen=10, each=4):
     """Draw the picture: at most `unseen` unseen and `seen` seen classes, each with at most `each` sketches and photos.
 
     Raises ImportError if matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
-    told = _wrapped(odd, 6)
-    each = min(each, max(len(samples) for row in found.classes for samples in row.samples.values()))
+    lines_shown = _wrapped(odd, 6)
+    each = min(each, max(len(samples) for row in statistics.classes for samples in row.samples.values()))
     shown = []
     for name, is_seen, most in (("Unseen", False, unseen), ("Seen", True, seen)):
-        rows = [row for row in found.classes if row.seen == is_seen]
+        rows = [row for row in statistics.classes if row.seen == is_seen]
         some = "" if len(rows) <= most else f", {most} of {len(rows)}: summary.html shows all"
         shown.append((f"{name} classes{some}", evenly_sampled(rows, most)))
-    heights = [1 + 0.21 * len(told), 2.1, *(0.4 + 1.02 * -(-len(rows) // 2) for _, rows in shown)]
+    heights = [1 + 0.21 * len(lines_shown), 2.1, *(0.4 + 1.02 * -(-len(rows) // 2) for _, rows in shown)]
     figure = Figure(figsize=(14, sum(heights)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.03, hspace=0, wspace=0)
     head, charts, *parts = figure.subfigures(len(heights), 1, height_ratios=heights)
-    head.text(0.01, 1 - 0.15 / heights[0], _page_title(found), fontsize=15, weight="bold", va="top", parse_math=False)
-    text = "\n".join([_classes_line(found), "What is odd:" if told else "Nothing odd that the checks look for.", *told])
+    head.text(
+        0.01, 1 - 0.15 / heights[0], _page_title(statistics), fontsize=15, weight="bold", va="top", parse_math=False
+    )
+    text = "\n".join(
+        [
+            _classes_line(statistics),
+            "What is odd:" if lines_shown else "Nothing odd that the checks look for.",
+            *lines_shown,
+        ]
+    )
     head.text(0.01, 1 - 0.5 / heights[0], text, fontsize=9.5, va="top", linespacing=1.4, parse_math=False)
-    _draw_counts(charts, list(_ranks(found)))
+    _draw_counts(charts, list(_ranks(statistics)))
     for part, (heading, rows) in zip(parts, shown, strict=True):
         _draw_classes(part, heading, rows, each)
     with atomic_write(path) as file:
@@ -260,9 +269,13 @@ def _draw_png(path, found, odd, unseen=30, seen=10, each=4):
 
 def _wrapped(odd, lines):
     """The first `lines` of `odd`, wrapped to fit the picture, and the number of the others."""
-    told = [textwrap.shorten(line, 280, placeholder=" …") for line in odd[:lines]]
-    told += [f"{len(odd) - lines} more in summary.html"] if len(odd) > lines else []
-    return [part for line in told for part in textwrap.wrap(line, 170, initial_indent="•  ", subsequent_indent="    ")]
+    lines_shown = [textwrap.shorten(line, 280, placeholder=" …") for line in odd[:lines]]
+    lines_shown += [f"{len(odd) - lines} more in summary.html"] if len(odd) > lines else []
+    return [
+        part
+        for line in lines_shown
+        for part in textwrap.wrap(line, 170, initial_indent="•  ", subsequent_indent="    ")
+    ]
 
 
 def _draw_counts(part, ranks):

@@ -3,7 +3,7 @@
     .venv/bin/python tests/helpers/cli_error_table.py            # prints the table; status 1 if a row is not one line and status 2
     .venv/bin/python tests/helpers/cli_error_table.py --quick   # without those of fault_injection.py: kills, full disks, two processes
 
-tests/test_bad_inputs.py runs the quick rows. Each is a command line on a small benchmark, some after damage to a file.
+tests/test_cli_error_table.py runs the quick rows. Each is a command line on a small benchmark, some after damage to a file.
 """
 
 import contextlib
@@ -164,7 +164,7 @@ def rows():
 
 
 def run(script, arguments, damage, folder, benchmark):
-    """(exit status or traceback's error, lines on stderr, what is left) of a command in a copy of `benchmark`."""
+    """(exit status or exception, lines on stderr, files and processes left) of a command in a copy of `benchmark`."""
     data, features, out = folder / "data", folder / "features", folder / "out"
     shutil.copytree(benchmark, data)
     features.mkdir()
@@ -188,14 +188,14 @@ def run(script, arguments, damage, folder, benchmark):
 
 
 def is_good(status, lines, left):
-    """Whether a command ended as promised: status 2, one line, and no half-written file or process left."""
+    """Whether a command exited with status 2 and one line, and left no half-written file or process."""
     return status == 2 and len(lines) == 1 and lines[0].startswith("error: ") and not left
 
 
-def tell(script, name, place, said, wrong):
-    """Print a row of the table; wrong: what is not as promised, or None."""
-    said = " ".join(said).replace(str(place), "").replace("|", "\\|")
-    print(f"| {script} | {name} | {said if wrong is None else f'**{json.dumps(wrong)}**'} |", flush=True)
+def print_row(script, name, folder_of_row, printed, wrong):
+    """Print a row of the table; wrong: what differs from the promise, or None."""
+    printed = " ".join(printed).replace(str(folder_of_row), "").replace("|", "\\|")
+    print(f"| {script} | {name} | {printed if wrong is None else f'**{json.dumps(wrong)}**'} |", flush=True)
 
 
 def main():
@@ -209,15 +209,15 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         write_tiny(Path(folder) / "tiny")
         for name, script, arguments, damage in rows():
-            with tempfile.TemporaryDirectory(dir=folder) as place:
-                ended = run(script, arguments, damage, Path(place), Path(folder) / "tiny")
+            with tempfile.TemporaryDirectory(dir=folder) as folder_of_row:
+                ended = run(script, arguments, damage, Path(folder_of_row), Path(folder) / "tiny")
                 results.append(None if is_good(*ended) else ended)
-                tell(script, name, place, ended[1], results[-1])
+                print_row(script, name, folder_of_row, ended[1], results[-1])
         for name, (script, act) in {} if "--quick" in sys.argv else fault_injection.ROWS.items():
-            with tempfile.TemporaryDirectory(dir=folder) as place:
-                wrong, said = fault_injection.run(act, Path(place), Path(folder) / "tiny")
+            with tempfile.TemporaryDirectory(dir=folder) as folder_of_row:
+                wrong, printed = fault_injection.run(act, Path(folder_of_row), Path(folder) / "tiny")
                 results.append(wrong)
-                tell(script, name, place, said, wrong)
+                print_row(script, name, folder_of_row, printed, wrong)
     bad = sum(wrong is not None for wrong in results)
     print(f"\n{len(results)} rows, {bad} not as promised")
     raise SystemExit(bool(bad))

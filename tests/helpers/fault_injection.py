@@ -1,8 +1,8 @@
-"""Kills, full disks and second processes: rows of the table of bad_inputs.py that take real processes, and minutes.
+"""Kills, full disks and second processes: rows of cli_error_table.py that need real processes and take minutes.
 
 Each row runs commands as a user does, each in a process of its own. None may end otherwise than the row says, print a
-traceback of ours, hang, or leave a process or something half-written behind; and what a fault interrupts goes on to its
-end once the fault is mended. Needs Linux, whose /proc tells which processes are left.
+traceback of ours, hang, or leave a process or something half-written behind; and a run that a fault interrupts is
+resumed to its end once the fault is removed. Needs Linux: /proc lists the processes that are left.
 """
 
 import os
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = 5
-LIMIT = 300  # seconds until a command is said to hang
+TIMEOUT_S = 300  # until a command counts as hung
 SMALL = "--data_root {data} -s {out} --model convnextv2_atto --input_size 32 --device cpu --workers 1"
 TRAIN = (
     f"train_sketchy_ext.py {SMALL} --finetune none --batch_size 3 --epochs {EPOCHS} --warmup_epochs 1 --save_every 1s"
@@ -28,15 +28,15 @@ TEST = f"test_sketchy_ext_zeroshot.py {SMALL} --batch_size 1 --subspaces 2 --clu
 PREPARE = "-m datasets.prepare"
 TOGETHER = "-m torch.distributed.run --standalone --nproc_per_node 2"
 OURS = re.compile(r"error: |note: |features: |saved |terminated|interrupted")
-TRACEBACK = re.compile(rf'File "{ROOT}/(models|datasets|tests|[^/]*\.py)')
+TRACEBACK = re.compile(rf'File "{ROOT}/(utils|datasets|models|photo_search|tests|[^/]*\.py)')
 LAST = "checkpoint.pth.tar"
 
 
-class Place:
-    """A folder with a benchmark in `data`, and the processes that are started in it. `said`: what these printed."""
+class Sandbox:
+    """A folder with a benchmark in `data`, and the processes started in it. `printed`: their lines on stderr."""
 
     def __init__(self, folder, benchmark):
-        self.folder, self.said, self.mark = folder, [], ("FAULTS_PLACE", str(uuid.uuid4()))
+        self.folder, self.printed, self.mark = folder, [], ("FAULTS_PLACE", str(uuid.uuid4()))
         self.data, self.out, self.new = (folder / name for name in ("data", "out", "new"))
         shutil.copytree(benchmark, self.data)
 
@@ -56,17 +56,17 @@ class Place:
     def end(self, process, status):
         """Wait for a process to end with `status`, without a traceback; several processes end with any but 0."""
         try:
-            found = process.wait(LIMIT)
+            status_found = process.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"hangs: {process.args}") from None
         text = process.errors.read_text(errors="replace")
         lines = text.splitlines()
-        assert found == status or (process.is_launcher and status and found), (found, lines)
+        assert status_found == status or (process.is_launcher and status and status_found), (status_found, lines)
         assert not TRACEBACK.search(text), lines
-        said = [line for line in lines if OURS.match(line)]
-        assert process.is_launcher or said == lines, lines
-        self.said += said
-        return said
+        printed = [line for line in lines if OURS.match(line)]
+        assert process.is_launcher or printed == lines, lines
+        self.printed += printed
+        return printed
 
     def run(self, command, status=0, **options):
         """Start a command, and wait for its end."""
@@ -80,17 +80,17 @@ class Place:
 
     def processes(self):
         """Ids of the processes that live, of those started here and all that they started."""
-        wanted, found = "=".join(self.mark).encode(), []
+        wanted, status_found = "=".join(self.mark).encode(), []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
                 if wanted in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parent.name))
+                    status_found.append(int(path.parent.name))
             except OSError:  # it has just ended
                 pass
-        return found
+        return status_found
 
     def left(self):
-        """What is left that should not be: processes, after a while, and hidden files."""
+        """Processes that are left after a while, and hidden files."""
         until = time.monotonic() + 20
         while (living := self.processes()) and time.monotonic() < until:
             time.sleep(0.1)
@@ -102,198 +102,198 @@ class Place:
 # --- what rows share
 
 
-def start_training(place, launcher=""):
+def start_training(sandbox, launcher=""):
     """A training process that has saved a checkpoint."""
-    process = place.start(f"{launcher} {TRAIN}")
-    place.when(process, (place.out / LAST).exists)
+    process = sandbox.start(f"{launcher} {TRAIN}")
+    sandbox.when(process, (sandbox.out / LAST).exists)
     return process
 
 
-def go_on_training(place, launcher=""):
-    said = place.run(f"{launcher} {TRAIN} --resume")
-    assert any("resuming after" in line for line in said), said
-    assert_trained(place)
+def resume_training(sandbox, launcher=""):
+    printed = sandbox.run(f"{launcher} {TRAIN} --resume")
+    assert any("resuming after" in line for line in printed), printed
+    assert_trained(sandbox)
 
 
-def assert_trained(place):
+def assert_trained(sandbox):
     from models.checkpoints import read_checkpoint
 
-    assert read_checkpoint(place.out / LAST)["epoch"] == EPOCHS
+    assert read_checkpoint(sandbox.out / LAST)["epoch"] == EPOCHS
 
 
-def add_photos(place, count=1500):
+def add_photos(sandbox, count=1500):
     """More photos of unseen classes, so that what reads them takes a while."""
-    photos, names = place.data / "photo of zero", [f"more{number}.png" for number in range(count)]
+    photos, names = sandbox.data / "photo of zero", [f"more{number}.png" for number in range(count)]
     for name in names:
         os.link(photos / "0.png", photos / name)
-    with open(place.data / "zeroshot1/all_photo_filelist_zero.txt", "a") as file:
+    with open(sandbox.data / "zeroshot1/all_photo_filelist_zero.txt", "a") as file:
         file.writelines(f"photo of zero/{name} 0\n" for name in names)
 
 
-def start_test(place):
+def start_test(sandbox):
     """A test process that has extracted a part of the features, of a network that was trained before."""
-    place.run(TRAIN)
-    add_photos(place)
-    process, part = place.start(TEST), place.out / ".photos.unfinished"
-    place.when(process, lambda: part.exists() and part.stat().st_size > 20_000)
+    sandbox.run(TRAIN)
+    add_photos(sandbox)
+    process, part = sandbox.start(TEST), sandbox.out / ".photos.unfinished"
+    sandbox.when(process, lambda: part.exists() and part.stat().st_size > 20_000)
     return process
 
 
-def kill(place, process, number=signal.SIGKILL):
+def kill(sandbox, process, number=signal.SIGKILL):
     os.kill(process.pid, number)
-    return place.end(process, -number if number == signal.SIGKILL else 128 + number)
+    return sandbox.end(process, -number if number == signal.SIGKILL else 128 + number)
 
 
-def others(place, process):
-    return [each for each in place.processes() if each != process.pid]
+def others(sandbox, process):
+    return [each for each in sandbox.processes() if each != process.pid]
 
 
 # --- kills
 
 
-def training_killed(place):
-    kill(place, start_training(place))
-    go_on_training(place)
+def training_killed(sandbox):
+    kill(sandbox, start_training(sandbox))
+    resume_training(sandbox)
 
 
-def training_terminated(place):
-    assert "continue with --resume" in kill(place, start_training(place), signal.SIGTERM)[-1]
-    go_on_training(place)
+def training_terminated(sandbox):
+    assert "continue with --resume" in kill(sandbox, start_training(sandbox), signal.SIGTERM)[-1]
+    resume_training(sandbox)
 
 
-def training_interrupted(place):
-    kill(place, start_training(place), signal.SIGINT)
-    go_on_training(place)
+def training_interrupted(sandbox):
+    kill(sandbox, start_training(sandbox), signal.SIGINT)
+    resume_training(sandbox)
 
 
-def decoder_killed(place):
-    process = start_training(place)
-    os.kill(others(place, process)[0], signal.SIGKILL)
-    assert "a process that decodes images was killed" in place.end(process, 2)[-1]
-    go_on_training(place)
+def decoder_killed(sandbox):
+    process = start_training(sandbox)
+    os.kill(others(sandbox, process)[0], signal.SIGKILL)
+    assert "a process that decodes images was killed" in sandbox.end(process, 2)[-1]
+    resume_training(sandbox)
 
 
-def extraction_killed(place):
-    kill(place, start_test(place))
-    assert "are already extracted" in "".join(place.run(TEST))
+def extraction_killed(sandbox):
+    kill(sandbox, start_test(sandbox))
+    assert "are already extracted" in "".join(sandbox.run(TEST))
 
 
-def extraction_terminated(place):
-    process = start_test(place)
+def extraction_terminated(sandbox):
+    process = start_test(sandbox)
     os.kill(process.pid, signal.SIGTERM)
-    place.end(process, -signal.SIGTERM)
-    assert "are already extracted" in "".join(place.run(TEST))
+    sandbox.end(process, -signal.SIGTERM)
+    assert "are already extracted" in "".join(sandbox.run(TEST))
 
 
-def check_killed(place, number=signal.SIGKILL):
-    add_photos(place, 4000)
-    process = place.start(f"{PREPARE} check {{data}} --custom --images")
-    place.when(process, lambda: len(others(place, process)) > 1)
-    kill(place, process, number)
-    place.run(f"{PREPARE} check {{data}} --custom --images")
+def check_killed(sandbox, number=signal.SIGKILL):
+    add_photos(sandbox, 4000)
+    process = sandbox.start(f"{PREPARE} check {{data}} --custom --images")
+    sandbox.when(process, lambda: len(others(sandbox, process)) > 1)
+    kill(sandbox, process, number)
+    sandbox.run(f"{PREPARE} check {{data}} --custom --images")
 
 
-def check_terminated(place):
-    check_killed(place, signal.SIGTERM)
+def check_terminated(sandbox):
+    check_killed(sandbox, signal.SIGTERM)
 
 
-def miniature_killed(place):
-    process = place.start(f"{PREPARE} miniature {{new}}")
-    place.when(process, lambda: any(place.new.glob(".unfinished/256x256/*/*/*/*")))
-    kill(place, process)
-    place.run(f"{PREPARE} miniature {{new}}")
-    assert (place.new / "zeroshot1/title.txt").exists()
+def miniature_killed(sandbox):
+    process = sandbox.start(f"{PREPARE} miniature {{new}}")
+    sandbox.when(process, lambda: any(sandbox.new.glob(".unfinished/256x256/*/*/*/*")))
+    kill(sandbox, process)
+    sandbox.run(f"{PREPARE} miniature {{new}}")
+    assert (sandbox.new / "zeroshot1/title.txt").exists()
 
 
 # --- full disks
 
 
-def full_disk_in_training(place):
-    kill(place, start_training(place), signal.SIGTERM)
-    before = (place.out / LAST).read_bytes()
-    place.run(f"{TRAIN} --resume", 2, largest=1_000_000)
-    assert (place.out / LAST).read_bytes() == before
-    go_on_training(place)
+def full_disk_in_training(sandbox):
+    kill(sandbox, start_training(sandbox), signal.SIGTERM)
+    before = (sandbox.out / LAST).read_bytes()
+    sandbox.run(f"{TRAIN} --resume", 2, largest=1_000_000)
+    assert (sandbox.out / LAST).read_bytes() == before
+    resume_training(sandbox)
 
 
-def full_disk_before_the_first_checkpoint(place):
-    place.run(TRAIN, 2, largest=1_000_000)
-    assert not (place.out / LAST).exists()
-    place.run(TRAIN)
-    assert_trained(place)
+def full_disk_before_the_first_checkpoint(sandbox):
+    sandbox.run(TRAIN, 2, largest=1_000_000)
+    assert not (sandbox.out / LAST).exists()
+    sandbox.run(TRAIN)
+    assert_trained(sandbox)
 
 
-def full_disk_in_a_test(place):
-    place.run(TRAIN)
-    place.run(TEST, 2, largest=4000)
-    assert not (place.out / "results.json").exists()
-    place.run(TEST)
+def full_disk_in_a_test(sandbox):
+    sandbox.run(TRAIN)
+    sandbox.run(TEST, 2, largest=4000)
+    assert not (sandbox.out / "results.json").exists()
+    sandbox.run(TEST)
 
 
 def full_disk_in(command):
-    def row(place):
-        place.run(f"{PREPARE} {command}", 2, largest=500)  # what it says of that fits in
+    def row(sandbox):
+        sandbox.run(f"{PREPARE} {command}", 2, largest=500)  # what it says of that fits in
 
     return row
 
 
-def full_disk_in_drawing(place):
-    full_disk_in("miniature {new}")(place)
-    place.run(f"{PREPARE} miniature {{new}}")
+def full_disk_in_drawing(sandbox):
+    full_disk_in("miniature {new}")(sandbox)
+    sandbox.run(f"{PREPARE} miniature {{new}}")
 
 
-def nowhere_to_print(place):
-    place.run(f"{PREPARE} check {{data}} --custom", 2, stdout="/dev/full")
+def nowhere_to_print(sandbox):
+    sandbox.run(f"{PREPARE} check {{data}} --custom", 2, stdout="/dev/full")
 
 
 # --- two processes
 
 
-def second_training(place):
-    process = start_training(place)
-    assert "is training there" in place.run(f"{TRAIN} --overwrite", 2)[-1]
-    place.end(process, 0)
-    assert_trained(place)
+def second_training(sandbox):
+    process = start_training(sandbox)
+    assert "is training there" in sandbox.run(f"{TRAIN} --overwrite", 2)[-1]
+    sandbox.end(process, 0)
+    assert_trained(sandbox)
 
 
-def second_test(place):
-    process = start_test(place)
-    assert "is testing there" in place.run(TEST, 2)[-1]
-    place.end(process, 0)
+def second_test(sandbox):
+    process = start_test(sandbox)
+    assert "is testing there" in sandbox.run(TEST, 2)[-1]
+    sandbox.end(process, 0)
 
 
-def one_of_two_finds_a_torn_image(place):
-    photo = place.data / "photo of train/1.png"
+def one_of_two_finds_a_torn_image(sandbox):
+    photo = sandbox.data / "photo of train/1.png"
     whole = photo.read_bytes()
     photo.write_bytes(whole[:40])
-    said = place.run(f"{TOGETHER} {TRAIN}", 2)
-    assert any("not a readable image" in line for line in said), said
+    printed = sandbox.run(f"{TOGETHER} {TRAIN}", 2)
+    assert any("not a readable image" in line for line in printed), printed
     photo.write_bytes(whole)
-    place.run(f"{TOGETHER} {TRAIN} --overwrite")
-    assert_trained(place)
+    sandbox.run(f"{TOGETHER} {TRAIN} --overwrite")
+    assert_trained(sandbox)
 
 
-def two_find_no_data(place):
-    said = place.run(f"{TOGETHER} {TRAIN} --data_root {{data}}/none", 2)
-    assert len(said) == 1, said
+def two_find_no_data(sandbox):
+    printed = sandbox.run(f"{TOGETHER} {TRAIN} --data_root {{data}}/none", 2)
+    assert len(printed) == 1, printed
 
 
-def one_of_two_killed(place):
-    process = start_training(place, TOGETHER)
-    holder = int((place.out / ".training").read_text().split()[1])  # the first of the two
+def one_of_two_killed(sandbox):
+    process = start_training(sandbox, TOGETHER)
+    holder = int((sandbox.out / ".training").read_text().split()[1])  # the first of the two
     os.kill(holder, signal.SIGKILL)
-    place.end(process, 1)
-    go_on_training(place, TOGETHER)
+    sandbox.end(process, 1)
+    resume_training(sandbox, TOGETHER)
 
 
-def two_terminated(place):
-    process = start_training(place, TOGETHER)
+def two_terminated(sandbox):
+    process = start_training(sandbox, TOGETHER)
     os.kill(process.pid, signal.SIGTERM)
-    place.end(process, 1)
-    go_on_training(place, TOGETHER)
+    sandbox.end(process, 1)
+    resume_training(sandbox, TOGETHER)
 
 
-ROWS = {  # what happens: (the script, a function that makes it happen in a Place)
+ROWS = {  # what happens: (the script, a function that makes it happen in a Sandbox)
     "SIGKILL, then --resume": ("train_sketchy_ext", training_killed),
     "SIGTERM, then --resume": ("train_sketchy_ext", training_terminated),
     "Ctrl-C, then --resume": ("train_sketchy_ext", training_interrupted),
@@ -320,12 +320,12 @@ ROWS = {  # what happens: (the script, a function that makes it happen in a Plac
 
 
 def run(act, folder, benchmark):
-    """(what went otherwise than it should, or None; what the commands printed) of a row of ROWS in `folder`."""
-    place = Place(folder, benchmark)
+    """(what failed, or None; what the commands printed) of a row of ROWS in `folder`."""
+    sandbox = Sandbox(folder, benchmark)
     try:
-        act(place)
+        act(sandbox)
         wrong = None
     except AssertionError as error:
         wrong = str(error) or traceback.format_exc()
-    left = place.left()
-    return wrong or (left and f"left: {left}") or None, place.said
+    left = sandbox.left()
+    return wrong or (left and f"left: {left}") or None, sandbox.printed

@@ -2,8 +2,8 @@
 
     make fuzz
 
-Sound small files of every protocol are changed opcode by opcode. The process reads them one after the other, within
-bounds of memory and time. What is read lies on the disk, so that a crash leaves the file that it came from.
+Valid small files of every protocol are changed opcode by opcode. The process reads them one after the other, within
+bounds of memory and time. Each is written to the disk first, so that a crash leaves the file that caused it.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import pickle
 import pickletools
 import random
 import shutil
+import signal
 import struct
 import sys
 import tempfile
@@ -32,16 +33,16 @@ from utils.cli import InputError  # noqa: E402
 
 CLASSES, WIDTH = 2, 5  # of the masks that are read here
 READERS = {"features_zero": read_features, "cid_mask": lambda path: read_mask(path, CLASSES, WIDTH)}
-MEMORY = 400 << 20  # bytes that reading a file may take on top of what the process has
-SECONDS = 30  # that a file may take
+MAX_EXTRA_BYTES = 400 << 20  # bytes that reading a file may take on top of what the process has
+CPU_SECONDS = 30  # that reading a file may take
 
 
-def python_2(value, protocol):
+def pickle_as_python_2(value, protocol):
     """`value` (None, whole numbers, lists, dicts, arrays) as Python 2 and NumPy 1 pickled it, in protocol 0 or 2."""
-    return (b"\x80\x02" if protocol else b"") + _python_2(value, protocol) + b"."
+    return (b"\x80\x02" if protocol else b"") + _pickle_as_python_2(value, protocol) + b"."
 
 
-def _python_2(value, protocol):
+def _pickle_as_python_2(value, protocol):
     if value is None:
         return b"N"
     if isinstance(value, int):
@@ -50,19 +51,37 @@ def _python_2(value, protocol):
         return struct.pack("<cI", b"T", len(value)) + value if protocol else b"S%b\n" % repr(value)[1:].encode()
     start, one, end = (b"]", b"", b"e") if protocol else (b"(lp1\n", b"a", b"")
     if isinstance(value, list):
-        items = b"".join(_python_2(item, protocol) + one for item in value)
+        items = b"".join(_pickle_as_python_2(item, protocol) + one for item in value)
         return start + (b"(" if protocol else b"") + items + end
     if isinstance(value, dict):
-        pairs = (_python_2(key, protocol) + _python_2(item, protocol) + b"s" for key, item in value.items())
+        pairs = (
+            _pickle_as_python_2(key, protocol) + _pickle_as_python_2(item, protocol) + b"s"
+            for key, item in value.items()
+        )
         return (b"}" if protocol else b"(dp2\n") + b"".join(pairs)
-    shape = b"(" + b"".join(_python_2(side, protocol) for side in value.shape) + b"t"
+    shape = b"(" + b"".join(_pickle_as_python_2(side, protocol) for side in value.shape) + b"t"
     order, code = value.dtype.str[:1].encode(), value.dtype.str[1:].encode()
-    kind = b"cnumpy\ndtype\n(" + _python_2(code, protocol) + b"I0\nI1\ntR(I3\n" + _python_2(order, protocol)
-    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\nt" + _python_2(b"b", protocol) + b"tR"
-    return array + b"(I1\n" + shape + kind + b"NNNI-1\nI-1\nI0\ntbI00\n" + _python_2(value.tobytes(), protocol) + b"tb"
+    kind = (
+        b"cnumpy\ndtype\n("
+        + _pickle_as_python_2(code, protocol)
+        + b"I0\nI1\ntR(I3\n"
+        + _pickle_as_python_2(order, protocol)
+    )
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\nt" + _pickle_as_python_2(b"b", protocol) + b"tR"
+    )
+    return (
+        array
+        + b"(I1\n"
+        + shape
+        + kind
+        + b"NNNI-1\nI-1\nI0\ntbI00\n"
+        + _pickle_as_python_2(value.tobytes(), protocol)
+        + b"tb"
+    )
 
 
-def sound_files():
+def valid_files():
     """[(kind, pickle)] that READERS read: every protocol of Python 3, those of Python 2, arrays and lists."""
     rng = np.random.default_rng(0)
     gallery, query = (rng.normal(size=(count, 3)).astype(np.float32) for count in (4, 2))
@@ -70,8 +89,8 @@ def sound_files():
     mask = dict(enumerate(rng.random((CLASSES, WIDTH))))
     lists = [np.asfortranarray(gallery), list(np.arange(4)), query.tolist(), [0, True], np.ones((2, 4))]
     ordered = collections.OrderedDict((np.int64(label), row.tolist()) for label, row in mask.items())
-    files = [("features_zero", python_2(features, protocol)) for protocol in (0, 2)]
-    files += [("cid_mask", python_2(mask, protocol)) for protocol in (0, 2)]
+    files = [("features_zero", pickle_as_python_2(features, protocol)) for protocol in (0, 2)]
+    files += [("cid_mask", pickle_as_python_2(mask, protocol)) for protocol in (0, 2)]
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         files += [("features_zero", pickle.dumps(content, protocol)) for content in (features, lists)]
         files += [("cid_mask", pickle.dumps(content, protocol)) for content in (mask, ordered)]
@@ -85,8 +104,8 @@ def opcodes(content):
     return [content[one:two] for one, two in zip(starts, [*starts[1:], len(content)], strict=True)]
 
 
-def strange_opcodes():
-    """Every opcode there is, with arguments that are large, small, or make no sense."""
+def odd_opcodes():
+    """Every opcode, with arguments that are large, small or invalid."""
     sizes = [0, 1, 2, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**60, 2**64 - 1]
     lines = [b"0\n", b"-1\n", b"01\n", b"9" * 30 + b"\n", b"1e400\n", b"nan\n", b"'\\x00'\n", b"os\nsystem\n", b"\n"]
     for opcode in pickletools.opcodes:
@@ -98,13 +117,13 @@ def strange_opcodes():
         yield b"c" + names + b"\n"
 
 
-def mutant(rng, files, strange):
+def mutant(rng, files, odd):
     """(kind, broken pickle) of one of `files`, [(kind, its opcodes)]."""
     kind, parts = rng.choice(files)
     parts = list(parts)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
         at = rng.randrange(len(parts))
-        other = rng.choice((rng.choice(strange), rng.choice(rng.choice(files)[1]), rng.choice(parts)))
+        other = rng.choice((rng.choice(odd), rng.choice(rng.choice(files)[1]), rng.choice(parts)))
         change = rng.choice(("put in", "replace", "leave out", "repeat", "swap", "flip", "cut", "splice"))
         if change == "put in":
             parts.insert(at, other)
@@ -133,53 +152,54 @@ def mutant(rng, files, strange):
 
 
 class Reader:
-    """Reads files within bounds; whatever Python does meanwhile but opening the file is an error."""
+    """Reads files within bounds; any audit event but opening the file is an error."""
 
     def __init__(self):
         faulthandler.enable()
+        faulthandler.register(signal.SIGPROF, chain=True)  # then the signal ends the process
         warnings.simplefilter("error")
-        with tempfile.TemporaryDirectory() as folder:  # sound files first: libraries import some parts on first use
-            for kind, content in sound_files():
+        with tempfile.TemporaryDirectory() as folder:  # valid files first: libraries import some parts on first use
+            for kind, content in valid_files():
                 (path := Path(folder) / kind).write_bytes(content)
                 READERS[kind](path)
-        self.path, self.seen = None, []
+        self.path, self.events = None, []
         sys.addaudithook(self._watch)
         statm = Path("/proc/self/statm")
         if statm.exists():
             import resource
 
-            most = int(statm.read_text().split()[0]) * resource.getpagesize() + MEMORY
-            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            limit = int(statm.read_text().split()[0]) * resource.getpagesize() + MAX_EXTRA_BYTES
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     def _watch(self, event, arguments):
         if self.path is not None and not (event == "open" and str(arguments[0]) == str(self.path)):
-            self.seen.append(event)
+            self.events.append(event)
 
     def read(self, kind, path):
-        """What the error said, or None if the file was read. Raises AssertionError if that was no single line."""
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
-        said = None
-        self.path, self.seen = path, []
+        """The error message, or None if the file was read. Raises AssertionError unless it is a single line."""
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        message = None
+        self.path, self.events = path, []
         try:
             READERS[kind](path)
         except InputError as error:
-            said = str(error)
+            message = str(error)
         finally:
             self.path = None
-            faulthandler.cancel_dump_traceback_later()
-        assert not self.seen, f"{path}: reading it did {self.seen}"
-        assert said is None or (said.startswith(f"{path}: ") and said.isprintable()), said
-        assert said is None or "memory" not in said, said
-        return said
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        assert not self.events, f"{path}: reading it did {self.seen}"
+        assert message is None or (message.startswith(f"{path}: ") and message.isprintable()), message
+        assert message is None or "memory" not in message, message
+        return message
 
 
 def fuzz(reader, count, seed, folder):
     """Read `count` mutants; returns {"read" or "refused": how many}. `folder` holds the last one."""
     rng, counts = random.Random(seed), collections.Counter()
-    files = [(kind, opcodes(content)) for kind, content in sound_files()]
-    strange = list(strange_opcodes())
+    files = [(kind, opcodes(content)) for kind, content in valid_files()]
+    odd = list(odd_opcodes())
     for _ in tqdm(range(count), desc="fuzz", unit="file", disable=None):
-        kind, content = mutant(rng, files, strange)
+        kind, content = mutant(rng, files, odd)
         path = folder / f"{kind}.pickle"
         path.write_bytes(content)
         counts["refused" if reader.read(kind, path) else "read"] += 1
@@ -188,9 +208,11 @@ def fuzz(reader, count, seed, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", type=int, default=100_000, help="how many broken files to read")
+    parser.add_argument("--files", type=int, default=100_000, help="number of broken files")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--read", type=Path, metavar="FOLDER", help="first read its */KIND.pickle, and say how")
+    parser.add_argument(
+        "--read", type=Path, metavar="FOLDER", help="first read its */KIND.pickle, and print the messages"
+    )
     options = parser.parse_args()
     reader = Reader()
     for path in sorted(options.read.glob("*/*.pickle")) if options.read else ():

@@ -1,13 +1,13 @@
-"""Pickles made to break whoever reads them, written opcode by opcode.
+"""Malicious pickles, written opcode by opcode, with the error that each must cause.
 
 A "value" is a piece of a pickle that leaves one value on the stack; `as_features` and `as_mask` make a whole file of
-it. In each table stands, with the value or file, what the error for it says; "" where that differs between the kinds.
+it. Each table gives for a value or file a part of the error message; "" if that differs between the kinds of file.
 """
 
 import gzip
 import pickle
 
-COMMAND = b"touch sprung"  # what a trusted file runs: a test looks for `sprung` in its folder
+COMMAND = b"touch sprung"  # runs if the file is trusted: a test looks for `sprung` in its folder
 
 
 def string(content):
@@ -59,16 +59,16 @@ ORDERED = b"ccollections\nOrderedDict\n)R"
 SYSTEM = b"cos\nsystem\n"
 
 REFUSED = "which no array needs: refused, nothing was run"
-ASKED = "the pickle asks for os.system, " + REFUSED
-TORN = "not a readable pickle"
-TWICE = "changes an object once it is built, " + REFUSED
-TYPE = "only numbers and strings are read"
-MANY = "too many objects"
-LARGE = "its arrays are larger than the file"
+ASKS_FOR_SYSTEM = "the pickle asks for os.system, " + REFUSED
+DAMAGED = "not a readable pickle"
+CHANGED_TWICE = "changes an object once it is built, " + REFUSED
+WRONG_TYPE = "only numbers and strings are read"
+TOO_MANY = "too many objects"
+TOO_LARGE = "its arrays are larger than the file"
 
 CALLS = {
-    "REDUCE": (SYSTEM + string(COMMAND) + b"\x85R", ASKED),
-    "STACK_GLOBAL": (string(b"os") + string(b"system") + b"\x93" + string(COMMAND) + b"\x85R", ASKED),
+    "REDUCE": (SYSTEM + string(COMMAND) + b"\x85R", ASKS_FOR_SYSTEM),
+    "STACK_GLOBAL": (string(b"os") + string(b"system") + b"\x93" + string(COMMAND) + b"\x85R", ASKS_FOR_SYSTEM),
     "INST": (b"(" + string(COMMAND) + b"ios\nsystem\n", "holds INST"),
     "OBJ": (b"(cbuiltins\nbytes\nK\5o", "holds OBJ"),
     "OBJ of a command": (b"(" + SYSTEM + string(COMMAND) + b"o", "holds OBJ"),
@@ -82,79 +82,79 @@ CALLS = {
     "BINPERSID": (string(b"x") + b"Q", "holds BINPERSID"),
     "NEXT_BUFFER": (b"\x97", "holds NEXT_BUFFER"),
     "READONLY_BUFFER": (FOUR + b"\x98", "holds READONLY_BUFFER"),
-    "a call of a result": (called(b"builtins\nbytes") + b")R", TORN),
-    "a call of a string": (string(b"dtype") + string(b"O") + b"\x85R", TORN),
-    "a call with a list": (b"cbuiltins\nbytes\n]R", TORN),
+    "a call of a result": (called(b"builtins\nbytes") + b")R", DAMAGED),
+    "a call of a string": (string(b"dtype") + string(b"O") + b"\x85R", DAMAGED),
+    "a call with a list": (b"cbuiltins\nbytes\n]R", DAMAGED),
     "getattr": (called(b"builtins\ngetattr", ARRAY, string(b"tofile")), "asks for builtins.getattr"),
     "a name with dots": (string(b"numpy") + string(b"dtype.__class__") + b"\x93", "asks for numpy.dtype.__class__"),
     "a name of several lines": (string(b"a\nb\r") + string(b"\x1b[2J\nc") + b"\x93", "asks for a?b?.??2J?c,"),
-    "a name that is an array": (ARRAY + string(b"dtype") + b"\x93", TORN),
-    "a name of a megabyte": (b"c" + b"a" * 2**20 + b"\nb\n", TORN),
-    "a line that hides opcodes": (b"c" + b"a" * 1500 + b"\n" + string(b"\n2222" + SYSTEM), TORN),
-    "a call of bytes for 2 gigabytes": (buffer(called(b"builtins\nbytes", number(2**31 - 1))), TORN),
-    "bytes in another coding": (buffer(called(b"_codecs\nencode", string(b"abcd"), string(b"zip"))), TORN),
+    "a name that is an array": (ARRAY + string(b"dtype") + b"\x93", DAMAGED),
+    "a name of a megabyte": (b"c" + b"a" * 2**20 + b"\nb\n", DAMAGED),
+    "a line that hides opcodes": (b"c" + b"a" * 1500 + b"\n" + string(b"\n2222" + SYSTEM), DAMAGED),
+    "a call of bytes for 2 gigabytes": (buffer(called(b"builtins\nbytes", number(2**31 - 1))), DAMAGED),
+    "bytes in another coding": (buffer(called(b"_codecs\nencode", string(b"abcd"), string(b"zip"))), DAMAGED),
     "a call of the array class": (called(b"numpy\nndarray", b"K\2\x85", dtype(b"O"), raw(b"A" * 16)), ""),
 }
 
 ARRAYS = {
-    "an array built twice": (EMPTY + STATE + b"b" + STATE + b"b", TWICE),
-    "an array built under a view": (b"(" + ARRAY + b"q\1" + buffer(b"h\1") + b"h\1" + STATE + b"bl", TWICE),
-    "a type built twice": (array(BYTE + b"(K\3\x8c\1|NNNK\0K\0K\0tb", (4,)), TWICE),
-    "a list built": (b"]}b", TORN),
-    "an ordered dict built": (ORDERED + b"}b", TWICE),
-    "a name built": (b"cnumpy\nndarray\n}b", TWICE),
-    "SETITEMS on an array": (ARRAY + b"(K\0K\1u", TORN),
-    "APPEND to an array": (ARRAY + b"K\1a", TORN),
-    "a view of an array": (buffer(ARRAY), TORN),
-    "a view of a view": (buffer(buffer(FOUR)), TORN),
-    "a view of a list": (buffer(b"]"), TORN),
-    "a view beyond the end": (buffer(FOUR, shape=b"K\5\x85"), TORN),
-    "a view without an order": (buffer(FOUR, order=b"N"), TORN),
-    "a scalar of pointers": (called(b"numpy.core.multiarray\nscalar", dtype(b"O8"), raw(b"A" * 8)), TYPE),
-    "pointers": (array(dtype(b"O8"), (2,), raw(b"A" * 16)), TYPE),
-    "fields": (array(dtype(b"V8", b"N(\x8c\1at}K\x08K\1K\0"), (2,), raw(b"A" * 16)), TYPE),
-    "forged flags": (array(dtype(b"V8", b"NNNK\x08K\1K\x3f"), (2,), raw(b"A" * 16)), TYPE),
-    "dates": (array(dtype(b"M8"), (2,), raw(b"A" * 16)), TYPE),
+    "an array built twice": (EMPTY + STATE + b"b" + STATE + b"b", CHANGED_TWICE),
+    "an array built under a view": (b"(" + ARRAY + b"q\1" + buffer(b"h\1") + b"h\1" + STATE + b"bl", CHANGED_TWICE),
+    "a type built twice": (array(BYTE + b"(K\3\x8c\1|NNNK\0K\0K\0tb", (4,)), CHANGED_TWICE),
+    "a list built": (b"]}b", DAMAGED),
+    "an ordered dict built": (ORDERED + b"}b", CHANGED_TWICE),
+    "a name built": (b"cnumpy\nndarray\n}b", CHANGED_TWICE),
+    "SETITEMS on an array": (ARRAY + b"(K\0K\1u", DAMAGED),
+    "APPEND to an array": (ARRAY + b"K\1a", DAMAGED),
+    "a view of an array": (buffer(ARRAY), DAMAGED),
+    "a view of a view": (buffer(buffer(FOUR)), DAMAGED),
+    "a view of a list": (buffer(b"]"), DAMAGED),
+    "a view beyond the end": (buffer(FOUR, shape=b"K\5\x85"), DAMAGED),
+    "a view without an order": (buffer(FOUR, order=b"N"), DAMAGED),
+    "a scalar of pointers": (called(b"numpy.core.multiarray\nscalar", dtype(b"O8"), raw(b"A" * 8)), WRONG_TYPE),
+    "pointers": (array(dtype(b"O8"), (2,), raw(b"A" * 16)), WRONG_TYPE),
+    "fields": (array(dtype(b"V8", b"N(\x8c\1at}K\x08K\1K\0"), (2,), raw(b"A" * 16)), WRONG_TYPE),
+    "forged flags": (array(dtype(b"V8", b"NNNK\x08K\1K\x3f"), (2,), raw(b"A" * 16)), WRONG_TYPE),
+    "dates": (array(dtype(b"M8"), (2,), raw(b"A" * 16)), WRONG_TYPE),
     "long doubles": (array(dtype(b"f16"), (1,), raw(b"A" * 16)), "no long doubles"),
-    "a type of a gigabyte": (array(dtype(b"V999999999"), (1,)), TYPE),
-    "a type that is an array": (array(ARRAY, (4,)), TYPE),
-    "a type that is a list": (array(b"]", (4,)), TORN),
-    "a type of no known order": (array(dtype(b"u1").replace(b"|", b"x"), (4,)), TYPE),
-    "a shape beyond the bytes": (array(dtype(b"f8"), (10**9,)), TORN),
-    "a shape that overflows": (array(BYTE, (2**32, 2**32, 4)), TORN),
-    "a shape below 0": (array(BYTE, (-2, -2)), TORN),
+    "a type of a gigabyte": (array(dtype(b"V999999999"), (1,)), WRONG_TYPE),
+    "a type that is an array": (array(ARRAY, (4,)), WRONG_TYPE),
+    "a type that is a list": (array(b"]", (4,)), DAMAGED),
+    "a type of no known order": (array(dtype(b"u1").replace(b"|", b"x"), (4,)), WRONG_TYPE),
+    "a shape beyond the bytes": (array(dtype(b"f8"), (10**9,)), DAMAGED),
+    "a shape that overflows": (array(BYTE, (2**32, 2**32, 4)), DAMAGED),
+    "a shape below 0": (array(BYTE, (-2, -2)), DAMAGED),
     "a shape of nothing, widely": (array(BYTE, (0, 2**60), raw(b"")), ""),
-    "a shape of many axes": (array(BYTE, b"(" + number(2**40) * 300_000 + b"t"), TORN),
-    "a shape of long numbers": (array(BYTE, b"(" + (b"\x8a\xff" + b"\x7f" * 255) * 10**4 + b"t"), TORN),
-    "a shape of lists": (array(BYTE, b"(]t"), TORN),
-    "a shape that is a list": (array(BYTE, b"(K\4l"), TORN),
-    "an array that is never built": (EMPTY, TORN),
-    "an array that is its state": (EMPTY + b"q\1h\1b", TORN),
-    "an array of its own bytes": (EMPTY + b"q\1" + state(BYTE, (4,), b"h\1") + b"b", TORN),
-    "an array of a list": (array(BYTE, (4,), b"]"), TORN),
+    "a shape of many axes": (array(BYTE, b"(" + number(2**40) * 300_000 + b"t"), DAMAGED),
+    "a shape of long numbers": (array(BYTE, b"(" + (b"\x8a\xff" + b"\x7f" * 255) * 10**4 + b"t"), DAMAGED),
+    "a shape of lists": (array(BYTE, b"(]t"), DAMAGED),
+    "a shape that is a list": (array(BYTE, b"(K\4l"), DAMAGED),
+    "an array that is never built": (EMPTY, DAMAGED),
+    "an array that is its state": (EMPTY + b"q\1h\1b", DAMAGED),
+    "an array of its own bytes": (EMPTY + b"q\1" + state(BYTE, (4,), b"h\1") + b"b", DAMAGED),
+    "an array of a list": (array(BYTE, (4,), b"]"), DAMAGED),
     "characters that are no bytes": (
-        buffer(called(b"_codecs\nencode", string(b"\xe2\x82\xac" * 4), string(b"latin1"))), TORN),
+        buffer(called(b"_codecs\nencode", string(b"\xe2\x82\xac" * 4), string(b"latin1"))), DAMAGED),
 }  # fmt: skip
 
 HEADERS = {
-    "BINBYTES": (b"B\xff\xff\xff\xff", TORN),
-    "BINBYTES8": (b"\x8e" + (2**60).to_bytes(8, "little"), TORN),
-    "BYTEARRAY8": (b"\x96" + (2**63 - 1).to_bytes(8, "little"), TORN),
-    "BINUNICODE8": (b"\x8d" + (2**64 - 1).to_bytes(8, "little"), TORN),
-    "BINSTRING below 0": (b"T\xff\xff\xff\xff", TORN),
+    "BINBYTES": (b"B\xff\xff\xff\xff", DAMAGED),
+    "BINBYTES8": (b"\x8e" + (2**60).to_bytes(8, "little"), DAMAGED),
+    "BYTEARRAY8": (b"\x96" + (2**63 - 1).to_bytes(8, "little"), DAMAGED),
+    "BINUNICODE8": (b"\x8d" + (2**64 - 1).to_bytes(8, "little"), DAMAGED),
+    "BINSTRING below 0": (b"T\xff\xff\xff\xff", DAMAGED),
     "LONG4": (b"\x8b\xff\xff\xff\x7f", "holds LONG4"),
     "LONG4 below 0": (b"\x8b\xff\xff\xff\xff", "holds LONG4"),
-    "INT of a million digits": (b"I" + b"9" * 10**6 + b"\n", TORN),
-    "LONG of a million digits": (b"L" + b"9" * 10**6 + b"L\n", TORN),
-    "FLOAT of a million digits": (b"F" + b"9" * 10**6 + b"\n", TORN),
+    "INT of a million digits": (b"I" + b"9" * 10**6 + b"\n", DAMAGED),
+    "LONG of a million digits": (b"L" + b"9" * 10**6 + b"L\n", DAMAGED),
+    "FLOAT of a million digits": (b"F" + b"9" * 10**6 + b"\n", DAMAGED),
     "INT in another base": (b"I0x10\n", ""),
-    "STRING without an end": (b"S'" + b"a" * 10**6, TORN),
-    "STRING without quotes": (buffer(b"Sabcd\n"), TORN),
+    "STRING without an end": (b"S'" + b"a" * 10**6, DAMAGED),
+    "STRING without quotes": (buffer(b"Sabcd\n"), DAMAGED),
     "LONG_BINPUT far away": (b"K\1r\xff\xff\xff\xff", ""),
     "PUT far away": (b"K\1p" + b"9" * 100 + b"\n", ""),
-    "LONG_BINGET of nothing": (b"j\xff\xff\xff\xff", TORN),
-    "many memo entries": (b"K\1" + b"\x94" * 2_100_000, MANY),
-    "many dicts": (b"(" + b"}" * 50_000 + b"l", MANY),
+    "LONG_BINGET of nothing": (b"j\xff\xff\xff\xff", DAMAGED),
+    "many memo entries": (b"K\1" + b"\x94" * 2_100_000, TOO_MANY),
+    "many dicts": (b"(" + b"}" * 50_000 + b"l", TOO_MANY),
     "DUP": (b"K\0" + b"2" * 1000, "holds DUP"),
     "POP": (b"K\0K\0" + b"0", "holds POP"),
     "POP_MARK": (b"(1", "holds POP_MARK"),
@@ -172,7 +172,7 @@ CONTAINERS = {
     "an ordered dict of threes": (called(b"collections\nOrderedDict", b"((K\1K\2K\3ll"), ""),
     "an ordered dict many times": (
         b"((" + b"(K\1K\2t" * 1000 + b"lq\1" + called(b"collections\nOrderedDict", b"h\1") * 2000 + b"l", ""),
-    "a dict of three": (b"(K\1K\2K\3d", TORN),
+    "a dict of three": (b"(K\1K\2K\3d", DAMAGED),
     "laughs of lists": (nest(100, b"(", b"l"), ""),
     "laughs of tuples": (nest(100, b"(", b"t"), ""),
     "lists, deep": (b"(" * 50_000 + b"l" * 50_000, ""),
@@ -180,8 +180,8 @@ CONTAINERS = {
     "dicts, deep": (b"(K\0" * 15_000 + b"}" + b"d" * 15_000, ""),
     "dicts of tuples, deep": (b"}" + b")" + b"\x85" * 50_000 + b"K\0s", ""),
     "calls, deep": (b"c_codecs\nencode\nq\1" + b"h\1" * 50_000 + b")" + b"\x85R" * 50_001, ""),
-    "states, deep": ((EMPTY + b"(K\1") * 20_000 + b"N" + b"tb" * 20_000, TORN),
-    "a row many times": (b"(" + array(BYTE, (10**4,), raw(bytes(10**4))) + b"q\1" + b"h\1" * 10**5 + b"l", LARGE),
+    "states, deep": ((EMPTY + b"(K\1") * 20_000 + b"N" + b"tb" * 20_000, DAMAGED),
+    "a row many times": (b"(" + array(BYTE, (10**4,), raw(bytes(10**4))) + b"q\1" + b"h\1" * 10**5 + b"l", TOO_LARGE),
     "a list many times": (b"((" + b"K\1" * 10**4 + b"lq\1" + b"h\1" * 10**5 + b"l", ""),
     "bytes many times": (b"(" + raw(bytes(10**5)) + b"q\1" + array(BYTE, (10**5,), b"h\1") * 3000 + b"l", ""),
     "characters many times": (
@@ -190,10 +190,10 @@ CONTAINERS = {
 }  # fmt: skip
 
 FILES = {  # these are whole files of either kind
-    "nothing": (b"", TORN),
-    "an end": (b".", TORN),
-    "an empty stack": (b"R" * 9 + b".", TORN),
-    "no mark": (b"tttt.", TORN),
+    "nothing": (b"", DAMAGED),
+    "an end": (b".", DAMAGED),
+    "an empty stack": (b"R" * 9 + b".", DAMAGED),
+    "no mark": (b"tttt.", DAMAGED),
     "text": (b"not a pickle at all\n", ""),
     "gzip": (gzip.compress(pickle.dumps(bytes(10**8))), "no pickle holds the code 31"),
     "zip": (b"PK\3\4", "holds PERSID"),
@@ -224,10 +224,10 @@ def as_mask(value):
 
 
 TABLES = CALLS, ARRAYS, HEADERS, CONTAINERS, FILES
-SAID = {name: words for table in TABLES for name, (_, words) in table.items()}
+EXPECTED_ERRORS = {name: message for table in TABLES for name, (_, message) in table.items()}
 
 
-def write_hostile_files(folder):
+def write_malicious_files(folder):
     """Write <name>/features_zero.pickle and <name>/cid_mask.pickle of every construction here."""
     for table in TABLES:
         for name, (value, _) in table.items():

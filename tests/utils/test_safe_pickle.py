@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import fuzz
-from helpers import malicious_pickles as hostile
+from helpers import fuzz, malicious_pickles
 
 from utils.cli import InputError
 from utils.safe_pickle import read_pickled_dict, read_pickled_list
@@ -58,7 +57,7 @@ def test_arrays_of_every_protocol_are_read_as_numpy_reads_them(tmp_path, protoco
 @pytest.mark.parametrize("protocol", [0, 2])
 def test_arrays_of_python_2_are_read(tmp_path, protocol):
     content = [VALUES, np.arange(4), VALUES.astype(">f8"), [0, 1, 300]]
-    for one, two in zip(read_list(tmp_path, fuzz.python_2(content, protocol)), content, strict=True):
+    for one, two in zip(read_list(tmp_path, fuzz.pickle_as_python_2(content, protocol)), content, strict=True):
         assert one.dtype == np.asarray(two).dtype and np.array_equal(one, two)
 
 
@@ -86,18 +85,18 @@ def test_dicts_of_every_protocol_are_read(tmp_path, protocol, kind, label):
 
 
 @pytest.mark.parametrize("content", [[1], {"a": [1.0]}, {-1: [1.0]}, {0.5: [1.0]}, {2**31: [1.0]}, {(0,): [1.0]}, 3])
-def test_what_is_no_dict_of_labels_has_no_labels(tmp_path, content):
+def test_a_pickle_without_labels_gives_an_empty_dict(tmp_path, content):
     (tmp_path / "p").write_bytes(pickle.dumps(content))
     assert read_pickled_dict(tmp_path / "p") == {}
 
 
 @pytest.mark.parametrize("values", ["abc", [["a"]], [[[1]]], [None], [[1, 2], [3]], VALUES.astype(complex), [10**30]])
-def test_what_is_no_array_of_real_numbers_is_none(tmp_path, values):
+def test_anything_but_real_numbers_is_none(tmp_path, values):
     assert read_list(tmp_path, pickle.dumps([values, VALUES]))[0] is None
     assert read_list(tmp_path, pickle.dumps({"a": values})) == []
 
 
-def test_truth_values_are_0_or_1_whatever_the_file_holds(tmp_path):
+def test_bools_are_0_or_1_whatever_the_file_holds(tmp_path):
     content = pickle.dumps([np.array([True, False, True])]).replace(b"\1\0\1", b"\xff\0\2")
     assert read_list(tmp_path, content)[0].view(np.uint8).tolist() == [1, 0, 1]
 
@@ -107,8 +106,8 @@ def test_arrays_over_the_same_bytes_share_no_memory(tmp_path):
         one, two = read_list(tmp_path, pickle.dumps([VALUES, VALUES[:]], protocol))
         one[:] = 0
         assert np.array_equal(two, VALUES)
-    byte = hostile.BYTE
-    content = hostile.array(byte, (4,), b"C\4abcdq\1") + hostile.array(byte, (4,), b"h\1")
+    byte = malicious_pickles.BYTE
+    content = malicious_pickles.array(byte, (4,), b"C\4abcdq\1") + malicious_pickles.array(byte, (4,), b"h\1")
     one, two = read_list(tmp_path, b"(" + content + b"l.")
     one[:] = 0
     assert two.tobytes() == b"abcd"
@@ -120,13 +119,13 @@ def test_a_distance_matrix_is_not_read(tmp_path):
     with open(tmp_path / "p", "wb") as file:
         file.write(content[:-2])  # without APPENDS and STOP
         file.write(b"\x8e" + size.to_bytes(8, "little"))
-        file.seek(size, 1)  # a hole, which takes no room on the disk
+        file.seek(size, 1)  # a hole, which takes no disk space
         file.write(content[-2:])
     assert np.array_equal(read_pickled_list(tmp_path / "p", 2)[0], VALUES)
 
 
-def test_frames_and_what_follows_the_end_mean_nothing(tmp_path):
-    content = b"\x80\4\x95" + (2**62).to_bytes(8, "little") + b"(" + hostile.ARRAY + b"l."
+def test_frames_and_bytes_after_the_end_are_ignored(tmp_path):
+    content = b"\x80\4\x95" + (2**62).to_bytes(8, "little") + b"(" + malicious_pickles.ARRAY + b"l."
     assert read_list(tmp_path, content + b"cos\nsystem\n")[0].tobytes() == b"abcd"
 
 
@@ -147,7 +146,7 @@ def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(tmp_path, trap):
     assert trap.sprung()
 
 
-def test_a_torn_or_missing_pickle_or_a_folder_is_named(tmp_path):
+def test_a_damaged_or_missing_pickle_or_a_folder_is_named(tmp_path):
     whole = pickle.dumps([np.arange(3)])
     for size in range(len(whole)):
         with pytest.raises(InputError, match="p: not a readable pickle"):
@@ -158,33 +157,35 @@ def test_a_torn_or_missing_pickle_or_a_folder_is_named(tmp_path):
         read_pickled_list(tmp_path, 4)
 
 
-# A process of its own reads what is hostile: a crash is then a failure, and not the end of the tests.
+# A process of its own reads malicious files, so that a crash fails a test instead of ending pytest.
 
 
 @pytest.fixture(scope="module")
 def process(tmp_path_factory):
-    """The ended process that read all hostile files, and then 2,000 files that are broken at random."""
-    folder = tmp_path_factory.mktemp("hostile")
-    hostile.write_hostile_files(folder)
+    """The ended process that read all malicious files, and then 2,000 files that are broken at random."""
+    folder = tmp_path_factory.mktemp("malicious")
+    malicious_pickles.write_malicious_files(folder)
     command = [sys.executable, fuzz.__file__, "--read", folder, "--files", "2000", "--seed", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=900)
 
 
 @pytest.mark.parametrize("kind", ["features_zero", "cid_mask"])
-@pytest.mark.parametrize("name", hostile.SAID)
-def test_a_hostile_file_is_refused_in_one_line(process, name, kind):
+@pytest.mark.parametrize("name", malicious_pickles.EXPECTED_ERRORS)
+def test_a_malicious_file_is_refused_in_one_line(process, name, kind):
     lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("[")]
-    said = {(name, kind): line for name, kind, line in lines}
-    assert (name, kind) in said, f"the process ended with status {process.returncode}: {process.stderr[-2000:]}"
-    assert said[name, kind] is not None, "it was read"
-    assert hostile.SAID[name] in said[name, kind]
+    messages = {(name, kind): line for name, kind, line in lines}
+    assert (name, kind) in messages, f"the process ended with status {process.returncode}: {process.stderr[-2000:]}"
+    assert messages[name, kind] is not None, "it was read"
+    assert malicious_pickles.EXPECTED_ERRORS[name] in messages[name, kind]
 
 
-def test_nothing_hostile_was_run(process, tmp_path, monkeypatch):
+def test_nothing_malicious_was_run(process, tmp_path, monkeypatch):
     assert not list(process.args[3].glob("**/sprung"))
     monkeypatch.chdir(tmp_path)
-    pickle.loads(hostile.as_features(hostile.CALLS["REDUCE"][0]))  # the command works where a file is trusted
+    pickle.loads(
+        malicious_pickles.as_features(malicious_pickles.CALLS["REDUCE"][0])
+    )  # the command works where a file is trusted
     assert Path("sprung").exists()
 
 
