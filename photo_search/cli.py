@@ -13,6 +13,7 @@ from photo_search import update
 from photo_search.clean_sketch import clean_up
 from photo_search.encoder import (
     BACKENDS,
+    STARTER,
     add_photos,
     backend_of,
     check_checkpoint,
@@ -59,7 +60,7 @@ def create_parser():
         added.add_argument("--collection", metavar="NAME", help="collection in Milvus (default: photo_index)")
         added.add_argument("--checkpoint", type=_path, metavar="FILE",
             help="checkpoint of a train script, ours or the authors', or .onnx of models.export (default: "
-            "that of the index)")  # fmt: skip
+            "that of the index; for a new one, the network that comes with the project)")  # fmt: skip
         added.add_argument("--backend", choices=BACKENDS, help="torch for checkpoints, onnx for exported "
             "files, without loading PyTorch (default: by the suffix of the checkpoint)")  # fmt: skip
         added.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
@@ -105,11 +106,14 @@ def create_parser():
     add("--port", type=number_type(int, 0, 65535, "a port from 0 to 65535"), default=8000, help="0 for any free port")
     add("--host", default="127.0.0.1", help="address to listen on; any but the loopback addresses needs --token")
     add("--token", metavar="TEXT", help="secret that clients must send, at the end of the address: /?token=TEXT")
+    add("--open", action="store_true", help="open the page in the browser")
     return parser
 
 
 def make_index(options):
     """Make or update an index; returns update.UpdateStats. Rank 0 writes; all ranks compute features."""
+    if options.folders and not options.checkpoint and not is_index(options.index):
+        options.checkpoint = _starter()
     _check_backend(options)
     if get_rank():
         from photo_search import distributed_indexing
@@ -132,9 +136,8 @@ def make_index(options):
 def _check_index_options(options, old):
     """Raise InputError if options contradict the metadata of an index, or do not suffice for a new one (old: None)."""
     if old is None:
-        if not options.folders or not options.checkpoint:
-            missing = "--checkpoint" if options.folders else "a folder of photos"
-            raise InputError(f"{options.index}: there is no index yet, and a new one needs {missing} (see --help)")
+        if not options.folders:
+            raise InputError(f"{options.index}: there is no index yet, and a new one needs a folder of photos")
         return
     if options.checkpoint:
         check_checkpoint(old, options.checkpoint)
@@ -144,6 +147,14 @@ def _check_index_options(options, old):
                 f"--{name} {getattr(options, name)}: {options.index} was made with {old[name]}, and features of two do "
                 "not mix; name another --index"
             )
+
+
+def _starter():
+    """The path of the network that comes with the project, which a line names. Raises InputError if it is missing."""
+    if not STARTER.is_file():
+        raise InputError(f"{STARTER}: the network of the project is missing; restore it, or name one with --checkpoint")
+    log_rank0("note: features by the network in checkpoint/starter; --checkpoint takes another")
+    return STARTER
 
 
 def _load_encoder(options, old):
@@ -313,9 +324,9 @@ def serve_page(options):
     try:
         from photo_search.server import serve
     except ImportError as error:
-        raise InputError(f"the page needs {error.name}; pip install -r requirements-page.txt") from None
+        raise InputError(f"the page needs {error.name}; pip install -r requirements-search.txt") from None
     _check_backend(options)
-    serve(_location(options), options.checkpoint, options.device, options.host, options.port, options.token)
+    serve(_location(options), options.checkpoint, options.device, options.host, options.port, options.token, options.open)
 
 
 def _check_backend(options):

@@ -20,6 +20,7 @@ from utils.distributed import bar_disabled, local_device
 from utils.files import sha256_of
 from utils.process_pool import available_cores, parallel_map
 
+STARTER = Path(__file__).resolve().parents[1] / "checkpoint/starter/student.onnx"  # comes with the project
 BACKENDS = ("torch", "onnx")
 PRECISION = "tf32"  # of PyTorch on a GPU, as in the test scripts
 

@@ -6,7 +6,9 @@ import mimetypes
 import os
 import re
 import socket
+import sys
 import threading
+import webbrowser
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -270,10 +272,11 @@ def _chunks(file):
             yield chunk
 
 
-def serve(location, checkpoint=None, device=None, host="127.0.0.1", port=8000, token=None):
+def serve(location, checkpoint=None, device=None, host="127.0.0.1", port=8000, token=None, open_page=False):
     """Serve the page of an index, see search.open_index_at, until Ctrl-C, which raises KeyboardInterrupt.
 
-    token: required from clients, and for access from other machines. port: 0 for a free one.
+    token: required from clients, and for access from other machines. port: 0 for a free one. open_page: whether the
+    browser is opened.
     Raises InputError as `open_searcher` does, for a host that is not an address of this machine, and for a port in use.
     """
     if host not in LOOPBACK and not token:
@@ -288,8 +291,18 @@ def serve(location, checkpoint=None, device=None, host="127.0.0.1", port=8000, t
         server = uvicorn.Server(_config(create_app(reloading, port, token)))
         own, index = f"[{host}]" if ":" in host else host, reloading.opened.searcher.index
         shown = f"/?token={token}" if token else "/"
-        print(f"{index.name}: {len(index):,} photos; draw at http://{own}:{port}{shown}", flush=True)
+        address = f"http://{own}:{port}{shown}"
+        print(f"{index.name}: {len(index):,} photos; draw at {address}", flush=True)
+        if open_page and not _open_browser(address):
+            print("note: no browser can be opened here; open the address yourself", file=sys.stderr)
         server.run(sockets=[listener])
+
+
+def _open_browser(address):
+    """Open `address` in a browser with a window, if there is one. Returns whether that worked."""
+    # Without a display, webbrowser would start a browser in this terminal.
+    has_display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return bool(has_display) and webbrowser.open(address)
 
 
 def _config(app):

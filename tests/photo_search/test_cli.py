@@ -97,6 +97,18 @@ def test_the_ranking_is_that_of_the_test_script(miniature, student, checkpoint, 
             assert [photo["photo"] for photo in own["found"]] == expected
 
 
+def test_without_a_checkpoint_the_network_of_the_project_is_used(photos, checkpoint, monkeypatch, capsys, fails):
+    monkeypatch.setattr("photo_search.cli.STARTER", checkpoint)
+    run("index", photos, *INDEX)
+    assert capsys.readouterr().err.startswith("note: features by the network in checkpoint/starter; ")
+    assert open_index("photo_index").metadata["checkpoint"] == str(checkpoint)
+    run("index", *INDEX)  # an index has its own
+    assert "checkpoint/starter" not in capsys.readouterr().err
+    monkeypatch.setattr("photo_search.cli.STARTER", checkpoint.with_name("lost.onnx"))
+    line = fails(search_photos.main, "index", photos, "--index", "new", *INDEX)
+    assert "lost.onnx: the network of the project is missing; restore it, or name one with --checkpoint" in line
+
+
 @pytest.mark.draws
 def test_index_find_and_index_again(photos, checkpoint, sketch, tmp_path, capsys):
     totals = run("index", photos, "--checkpoint", checkpoint, *INDEX)
@@ -209,7 +221,7 @@ def bad_sketches(folder):
     ("find sketch.png --json sketch.png/x.json", "x.json cannot be written"),
     ("find sketch.png --json empty", "empty cannot be written (Is a directory); choose another name or folder"),
     ("find sketch.png --collection cats", "--collection cats: only for --engine milvus"),
-    ("index --index new", "a new one needs a folder of photos"), ("index photos --index new", "needs --checkpoint"),
+    ("index --index new", "a new one needs a folder of photos"),
     ("index none --index new --checkpoint {}", "none: cannot be searched for photos"),
     ("index empty --index new --checkpoint {}", "empty: contains no photos"),
     ("index empty", "empty: contains no photos"),

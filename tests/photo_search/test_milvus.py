@@ -407,7 +407,7 @@ def test_a_damaged_collection_is_refused_in_one_line(damage, kept, uri, monkeypa
 
 
 def test_the_page_shows_what_is_in_milvus(uri, tmp_path, monkeypatch):
-    pytest.importorskip("starlette", reason="starlette is not installed (requirements-page.txt)")
+    pytest.importorskip("starlette", reason="starlette is not installed (requirements-search.txt)")
     from pages import PageEncoder, drawing, visitor
 
     from photo_search import server

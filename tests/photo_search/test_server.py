@@ -315,7 +315,7 @@ def test_the_command_is_refused_in_one_line(index, fails, monkeypatch):
     assert "no index of photos" in fails(search_photos.main, "page", "--index", index / "x", "--port", "0")
     assert "the checkpoint of the index does not exist" in fails(search_photos.main, *own, "--port", "0")
     monkeypatch.setitem(sys.modules, "photo_search.server", None)
-    assert "pip install -r requirements-page.txt" in fails(search_photos.main, *own)
+    assert "pip install -r requirements-search.txt" in fails(search_photos.main, *own)
 
 
 def test_photos_outside_the_folders_of_the_index_are_not_sent(reloading, album, tmp_path):
@@ -330,3 +330,14 @@ def test_photos_outside_the_folders_of_the_index_are_not_sent(reloading, album, 
     kind, file = open_photo(index, 3)
     with file:
         assert kind == "image/png"
+
+
+def test_a_browser_is_opened_only_where_it_has_a_window(monkeypatch):
+    opened = []
+    monkeypatch.setattr(pages.webbrowser, "open", lambda address: not opened.append(address))
+    monkeypatch.setattr(pages.sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    assert not pages._open_browser("http://127.0.0.1:8000/") and not opened
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert pages._open_browser("http://127.0.0.1:8000/") and opened == ["http://127.0.0.1:8000/"]
