@@ -326,7 +326,9 @@ def serve_page(options):
     except ImportError as error:
         raise InputError(f"the page needs {error.name}; pip install -r requirements-search.txt") from None
     _check_backend(options)
-    serve(_location(options), options.checkpoint, options.device, options.host, options.port, options.token, options.open)
+    serve(
+        _location(options), options.checkpoint, options.device, options.host, options.port, options.token, options.open
+    )
 
 
 def _check_backend(options):
