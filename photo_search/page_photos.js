@@ -174,7 +174,7 @@ function described({photo, cluster_weight: weight, matching}, took) {
     strokes ? `Photos between ${name} and the drawing` : `Photos like ${name}`;
   const formula = matching === "one-to-one" ? "distance d" :
     `${weight} D + ${Number((1 - weight).toFixed(3))} d, with distance d and cluster distance D`;
-  at("formula").textContent = `${formula}; ${matching}, ${took} ms`;
+  at("formula").textContent = `${formula}; ${matching}, ${took}\u00a0ms`;
   return what + (folderNumber() === "" ? "" : `, in ${isolated(folder)}`);
 }
 
