@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 from utils.cli import InputError
 
@@ -124,6 +124,37 @@ def warp(image, augmentation):
     return ImageOps.expand(image, 1).transform(
         image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR
     )
+
+
+def augment_as_release(image, rng, is_photo):
+    """The release's augmentation of an RGB image, the same for sketches and photos: see draw_augmentation and warp."""
+    augmentation = draw_augmentation(rng)
+    return image if augmentation is None else warp(image, augmentation)
+
+
+def augment_strongly(image, rng, is_photo):
+    """Random crop, horizontal flip, rotation of sketches and colour jitter of photos, of an RGB image.
+
+    The crop has 35 to 100 % of a photo's area or 60 to 100 % of a sketch's, as far as the image's sides allow, and an
+    aspect ratio from 3:4 to 4:3. Sketches are rotated by up to 15 degrees before, with white outside; brightness,
+    contrast and saturation of photos are scaled by 0.6 to 1.4.
+    """
+    if not is_photo:
+        image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR, fillcolor="white")
+    (width, height), ratio = image.size, math.exp(rng.uniform(-0.29, 0.29))
+    area = width * height * rng.uniform(0.35 if is_photo else 0.6, 1)
+    w, h = min(width, round(math.sqrt(area * ratio))), min(height, round(math.sqrt(area / ratio)))
+    left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+    image = image.crop((left, top, left + w, top + h))
+    if rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color) if is_photo else ():
+        image = enhancer(image).enhance(rng.uniform(0.6, 1.4))
+    return image
+
+
+# Functions of (RGB image, numpy Generator, whether it is a photo) that return the augmented RGB image.
+AUGMENTATIONS = {"release": augment_as_release, "strong": augment_strongly}
 
 
 def resize(image, size):

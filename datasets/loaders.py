@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datasets.images import draw_augmentation, read_rgb, resize, stack, warp
+from datasets.images import AUGMENTATIONS, augment_as_release, read_rgb, resize, stack
 from datasets.lists import FileList, check_images
 from utils import distributed
 from utils.cli import InputError
@@ -47,12 +47,13 @@ class EvaluationDataset(Dataset):
 class TrainingDataset(Dataset):
     """Augmented sketches and photos, indexed by (epoch, index). Indices count the sketches first, then the photos.
 
-    An item is ((3, size, size) uint8, label, 1.0 for a photo or 0.0 for a sketch).
+    An item is ((3, size, size) uint8, label, 1.0 for a photo or 0.0 for a sketch). augment: a function in
+    datasets.images.AUGMENTATIONS.
     """
 
-    def __init__(self, sketches, photos, size, seed):
+    def __init__(self, sketches, photos, size, seed, augment=augment_as_release):
         self.sketches, self.photos = sketches, photos
-        self.size, self.seed = size, seed
+        self.size, self.seed, self.augment = size, seed, augment
 
     def file(self, index):
         """The FileList of image `index`, and the position of the image in it."""
@@ -62,11 +63,10 @@ class TrainingDataset(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         files, position = self.file(index)
+        is_photo = files is self.photos
         image = read_rgb(files.root / files.paths[position])
-        augmentation = draw_augmentation(np.random.default_rng((self.seed, epoch, index)))
-        if augmentation is not None:
-            image = warp(image, augmentation)
-        return resize(image, self.size), int(files.labels[position]), float(files is self.photos)
+        image = self.augment(image, np.random.default_rng((self.seed, epoch, index)), is_photo)
+        return resize(image, self.size), int(files.labels[position]), float(is_photo)
 
 
 class PairedBatchSampler(Sampler):
@@ -106,15 +106,15 @@ class PairedBatchSampler(Sampler):
             yield rng.permutation(np.concatenate([order[step * size : (step + 1) * size] for order, size in pairs]))
 
 
-def training_loader(sketches, photos, loading, split, seed=0, share=slice):
+def training_loader(sketches, photos, loading, split, seed=0, share=slice, augment=augment_as_release):
     """Loader of (images uint8, labels int64, is_photo float32) batches.
 
     sketches, photos: FileLists. loading: LoaderOptions. split: (sketches, photos) in a batch. share: a function of
-    the length of a batch; returns the slice that this rank trains on.
+    the length of a batch; returns the slice that this rank trains on. augment: a function in AUGMENTATIONS.
     Before each epoch set `loader.batch_sampler.epoch`; to run only a part of an epoch, set its `start` and `stop`, too.
     """
     return DataLoader(
-        TrainingDataset(sketches, photos, loading.size, seed),
+        TrainingDataset(sketches, photos, loading.size, seed, augment),
         batch_sampler=PairedBatchSampler(len(sketches), len(photos), *split, seed, share),
         collate_fn=_collate_training,
         persistent_workers=loading.workers > 0,
@@ -170,20 +170,25 @@ class TrainingData:
     val_size: int = 0  # their number on all ranks
 
 
-def open_training_data(benchmark, loading, seed=0, imagenet_classes=1000, validate=True, max_steps=None):
+def open_training_data(
+    benchmark, loading, seed=0, imagenet_classes=1000, validate=True, max_steps=None, sketches=None, augment="release"
+):
     """TrainingData of a benchmark folder.
 
     loading: LoaderOptions, its batch_size that of a whole batch; seed: of order and augmentation; imagenet_classes:
-    width of the semantic mask, None for no mask; validate: whether held-back sketches are read; max_steps: of an epoch.
+    width of the semantic mask, None for no mask; validate: whether held-back sketches are read; max_steps: of an epoch;
+    sketches: how many a batch has (default: the protocol's share); augment: a name in AUGMENTATIONS.
     Raises InputError for bad lists, missing images or mask, and a batch size that does not fit.
     """
-    split = _split_batch(benchmark.protocol, loading.batch_size)
-    sketches, photos = benchmark.read("sketch", "train"), benchmark.read("photo", "train")
+    split = _split_batch(benchmark.protocol, loading.batch_size, sketches)
+    sketch_list, photo_list = benchmark.read("sketch", "train"), benchmark.read("photo", "train")
     held_back = _read_validation_list(benchmark) if validate else None
-    files = [sketches, photos, *filter(None, [held_back])]
+    files = [sketch_list, photo_list, *filter(None, [held_back])]
     for each in files:
         check_images(each)
-    loader = training_loader(sketches, photos, loading, split, seed, distributed.rank_slice)
+    loader = training_loader(
+        sketch_list, photo_list, loading, split, seed, distributed.rank_slice, AUGMENTATIONS[augment]
+    )
     batches = loader.batch_sampler
     batches.stop = min(batches.stop, max_steps or batches.stop)
     if (least := min(batches.size(step) for step in range(batches.stop))) < distributed.get_world_size():
@@ -202,9 +207,14 @@ def open_training_data(benchmark, loading, seed=0, imagenet_classes=1000, valida
     return TrainingData(data.train_loader, data.semantic_mask, files, validation, len(held_back))
 
 
-def _split_batch(protocol, batch_size):
-    """(sketches, photos) of a batch. Raises InputError if it is too small for the protocol or for the processes."""
-    split = protocol.split_batch(batch_size)
+def _split_batch(protocol, batch_size, sketches=None):
+    """(sketches, photos) of a batch: `sketches` of them, or the protocol's share.
+
+    Raises InputError if the batch is too small for that or for the processes.
+    """
+    if sketches is not None and sketches >= batch_size:
+        raise InputError(f"--sketches {sketches}: leaves no photos in a batch of {batch_size}; use fewer")
+    split = protocol.split_batch(batch_size) if sketches is None else (sketches, batch_size - sketches)
     if not all(split):
         least = protocol.sketch_share + protocol.photo_share
         raise InputError(

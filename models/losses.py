@@ -71,6 +71,7 @@ class Loss(NamedTuple):
     function: Callable
     weight: float = 1.0  # by default; 0: the loss is not computed
     only_bidirectional: bool = False  # computed after warm-up only
+    reads_teacher: bool = False  # whether the function gets the TeacherOutput; otherwise None
     trains_teacher: bool = False  # the teacher's head, too; otherwise the teacher's output is detached
     option: str | None = None  # name of the option of its weight, without dashes; None: NAME_weight
 
@@ -85,6 +86,7 @@ LOSSES = {
         lambda student, teacher, batch, counts: alignment_loss(
             student.imagenet_logits, teacher.imagenet_logits, batch.mask, batch.is_photo, counts.photos
         ),
+        reads_teacher=True,
     ),
     "ma": Loss(
         "L_ma (modality alignment)",
@@ -98,6 +100,7 @@ LOSSES = {
             teacher.imagenet_logits, student.imagenet_logits, batch.mask, batch.is_photo, counts.photos
         ),
         only_bidirectional=True,
+        reads_teacher=True,
         trains_teacher=True,
     ),
 }
@@ -122,6 +125,10 @@ class LossWeights:
             if self.losses.get(name, 0) > 0 and (bidirectional or not loss.only_bidirectional)
         ]  # fmt: skip
 
+    def reads_teacher(self, bidirectional):
+        """Whether a loss that is computed in a phase reads the teacher's output."""
+        return any(LOSSES[name].reads_teacher for name in self.active(bidirectional))
+
     def train_teacher(self, bidirectional):
         """Whether the teacher's head is trained in a phase."""
         return any(LOSSES[name].trains_teacher for name in self.active(bidirectional))
@@ -133,8 +140,9 @@ PAPER_WEIGHTS = LossWeights()
 def alignment_losses(student_output, teacher_output, batch, bidirectional, counts=None, loss_weights=PAPER_WEIGHTS):
     """The losses of a Batch: {name in LOSSES: scalar}, "student" (what the student alone minimises) and "total".
 
-    student_output: a StudentOutput; teacher_output: a TeacherOutput; bidirectional: whether warm-up is over; counts:
-    Counts of the whole batch if this Batch is a micro-batch (default: its own).
+    student_output: a StudentOutput; teacher_output: a TeacherOutput, or None if no loss of this phase reads it;
+    bidirectional: whether warm-up is over; counts: Counts of the whole batch if this Batch is a micro-batch (default:
+    its own).
     Losses of weight 0 are left out. A loss of the other phase is 0.
     One backward pass of "total" leaves the gradients that the release gets from two. The release first takes the
     gradient of "student" = L_cls + L_ka^S + 0.1 L_ma, then clears the teacher's gradient, and then adds the gradient of
@@ -143,12 +151,13 @@ def alignment_losses(student_output, teacher_output, batch, bidirectional, count
     """
     counts = counts or Counts.of(batch)
     batch = batch._replace(mask=loss_weights.mask_weight * batch.mask)
-    detached = type(teacher_output)(*(values.detach() for values in teacher_output))
+    detached = teacher_output and type(teacher_output)(*(values.detach() for values in teacher_output))
     active = loss_weights.active(bidirectional)
     losses = {name: student_output.features.new_zeros(()) for name in loss_weights.active()}
     for name in active:
         loss = LOSSES[name]
-        losses[name] = loss.function(student_output, teacher_output if loss.trains_teacher else detached, batch, counts)
+        teacher = (teacher_output if loss.trains_teacher else detached) if loss.reads_teacher else None
+        losses[name] = loss.function(student_output, teacher, batch, counts)
     student_loss = sum(loss_weights.losses[name] * losses[name] for name in active if not LOSSES[name].trains_teacher)
     teacher_loss = sum(loss_weights.losses[name] * losses[name] for name in active if LOSSES[name].trains_teacher)
     return losses | {"student": student_loss, "total": student_loss + teacher_loss}

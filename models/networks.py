@@ -44,6 +44,7 @@ class Student(nn.Module):
         super().__init__()
         self.needs_norm = not _ends_normalised(backbone)
         self.backbone = backbone
+        self.cosine_scale = 0.0  # above 0: seen-class logits are cosines times this scale, plus the bias
         self.linear = nn.Linear(self.head.in_features, seen_classes)
         nn.init.trunc_normal_(self.linear.weight, std=2e-5)
         nn.init.zeros_(self.linear.bias)
@@ -88,7 +89,15 @@ class Student(nn.Module):
     def forward(self, images):
         pooled = _pool(self.backbone, images)
         features = _features(pooled, self.needs_norm)
-        return StudentOutput(seen_logits=self.linear(features), imagenet_logits=self.head(pooled), features=features)
+        return StudentOutput(
+            seen_logits=self._seen_logits(features), imagenet_logits=self.head(pooled), features=features
+        )
+
+    def _seen_logits(self, features):
+        if not self.cosine_scale:
+            return self.linear(features)
+        weight = F.normalize(self.linear.weight, dim=1) * self.cosine_scale
+        return F.linear(F.normalize(features, dim=1), weight, self.linear.bias)
 
 
 class Teacher(nn.Module):
@@ -127,15 +136,18 @@ def _channels(values, device):
     return torch.tensor(values, device=device).view(3, 1, 1)
 
 
-def prepare_models(student, teacher, device, grad_checkpointing=False, compiled=False):
+def prepare_models(student, teacher, device, grad_checkpointing=False, compiled=False, precision="fp32"):
     """Move both networks to `device`, in channels-last memory format, and prepare them for training.
 
     grad_checkpointing: recompute the student's activations in the backward pass instead of storing them; compiled:
-    torch.compile both networks. Neither changes what they compute, but for rounding.
+    torch.compile both networks. Neither changes what they compute, but for rounding. precision: of the training, see
+    `arithmetic`.
     Raises ValueError if timm's backbone does not support gradient checkpointing.
     """
     for network in (student, teacher):
         network.to(device, memory_format=torch.channels_last)
+        if precision == "bf16" and torch.device(device).type == "cpu":
+            _keep_depthwise_in_float32(network)
         if compiled:
             network.compile()
     if grad_checkpointing:
@@ -143,6 +155,42 @@ def prepare_models(student, teacher, device, grad_checkpointing=False, compiled=
             student.backbone.set_grad_checkpointing()
         except (AssertionError, AttributeError):
             raise ValueError("this model does not support gradient checkpointing") from None
+
+
+def freeze_layers(backbone, count):
+    """Freeze the parameters of the first `count` groups of layers of a backbone: the stem, the first stage, ...
+
+    The groups are those of timm's layer-wise learning rates. Raises ValueError if there are fewer before the head, or
+    timm does not group the layers of this model.
+    """
+    if not count:
+        return
+    from timm.models import group_parameters
+
+    try:
+        groups = group_parameters(backbone, backbone.group_matcher(coarse=True))
+    except AttributeError:
+        raise ValueError("timm does not group the layers of this model") from None
+    if count >= len(groups):
+        raise ValueError(f"this model has {len(groups) - 1} groups of layers before its head")
+    for group in sorted(groups)[:count]:
+        for name in groups[group]:
+            backbone.get_parameter(name).requires_grad_(False)
+
+
+def _keep_depthwise_in_float32(network):
+    """Compute depthwise convolutions of stride 2, or wider than 3, in float32 where the network runs in bfloat16.
+
+    Their backward passes in bfloat16 take ten times as long on a CPU.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1 and (max(layer.stride) > 1 or max(layer.kernel_size) > 3):
+            layer.forward = functools.partial(_in_float32, layer.forward)
+
+
+def _in_float32(forward, images):
+    with torch.autocast("cpu", enabled=False):
+        return forward(images.float())
 
 
 @contextmanager

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
+from datasets.images import AUGMENTATIONS
 from models.checkpoints import AUTHORS_MODEL, SaveSchedule, student_metadata
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import METRICS, get_metric
 from models.losses import LOSSES, PAPER_WEIGHTS, LossWeights, weight_option
 from models.networks import PRECISIONS
+from models.train_step import SCHEDULES
 from models.weights import fit_input_size
 from utils import distributed
 from utils.cli import (
@@ -38,13 +40,23 @@ def train_parser(protocol):
         f"(default: {_checkpoint_folder(protocol)})")  # fmt: skip
     add("--finetune", type=_text, default="pretrained_model/convnextv2_tiny_1k_224_ema.pt", metavar="FILE|timm|none",
         help="ImageNet weights of both networks: a downloaded file, timm's hub, or random")  # fmt: skip
+    add("--cosine_scale", type=_rate, default=0.0, metavar="S",
+        help="seen-class logits are S times the cosine of feature and class weights, plus the bias; 0: the linear "
+        "layer of the release")  # fmt: skip
     add("--drop_path", type=_share, default=0.0, help="rate of stochastic depth of the student")
+    add("--freeze", type=_count, default=0, metavar="N",
+        help="do not train the first N groups of layers of the student: the stem, the first stage, ...")  # fmt: skip
     add("--epochs", type=positive_int, default=20, help="number of epochs")
     add("--warmup_epochs", type=_count, default=protocol.last_warmup_epoch, metavar="E_w",
         help="epochs 0 to E_w, which are E_w + 1 epochs as in the release, train the student alone; later ones both "
         "networks")  # fmt: skip
     add("--batch_size", type=positive_int, default=protocol.batch_size,
         help=f"images a step, {protocol.sketch_share} sketch to {protocol.photo_share} photos")  # fmt: skip
+    add("--sketches", type=positive_int, metavar="N",
+        help=f"sketches in a batch (default: {protocol.sketch_share} to {protocol.photo_share} photos)")  # fmt: skip
+    add("--augment", choices=tuple(AUGMENTATIONS), default="release",
+        help="augmentation of training images: the release's affine warp, or crop, flip, rotation of sketches and "
+        "colour jitter of photos (strong)")  # fmt: skip
     add(
         "--max_steps",
         type=positive_int,
@@ -53,6 +65,8 @@ def train_parser(protocol):
     )
     add("--lr", "--learning-rate", type=_rate, default=1e-4, help="learning rate of the student")
     add("--teacher_lr", type=_rate, default=protocol.teacher_lr, help="learning rate of the teacher's head")
+    add("--schedule", choices=tuple(SCHEDULES), default="exponential",
+        help="learning rates by epoch: down to a thousandth, as in the release, or half a cosine")  # fmt: skip
     add("--weight_decay", "--wd", type=_rate, default=5e-4, help="L2 weight decay inside Adam")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--no_mask", action="store_true", default=not protocol.has_mask,
@@ -220,12 +234,17 @@ def run_record(options):
     return {"options": values, "versions": {"python": platform.python_version(), **versions}}
 
 
+# Options that earlier versions lack, with the value that computes the same: their runs and ours are then alike.
+ADDED_OPTIONS = {
+    "cosine_scale": 0.0, "freeze": 0, "sketches": None, "augment": "release", "schedule": "exponential",
+}  # fmt: skip
+
 # Options of training that change its result. The others are where files are, what is printed, and how a step that
 # computes the same is carried out. The losses come from `effective_options`.
 RESULT_OPTIONS = (
     *("zero_version", "model", "imagenet_classes", "input_size", "finetune", "drop_path", "epochs", "warmup_epochs"),
     *("batch_size", "max_steps", "lr", "teacher_lr", "weight_decay", "no_mask", "mask_weight", "no_validation"),
-    *("precision", "seed"),
+    *("precision", "seed", *ADDED_OPTIONS),
 )
 
 
@@ -254,7 +273,7 @@ def effective_options(options):
     """
     weights = {name: weight for name, weight in loss_weights_of(options).losses.items() if weight > 0}
     order = [name for name in LOSSES if name in weights] + sorted(weights.keys() - LOSSES.keys())
-    effective = {name: value for name, value in options.items() if name in RESULT_OPTIONS}
+    effective = {name: value for name, value in (ADDED_OPTIONS | options).items() if name in RESULT_OPTIONS}
     effective["losses"] = order
     return effective | {weight_option(name) if name in LOSSES else f"{name}_weight": weights[name] for name in order}
 

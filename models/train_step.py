@@ -1,6 +1,7 @@
 """One training step: TrainConfig, TrainState, the optimizers, gradients, and reading the losses without a GPU sync."""
 
 import itertools
+import math
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,6 +19,12 @@ from utils.distributed import log_rank0
 # The values that a step returns: the losses, and the top-1 accuracy on the batch in percent.
 LOGGED = (*LOSSES, "student", "total", "train_accuracy")
 
+# Factor of the learning rates when a share, from 0 to 1, of the epochs is done.
+SCHEDULES = {
+    "exponential": lambda done: 0.001**done,  # as in the release
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -31,14 +38,16 @@ class TrainConfig:
     accum_steps: int = 1  # micro-batches of a batch, whose gradients are accumulated
     precision: str = "fp32"  # see models.networks.arithmetic
     loss_weights: LossWeights = PAPER_WEIGHTS
+    schedule: str = "exponential"  # of the learning rates, a name in SCHEDULES
 
     def is_bidirectional(self, epoch):
         """Whether an epoch (from 0) is after warm-up, so that both networks are trained."""
         return epoch > self.last_warmup_epoch
 
     def learning_rates(self, epoch):
-        """(student's, teacher's) learning rate in an epoch: lr · 0.001^(epoch / epochs)."""
-        return tuple(rate * 0.001 ** (epoch / self.epochs) for rate in (self.lr, self.teacher_lr))
+        """(student's, teacher's) learning rate in an epoch: lr · SCHEDULES[schedule](epoch / epochs)."""
+        factor = SCHEDULES[self.schedule](epoch / self.epochs)
+        return tuple(rate * factor for rate in (self.lr, self.teacher_lr))
 
     def logged(self):
         """The names of LOGGED, without losses of weight 0, which are not computed."""
@@ -82,9 +91,13 @@ class TrainState:
 
 
 def create_optimizers(student, teacher, lr, teacher_lr, weight_decay):
-    """Adam for the student and Adam for the teacher's head, with L2 decay in the gradient (not decoupled)."""
+    """Adam for the student and Adam for the teacher's head, with L2 decay in the gradient (not decoupled).
+
+    Frozen parameters of the student have no optimizer.
+    """
+    trainable = [value for value in student.parameters() if value.requires_grad]
     return (
-        torch.optim.Adam(student.parameters(), lr=lr, weight_decay=weight_decay, fused=True),
+        torch.optim.Adam(trainable, lr=lr, weight_decay=weight_decay, fused=True),
         torch.optim.Adam(teacher.head.parameters(), lr=teacher_lr, weight_decay=weight_decay, fused=True),
     )
 
@@ -102,7 +115,7 @@ def train_step(state, batch, bidirectional, accum_steps=1, precision="fp32", los
     batch: this rank's Batch; accum_steps: micro-batches that it is divided into, whose gradients are accumulated.
     Losses and gradients are those of the whole batch of all ranks.
     Returns ({name of LOGGED: this rank's summand of the value before the update, detached}, is_finite (B,) bool: images
-    for which all outputs of both networks are finite).
+    for which all outputs of the networks are finite).
     """
     with matmul_rules(precision):
         values, is_finite, uses_head = _gradients(state, batch, bidirectional, accum_steps, precision, loss_weights)
@@ -143,8 +156,10 @@ def _add_gradients(student, teacher, batch, counts, bidirectional, precision, lo
     """Forward and backward of a micro-batch; see _gradients."""
     train_teacher = loss_weights.train_teacher(bidirectional)
     with arithmetic(precision, batch.images.device):
-        with torch.set_grad_enabled(train_teacher):
-            teacher_output = TeacherOutput(*map(_to_float32, teacher(batch.images)))
+        teacher_output = None
+        if loss_weights.reads_teacher(bidirectional):
+            with torch.set_grad_enabled(train_teacher):
+                teacher_output = TeacherOutput(*map(_to_float32, teacher(batch.images)))
         student_output = StudentOutput(*map(_to_float32, student(batch.images)))
     losses = alignment_losses(student_output, teacher_output, batch, bidirectional, counts, loss_weights)
     objective, uses_head = losses["total"], True
@@ -159,7 +174,7 @@ def _add_gradients(student, teacher, batch, counts, bidirectional, precision, lo
     values = {name: value.detach() for name, value in losses.items()}
     correct = (student_output.seen_logits.detach().argmax(dim=1) == batch.labels).sum()
     values["train_accuracy"] = 100 * correct / counts.images
-    outputs = torch.cat([*teacher_output, *student_output], dim=1).detach()
+    outputs = torch.cat([*student_output, *(teacher_output or ())], dim=1).detach()
     return values, outputs.isfinite().all(dim=1), uses_head
 
 

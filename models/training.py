@@ -18,7 +18,7 @@ from datasets.protocols import PROTOCOLS, protocol_of
 from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST, CheckpointSaver
 from models.logger import EpochBar, Log, show_epoch
 from models.losses import Batch
-from models.networks import matmul_rules, normalise, prepare_models
+from models.networks import freeze_layers, matmul_rules, normalise, prepare_models
 from models.options import defaults_of, loss_weights_of, resolve, run_record, train_parser
 from models.resume import check_savedir, check_space, data_record, remove_stale_files, restore
 from models.testing import zero_shot_callback
@@ -54,6 +54,7 @@ def main(protocol_name, argv=None):
         benchmark, loading, options.seed,
         imagenet_classes=None if options.no_mask else options.imagenet_classes,
         validate=not options.no_validation, max_steps=options.max_steps,
+        sketches=options.sketches, augment=options.augment,
     )  # fmt: skip
     evaluate_unseen = zero_shot_callback(benchmark, loading, options.precision, options.eval_every)
     check_writable(options.savedir)
@@ -74,6 +75,7 @@ def main(protocol_name, argv=None):
             epochs=options.epochs, last_warmup_epoch=options.warmup_epochs,
             lr=options.lr, teacher_lr=options.teacher_lr, seed=options.seed,
             accum_steps=options.accum_steps, precision=options.precision, loss_weights=loss_weights_of(vars(options)),
+            schedule=options.schedule,
         )  # fmt: skip
         saver = CheckpointSaver(options.savedir, record, options.save_every, options.overwrite)
         distributed.init_process_group(options.device)
@@ -90,8 +92,13 @@ def create_state(options, seen_classes):
         imagenet_classes=options.imagenet_classes, drop_path=options.drop_path,
     )  # fmt: skip
     check_size(student, options.model, options.input_size)
+    student.cosine_scale = options.cosine_scale
     try:
-        prepare_models(student, teacher, options.device, options.grad_checkpointing, options.compile)
+        freeze_layers(student.backbone, options.freeze)
+    except ValueError as error:
+        raise InputError(f"--freeze {options.freeze}: {error}") from None
+    try:
+        prepare_models(student, teacher, options.device, options.grad_checkpointing, options.compile, options.precision)
     except ValueError as error:
         raise InputError(f"--grad_checkpointing: {error}; leave it out") from None
     optimizers = create_optimizers(

@@ -5,7 +5,16 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.images import Augmentation, decode_image, draw_augmentation, read_rgb, resize, stack, warp
+from datasets.images import (
+    Augmentation,
+    augment_strongly,
+    decode_image,
+    draw_augmentation,
+    read_rgb,
+    resize,
+    stack,
+    warp,
+)
 from models.networks import normalise
 from utils.cli import InputError
 
@@ -50,6 +59,23 @@ def test_the_map_turns_about_the_top_left_pixel():
     image.putpixel((10, 0), (255, 255, 255))
     turned = np.asarray(warp(image, Augmentation(False, 1, 1, np.pi / 2, 0, 0)))  # (10, 0) goes to (0, 10)
     assert turned[10, 0, 0] >= 254 and turned.sum() <= 3 * 256
+
+
+def test_strong_augmentation_crops_and_leaves_a_sketch_white_outside():
+    photo, sketch = Image.new("RGB", (120, 90), (200, 200, 200)), Image.new("RGB", (100, 100), "white")
+    shares = {True: [], False: []}
+    for seed in range(300):
+        for is_photo in (True, False):
+            image = photo if is_photo else sketch
+            augmented, again = (augment_strongly(image, np.random.default_rng(seed), is_photo) for _ in range(2))
+            assert np.array_equal(augmented, again)
+            shares[is_photo].append(augmented.width * augmented.height / (image.width * image.height))
+            assert is_photo or np.asarray(augmented).min() == 255  # rotated
+    assert 0.3 < min(shares[True]) < 0.42 and 0.55 < min(shares[False]) < 0.65 and max(shares[True]) > 0.9
+    half_white = Image.new("RGB", (60, 60))
+    half_white.paste("white", (30, 0, 60, 60))
+    flipped = [augment_strongly(half_white, np.random.default_rng(seed), True) for seed in range(60)]
+    assert 10 < sum(np.asarray(each)[:, 0].mean() > 100 for each in flipped) < 50
 
 
 def grey16(path):

@@ -132,7 +132,7 @@ def test_a_row_of_the_table_is_a_loss_of_both_outputs(monkeypatch):
     def distance(student, teacher, batch, counts):
         return (student.features - teacher.features).square().sum() / counts.images
 
-    monkeypatch.setitem(LOSSES, "feat", Loss("L_feat", distance, weight=0.0))
+    monkeypatch.setitem(LOSSES, "feat", Loss("L_feat", distance, weight=0.0, reads_teacher=True))
     student, teacher, batch = random_step(torch.Generator().manual_seed(0))
     assert "feat" not in alignment_losses(student, teacher, batch, False)
     plain = alignment_losses(student, teacher, batch, False)["student"]
@@ -141,6 +141,18 @@ def test_a_row_of_the_table_is_a_loss_of_both_outputs(monkeypatch):
     assert losses["student"].item() == pytest.approx((plain + 0.5 * losses["feat"]).item())
     losses["total"].backward()
     assert student.features.grad is not None and teacher.features.grad is None
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_losses_that_do_not_read_the_teacher_need_none(bidirectional):
+    student, teacher, batch = random_step(torch.Generator().manual_seed(0))
+    weights = without("ka_student", "ka_teacher")
+    assert not weights.reads_teacher(bidirectional) and PAPER_WEIGHTS.reads_teacher(bidirectional)
+    assert without("ka_student").reads_teacher(bidirectional) == bidirectional
+    losses = [alignment_losses(student, each, batch, bidirectional, loss_weights=weights) for each in (teacher, None)]
+    assert losses[0] == losses[1] and losses[0]["total"] > 0
+    gradients = [torch.autograd.grad(each["total"], student.features)[0] for each in losses]
+    assert torch.equal(*gradients)
 
 
 def with_feat():

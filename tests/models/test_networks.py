@@ -42,6 +42,17 @@ def test_only_the_head_of_the_teacher_is_trained():
     assert teacher.head.weight.grad is not None
 
 
+def test_a_cosine_scale_makes_seen_logits_of_directions_alone():
+    student = Student(create_backbone("convnextv2_atto", 10), 5)
+    images = torch.randn(3, 3, 32, 32)
+    plain = student(images)
+    student.cosine_scale = 16.0
+    output = student(images)
+    cosines = torch.nn.functional.cosine_similarity(output.features[:, None], student.linear.weight[None], dim=2)
+    torch.testing.assert_close(output.seen_logits, 16 * cosines + student.linear.bias)
+    assert torch.equal(output.features, plain.features) and torch.equal(output.imagenet_logits, plain.imagenet_logits)
+
+
 def test_the_seen_class_layer_starts_small():
     linear = Student(create_backbone("convnextv2_atto", 10), 30).linear
     assert 1e-5 < linear.weight.std() < 3e-5

@@ -13,7 +13,7 @@ from models import training
 from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST, CheckpointSaver, read_checkpoint
 from models.losses import Batch
 from models.networks import Student, Teacher
-from models.options import train_parser
+from models.options import effective_options, run_record, train_parser
 from models.train_step import TrainConfig, TrainState, create_optimizers, set_learning_rates
 from models.training import train_step
 from models.weights import create_pair, load_published, published_state
@@ -81,6 +81,77 @@ def test_the_learning_rate_falls_a_thousandfold():
             optimizers, TrainConfig(epochs=20, last_warmup_epoch=9, lr=1e-4, teacher_lr=5e-5).learning_rates(epoch)
         )
         assert [o.param_groups[0]["lr"] for o in optimizers] == pytest.approx([1e-4 * share, 5e-5 * share])
+
+
+def test_the_cosine_schedule_falls_as_half_a_cosine():
+    config = TrainConfig(epochs=20, last_warmup_epoch=9, lr=1e-4, teacher_lr=5e-5, schedule="cosine")
+    for epoch, share in ((0, 1), (5, (1 + 0.5**0.5) / 2), (10, 0.5), (20, 0)):
+        assert config.learning_rates(epoch) == pytest.approx([1e-4 * share, 5e-5 * share])
+
+
+def run_in_halves(root, savedir, monkeypatch, *more):
+    """A run that is stopped after its first epoch, and resumed."""
+    save = CheckpointSaver.save
+
+    def save_then_stop(saver, state, *args):
+        save(saver, state, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(CheckpointSaver, "save", save_then_stop)
+        run(root, savedir, *more)
+    run(root, savedir, *more, "--resume")
+
+
+STEM = ("downsample_layers.0.",)
+FIRST_STAGES = (*STEM, "stages.0.", "downsample_layers.1.", "stages.1.")
+
+
+@pytest.mark.parametrize(("count", "frozen"), [(1, STEM), (3, FIRST_STAGES)])
+def test_frozen_layers_keep_their_weights_also_in_a_resumed_run(tiny, tmp_path, monkeypatch, count, frozen):
+    more = ("--freeze", count, "--schedule", "cosine")
+    run(tiny, tmp_path / "whole", *more)
+    run_in_halves(tiny, tmp_path / "halves", monkeypatch, *more)
+    one, two = (read_checkpoint(tmp_path / name / LAST)["state_dict"] for name in ("whole", "halves"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    torch.manual_seed(0)
+    start = published_state(create_pair("convnextv2_atto", 2, "none")[0])
+    for name in (name for name in start if name.endswith("weight") and start[name].ndim > 1):
+        assert torch.equal(one[f"module.{name}"], start[name]) == name.startswith(frozen), name
+
+
+def test_without_losses_that_read_the_teacher_it_is_not_computed(tiny, tmp_path, monkeypatch):
+    """Also: the options of the starter network, and bfloat16 on a CPU, in a run that is stopped and resumed."""
+    more = "--losses cls ma --cosine_scale 16 --augment strong --batch_size 4 --sketches 2 --precision bf16".split()
+    run(tiny, tmp_path / "whole", *more)
+    monkeypatch.setattr(Teacher, "forward", None)  # fails if it is called
+    run_in_halves(tiny, tmp_path / "halves", monkeypatch, *more)
+    one, two = (read_checkpoint(tmp_path / name / LAST) for name in ("whole", "halves"))
+    assert all(torch.equal(value, two["state_dict"][name]) for name, value in one["state_dict"].items())
+    assert one["history"] == two["history"]
+
+
+def test_a_batch_needs_photos_beside_its_sketches(tiny, tmp_path, fails):
+    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--sketches", 3]
+    assert "--sketches 3: leaves no photos in a batch of 3; use fewer" in fails(train_sketchy_ext.main, *arguments)
+
+
+def test_more_layers_than_a_model_has_cannot_be_frozen(tiny, tmp_path, fails):
+    arguments = [*SHORT, "--data_root", tiny, "--savedir", tmp_path, "--freeze", 6]
+    assert "--freeze 6: this model has 5 groups of layers before its head" in fails(train_sketchy_ext.main, *arguments)
+
+
+@pytest.mark.parametrize(("option", "value", "default"), [
+    ("--augment", "strong", "release"), ("--schedule", "cosine", "exponential"), ("--sketches", "2", "None"),
+    ("--freeze", "1", "0"), ("--cosine_scale", "16", "0.0"),
+])  # fmt: skip
+def test_options_that_earlier_versions_lack_count_as_their_default(option, value, default, fails):
+    parser = train_parser(PROTOCOLS["sketchy"])
+    now = run_record(parser.parse_args([]))["options"]
+    earlier = {name: each for name, each in now.items() if name != option[2:]}
+    assert str(now[option[2:]]) == default and effective_options(earlier) == effective_options(now)
+    other = run_record(parser.parse_args([option, value]))["options"]
+    assert effective_options(earlier) != effective_options(other)
 
 
 def selection(accuracies, warmup):
