@@ -36,7 +36,7 @@ def train_parser(protocol):
     _add_data(parser, protocol)
     _add_model(parser, protocol)
     add = parser.add_argument
-    add("--savedir", "-s", type=_path, metavar="DIR", help="where checkpoints and train.json go "
+    add("--savedir", "-s", type=file_path, metavar="DIR", help="where checkpoints and train.json go "
         f"(default: {_checkpoint_folder(protocol)})")  # fmt: skip
     add("--finetune", type=_text, default="pretrained_model/convnextv2_tiny_1k_224_ema.pt", metavar="FILE|timm|none",
         help="ImageNet weights of both networks: a downloaded file, timm's hub, or random")  # fmt: skip
@@ -115,11 +115,8 @@ def test_parser(protocol):
     _add_data(parser, protocol)
     _add_model(parser, protocol, recorded=True)
     add = parser.add_argument
-    add("--resume_dir", "-s", type=_path, metavar="DIR|FILE", help="checkpoint to test, or its folder, which also "
+    add("--resume_dir", "-s", type=file_path, metavar="DIR|FILE", help="checkpoint to test, or its folder, which also "
         f"takes the results and may hold features_zero.pickle (default: {_checkpoint_folder(protocol)})")  # fmt: skip
-    add("--metrics", type=_metric, nargs="+", default=list(protocol.metrics), metavar="NAME",
-        help=f"columns of the table: {', '.join(METRICS)}, each with a cut @k, or a mAP with @all; the first one sorts "
-        "classes and pictures")  # fmt: skip
     add(
         "--mode",
         type=int,
@@ -127,39 +124,11 @@ def test_parser(protocol):
         default=2,
         help="1: one-to-one matching; 2: also one-to-many cluster matching",
     )
-    add(
-        "--clusters",
-        type=positive_int,
-        nargs="+",
-        default=list(protocol.clusters),
-        metavar="K",
-        help="mixture components",
-    )
-    add(
-        "--subspaces",
-        type=positive_int,
-        nargs="+",
-        default=list(protocol.subspaces),
-        metavar="M",
-        help="sub-spaces of a feature",
-    )
-    add("--cluster_weight", type=_part, nargs="+", default=[CLUSTER_WEIGHT], metavar="W",
-        help="weight of the cluster distance in one-to-many scores, 0 to 1; each adds a row per (M, K)")  # fmt: skip
-    add("--mixture", choices=("torch", "sklearn"), default="torch",
-        help="EM of the clusters: ours in float64, or scikit-learn's in float32, as in the release")  # fmt: skip
-    add(
-        "--mixture_device",
-        type=_text,
-        help="device of --mixture torch (default: a GPU that is fast in float64, else cpu)",
-    )
-    add("--mixture_seeds", type=seed_type, nargs="+", default=[123], metavar="SEED",
-        help="seeds of the mixtures; of several, each row is the mean, with standard deviation and range")  # fmt: skip
-    add("--distances", choices=("float32", "float64"), default="float32", help="dtype of distances and scores")
-    add("--per_class", action="store_true", help="also print a table of the classes")
+    add_grid(parser, metrics=protocol.metrics, clusters=protocol.clusters, subspaces=protocol.subspaces)
     add("--definitions", action="store_true", help="also print the results by other papers' definitions of the metrics")
-    add("--tsne", action="store_true", help="also draw a t-SNE of the unseen classes' sketches and photos")
-    add("--nearest", type=number_type(int, 1, 50, "a whole number from 1 to 50"), default=10,
-        help="photos for each sketch in retrievals.png")  # fmt: skip
+    add_report(parser)
+    add("--order", type=file_path, metavar="LISTS", help="folder of lists, such as datasets/Sketchy/zeroshot1, whose "
+        "order features from elsewhere have: for file names, class names and pictures")  # fmt: skip
     add("--batch_size", type=positive_int, default=64, help="batch size of feature extraction")
     add("--precision", choices=PRECISIONS, default="tf32",
         help="precision of feature extraction: float32, but TF32 for convolutions on CUDA (tf32) or for matrix "
@@ -169,6 +138,37 @@ def test_parser(protocol):
     _add_machine(parser)
     _refuse_idle(parser)
     return parser
+
+
+def add_grid(parser, metrics, clusters=None, subspaces=None, dtype="float32"):
+    """Options of matching and its metrics; the arguments are defaults, None for no one-to-many matching."""
+    add = parser.add_argument
+    add("--metrics", type=_metric, nargs="+", default=list(metrics), metavar="NAME",
+        help=f"columns of the table: {', '.join(METRICS)}, each with a cut @k, or a mAP with @all; the first one sorts "
+        "classes and pictures")  # fmt: skip
+    many = "" if clusters else "; one-to-many matching is evaluated with --clusters or --subspaces only"
+    add("--clusters", type=positive_int, nargs="+", default=clusters and list(clusters), metavar="K",
+        help="mixture components" + (many and f" (default: number of classes{many})"))  # fmt: skip
+    add("--subspaces", type=positive_int, nargs="+", default=subspaces and list(subspaces), metavar="M",
+        help="sub-spaces of a feature" + (many and " (default: 2 4)"))  # fmt: skip
+    add("--cluster_weight", type=_part, nargs="+", default=[CLUSTER_WEIGHT], metavar="W",
+        help="weight of the cluster distance in one-to-many scores, 0 to 1; each adds a row per (M, K)")  # fmt: skip
+    add("--mixture", choices=("torch", "sklearn"), default="torch",
+        help="EM of the clusters: ours in float64, or scikit-learn's in float32, as in the release")  # fmt: skip
+    device = "cpu" if many else "a GPU that is fast in float64, else cpu"
+    add("--mixture_device", type=_text, metavar="DEVICE", help=f"device of --mixture torch (default: {device})")
+    add("--mixture_seeds", type=seed_type, nargs="+", default=[123], metavar="SEED",
+        help="seeds of the mixtures; of several, each row is the mean, with standard deviation and range")  # fmt: skip
+    add("--distances", choices=("float32", "float64"), default=dtype, help="dtype of distances and scores")
+
+
+def add_report(parser):
+    """Options of what a test prints and draws."""
+    add = parser.add_argument
+    add("--per_class", action="store_true", help="also print a table of the classes")
+    add("--tsne", action="store_true", help="also draw a t-SNE of the unseen classes' sketches and photos")
+    add("--nearest", type=number_type(int, 1, 50, "a whole number from 1 to 50"), default=10,
+        help="photos for each sketch in retrievals.png")  # fmt: skip
 
 
 def resolve(options, protocol, folder):
@@ -298,7 +298,9 @@ def _checkpoint_folder(protocol, zero_version=None):
 
 
 def _add_data(parser, protocol):
-    parser.add_argument("--data_root", type=_path, default=Path(protocol.data_root), metavar="DIR", help="the data set")
+    parser.add_argument(
+        "--data_root", type=file_path, default=Path(protocol.data_root), metavar="DIR", help="the data set"
+    )
     parser.add_argument(
         "--zero_version", type=folder_name, default=protocol.zero_version, metavar="NAME", help="its folder of lists"
     )
@@ -345,7 +347,8 @@ def _metric(text):
     return text
 
 
-def _path(text):
+def file_path(text):
+    """An argparse type: a path."""
     return Path(_text(text))
 
 

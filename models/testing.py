@@ -14,6 +14,7 @@ from models.checkpoints import check_seen_classes, find_checkpoint, load_student
 from models.eval.codebooks import mixture_device
 from models.eval.evaluate import Grid, class_relevance, evaluate_grid, evaluate_rows
 from models.eval.features import FEATURES, compute_features, extract_all, features_record, source_of, stored_features
+from models.eval.image_order import UNKNOWN, in_order_of, same_lists
 from models.eval.metrics import STANDARD, SameClass, get_metric
 from models.eval.report import print_results, summarise, write_report
 from models.options import resolve, resolve_network, run_record, test_parser
@@ -50,6 +51,7 @@ def main(protocol_name, argv=None):
         rows = [(m, k) for m in options.subspaces for k in options.clusters] if options.mode == 2 else []
         with distributed.same_error_on_all_ranks():  # which have the same features
             features = name_classes(features, eval_input.benchmark, eval_input.checkpoint is None)
+            features, images = ordered_images(features, eval_input, options.order)
             check_features(features, rows)
         if rows and options.mixture == "torch" and options.mixture_device is None:
             options.mixture_device = _fastest_mixture_device(options.device)
@@ -64,7 +66,7 @@ def main(protocol_name, argv=None):
         metrics, dtype = tuple(dict.fromkeys((*STANDARD, *options.metrics))), getattr(torch, options.distances)
         result = evaluate_grid(features, grid, metrics, device=options.device, dtype=dtype)
         distributed.destroy_process_group()
-        return _report(protocol, options, eval_input, features, result) if distributed.get_rank() == 0 else None
+        return _report(protocol, options, eval_input, features, images, result) if distributed.get_rank() == 0 else None
 
 
 def _fastest_mixture_device(device):
@@ -73,13 +75,13 @@ def _fastest_mixture_device(device):
     return "cpu" if distributed.any_rank(fastest == "cpu") else fastest
 
 
-def _report(protocol, options, eval_input, features, result):
-    """Print and write the EvalResult of named Features. Returns the content of results.json."""
+def _report(protocol, options, eval_input, features, images, result):
+    """Print and write the EvalResult of named Features of `images`. Returns the content of results.json."""
     title = eval_input.benchmark.title if eval_input.benchmark else protocol.title
     results = {"benchmark": title, "protocol": protocol.name, "metrics": list(options.metrics)}
     results |= summarise(features, result.averages, run_record(options)) | features_record(eval_input.folder)
     print_results(results, definitions=options.definitions, per_class=options.per_class)
-    write_report(eval_input.folder, results, features, result, eval_input.images)
+    write_report(eval_input.folder, results, features, result, images)
     return results
 
 
@@ -184,6 +186,19 @@ def name_classes(features, benchmark=None, given=False):
         query_labels=labels.searchsorted(features.query_labels),
         names=unseen if named else [str(label) for label in labels],
     )
+
+
+def ordered_images(features, eval_input, order=None):
+    """(named Features, the QueryGallery that they belong to, or None with a note where that is not known).
+
+    order: a folder of lists in the order of the features, which also name the classes.
+    """
+    if order is not None:
+        return in_order_of(features, order)
+    if eval_input.images is not None and same_lists(eval_input.folder / FEATURES, eval_input.benchmark):
+        return features, eval_input.images
+    log_rank0(UNKNOWN)
+    return features, None
 
 
 def check_features(features, rows):

@@ -76,13 +76,12 @@ def _spread(values):
 def write_report(folder, results, features, result, images, count=4):
     """Write results.json, per_query.npz and figures into `folder`, and print their paths, or why one is missing.
 
-    features: named Features; result: the EvalResult; images: the QueryGallery, or None without a benchmark;
-    count: sketches in each group of retrievals.png.
+    features: named Features; result: the EvalResult; images: the QueryGallery in the order of the features, None where
+    it is not known; count: sketches in each group of retrievals.png.
     """
     write_json(folder / "results.json", results)
     print(f"results: {folder / 'results.json'}")
-    readable = _has_images(features, images)
-    write_queries(folder / QUERIES, features, result.per_query, images.query.paths if readable else None)
+    write_queries(folder / QUERIES, features, result.per_query, images and images.query.paths)
     print(f"each sketch: {folder / QUERIES}")
     try:
         draw_precision_recall(folder / "precision_recall.png", results)
@@ -90,9 +89,9 @@ def write_report(folder, results, features, result, images, count=4):
         if results["options"].get("tsne"):
             draw_tsne(folder / "tsne.png", features, results["benchmark"])
             print(f"figure: {folder / 'tsne.png'}")
-        if not readable:
-            log_rank0("note: no retrievals.png, the images of these features cannot be read (see --data_root)")
+        if images is None:
             return
+        images.check()
         groups = retrieval_groups(features, result, results["metrics"][0], images, count)
         title = f"{results['benchmark']}, {matching_name(result.shown)}"
         draw_retrievals(folder / "retrievals.png", groups, title)
@@ -130,18 +129,6 @@ def write_queries(path, features, per_query, files=None):
             sketch=np.array([str(each) for each in files]),
             **{"class": np.array(features.names)[features.query_labels]},
         )
-
-
-def _has_images(features, images):
-    """Whether a QueryGallery can be read and is the one that the Features were computed from."""
-    if images is None:
-        return False
-    try:
-        images.check()
-    except InputError:
-        return False
-    pairs = ((images.gallery, features.gallery_labels), (images.query, features.query_labels))
-    return all(np.array_equal(files.labels, labels) for files, labels in pairs)
 
 
 def print_results(results, definitions=False, per_class=False):
