@@ -13,6 +13,7 @@ import pytest
 from datasets.prepare.commands import create_parser
 from datasets.protocols import PROTOCOLS
 from models import compare, export, options
+from models.eval import command
 from photo_search.cli import create_parser as search_parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,13 @@ def anchors(page):
 
 @pytest.fixture(scope="module")
 def known_options():
-    parsers = [create_parser(), search_parser(), compare.create_parser(), export.create_parser()]
+    parsers = [
+        create_parser(),
+        search_parser(),
+        compare.create_parser(),
+        export.create_parser(),
+        command.create_parser(),
+    ]
     for protocol in PROTOCOLS.values():
         parsers += [options.train_parser(protocol), options.test_parser(protocol)]
     for action in parsers[0]._actions + parsers[1]._actions:
