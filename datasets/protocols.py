@@ -35,6 +35,9 @@ class Protocol:
     clusters: tuple[int, ...]  # K
     subspaces: tuple[int, ...]  # M
     metrics: tuple[str, ...]  # columns of its table (see models.eval.metrics); the first sorts classes and pictures
+    # A regular expression of sketch names without suffix, whose first group is the name of the photo that the sketch
+    # was drawn from; None where sketches were not drawn from photos.
+    pair_pattern: str | None = None
 
     @property
     def seen_classes(self):
@@ -96,6 +99,7 @@ _SKETCHY = dict(
     last_warmup_epoch=9,
     teacher_lr=1e-4,
     subspaces=(2, 4),
+    pair_pattern=r"(.+)-\d+",  # n02691156_58-1 was drawn from n02691156_58
 )
 
 _ROWS = (

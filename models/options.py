@@ -127,6 +127,8 @@ def test_parser(protocol):
     add_grid(parser, metrics=protocol.metrics, clusters=protocol.clusters, subspaces=protocol.subspaces)
     add("--definitions", action="store_true", help="also print the results by other papers' definitions of the metrics")
     add_report(parser)
+    add("--instances", action="store_true", help="also evaluate instance-level retrieval: the photo that a sketch was "
+        "drawn from is the one right answer")  # fmt: skip
     add("--order", type=file_path, metavar="LISTS", help="folder of lists, such as datasets/Sketchy/zeroshot1, whose "
         "order features from elsewhere have: for file names, class names and pictures")  # fmt: skip
     add("--batch_size", type=positive_int, default=64, help="batch size of feature extraction")

@@ -15,6 +15,7 @@ from models.eval.codebooks import mixture_device
 from models.eval.evaluate import Grid, class_relevance, evaluate_grid, evaluate_rows
 from models.eval.features import FEATURES, compute_features, extract_all, features_record, source_of, stored_features
 from models.eval.image_order import UNKNOWN, in_order_of, same_lists
+from models.eval.instances import evaluate_instances, find_photos, print_instances
 from models.eval.metrics import STANDARD, SameClass, get_metric
 from models.eval.report import print_results, summarise, write_report
 from models.options import resolve, resolve_network, run_record, test_parser
@@ -22,7 +23,7 @@ from models.weights import check_size
 from utils import distributed
 from utils.cli import InputError, one_line_errors, sigterm_as_exception
 from utils.distributed import log_rank0
-from utils.files import check_writable
+from utils.files import check_writable, write_json
 from utils.memory import keep_freed_memory
 
 
@@ -34,6 +35,7 @@ def main(protocol_name, argv=None):
     """
     protocol = PROTOCOLS[protocol_name]
     options = resolve(test_parser(protocol).parse_args(argv), protocol, "resume_dir")
+    check_instances(options, protocol)
     eval_input = find_input(protocol, options.resume_dir, options.data_root, options.zero_version)
     if eval_input.benchmark:
         eval_input.benchmark.check_seen_classes(options.nb_classes)
@@ -52,6 +54,7 @@ def main(protocol_name, argv=None):
         with distributed.same_error_on_all_ranks():  # which have the same features
             features = name_classes(features, eval_input.benchmark, eval_input.checkpoint is None)
             features, images = ordered_images(features, eval_input, options.order)
+            photos = photos_of(images, protocol) if options.instances else None
             check_features(features, rows)
         if rows and options.mixture == "torch" and options.mixture_device is None:
             options.mixture_device = _fastest_mixture_device(options.device)
@@ -66,7 +69,14 @@ def main(protocol_name, argv=None):
         metrics, dtype = tuple(dict.fromkeys((*STANDARD, *options.metrics))), getattr(torch, options.distances)
         result = evaluate_grid(features, grid, metrics, device=options.device, dtype=dtype)
         distributed.destroy_process_group()
-        return _report(protocol, options, eval_input, features, images, result) if distributed.get_rank() == 0 else None
+        if distributed.get_rank() != 0:
+            return None
+        results = _report(protocol, options, eval_input, features, images, result)
+        if photos is not None:
+            instances = evaluate_instances(features, photos, options.device, dtype)
+            print_instances(instances)
+            _write_more(eval_input.folder / "instances.json", instances, results)
+        return results
 
 
 def _fastest_mixture_device(device):
@@ -83,6 +93,33 @@ def _report(protocol, options, eval_input, features, images, result):
     print_results(results, definitions=options.definitions, per_class=options.per_class)
     write_report(eval_input.folder, results, features, result, images)
     return results
+
+
+def _write_more(path, content, results):
+    """Write results of another kind beside results.json, with what both have in common."""
+    common = ("benchmark", "protocol", "options", "versions", "features")
+    write_json(path, content | {name: results[name] for name in common})
+    print(f"results: {path}")
+
+
+def check_instances(options, protocol):
+    """Raise InputError for --instances where sketches of the protocol were not drawn from photos."""
+    if options.instances and protocol.pair_pattern is None:
+        having = ", ".join(row.title for row in PROTOCOLS.values() if row.pair_pattern)
+        raise InputError(
+            f"--instances: the sketches of {protocol.title} were not drawn from photos; those of {having} were"
+        )
+
+
+def photos_of(images, protocol):
+    """`find_photos` of a QueryGallery, or of None. Raises InputError where no sketch has its photo."""
+    if images is None:
+        raise InputError("--instances: the file names of these features are not known; see --order")
+    photos = find_photos(protocol.pair_pattern, images)
+    if not any(photos):
+        example = f"{images.query.source}: no sketch, such as {images.query.paths[0]!r}, is named after its photo"
+        raise InputError(f"{example}, as {protocol.title} has it; test without --instances")
+    return photos
 
 
 @dataclass(frozen=True)
