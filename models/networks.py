@@ -241,18 +241,38 @@ def timm_info(model):
     return TimmInfo(config.num_classes, config.input_size[-1] if config.fixed_input_size else None)
 
 
+class DownloadError(Exception):
+    """timm could not load the weights that it publishes; `__cause__` is the reason."""
+
+
+def pretrained_tag(model):
+    """timm's full name of the weights that it publishes for `model`, such as "convnextv2_tiny.fcmae_ft_in1k".
+
+    Where `model` has no tag, those of ConvNeXt V2 are the ones that its authors fine-tuned on ImageNet-1K alone; of
+    other models timm's default. Raises ValueError if timm publishes none.
+    """
+    import timm
+
+    if model.startswith("convnextv2_") and timm.models.is_model_pretrained(f"{model}.fcmae_ft_in1k"):
+        return f"{model}.fcmae_ft_in1k"
+    config = timm.get_pretrained_cfg(model)
+    if not config.has_weights:
+        raise ValueError("timm publishes no ImageNet weights of it; use --finetune FILE or none")
+    return f"{config.architecture}.{config.tag}"
+
+
 def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=False):
-    """Create timm's `model`, an image classifier; pretrained: with its ImageNet-1K weights from timm's hub.
+    """Create timm's `model`, an image classifier; pretrained: with its ImageNet-1K weights, see pretrained_tag.
 
     Raises ValueError for a model that timm does not have, that has no linear ImageNet head or does not support
-    drop_path, and what timm raises if the hub cannot be reached.
+    drop_path, or has no published weights; DownloadError if these can be neither fetched nor read.
     """
     import timm
 
     published = model.startswith("convnextv2_")
-    if pretrained and published and "." not in model:
-        # The published weights on timm's hub: pretrained by masked autoencoding, fine-tuned on ImageNet-1K.
-        model = f"{model}.fcmae_ft_in1k"
+    if pretrained:
+        timm_info(model)  # raises ValueError
+        model = pretrained_tag(model)
     classes = timm_info(model).imagenet_classes
     if pretrained and classes != imagenet_classes:
         raise ValueError(f"the head of {model} has {classes} classes; set --imagenet_classes {classes}")
@@ -262,6 +282,10 @@ def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=Fals
     except TypeError:
         if drop_path:
             raise ValueError(f"{model} takes no --drop_path") from None
+        raise
+    except Exception as error:
+        if pretrained:
+            raise DownloadError from error
         raise
     if not isinstance(backbone.get_classifier(), nn.Linear):
         raise ValueError(f"the ImageNet head of {model} is not a linear layer")

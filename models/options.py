@@ -38,8 +38,10 @@ def train_parser(protocol):
     add = parser.add_argument
     add("--savedir", "-s", type=file_path, metavar="DIR", help="where checkpoints and train.json go "
         f"(default: {_checkpoint_folder(protocol)})")  # fmt: skip
-    add("--finetune", type=_text, default="pretrained_model/convnextv2_tiny_1k_224_ema.pt", metavar="FILE|timm|none",
-        help="ImageNet weights of both networks: a downloaded file, timm's hub, or random")  # fmt: skip
+    add("--finetune", type=_text, default="pretrained_model/convnextv2_tiny_1k_224_ema.pt",
+        metavar="FILE|lite0|timm|none",
+        help="ImageNet weights of both networks: a downloaded file, EfficientNet-Lite0's in an installed package (also "
+        "lite1, lite2), those that timm publishes for --model, or random")  # fmt: skip
     add("--cosine_scale", type=_rate, default=0.0, metavar="S",
         help="seen-class logits are S times the cosine of feature and class weights, plus the bias; 0: the linear "
         "layer of the release")  # fmt: skip

@@ -25,7 +25,8 @@ _OLD_SUMS = ("cls", "ka_student", "ma", "ka_teacher", "student", "total", "train
 def restore(state, savedir, record, defaults):
     """Load the last checkpoint in `savedir` into a TrainState, or the previous one if the last cannot be read.
 
-    record: of the present run, see CheckpointSaver; defaults: values of options that the checkpoint does not have.
+    record: of the present run, see CheckpointSaver; its "pretrained_tag" becomes the checkpoint's; defaults: values of
+    options that the checkpoint does not have.
     Raises InputError if the checkpoint is damaged, or of another protocol, other data, or options with another result.
     """
     path, checkpoint = _read_last(savedir)
@@ -44,6 +45,8 @@ def restore(state, savedir, record, defaults):
     _check_same_options(before, record["options"], path)
     _check_same_data(saved["data"], record["data"])
     _note_other_rounding(before | {"processes": checkpoint.get("processes")}, record)
+    if isinstance(checkpoint.get("pretrained_tag"), str):  # another version of timm may publish others
+        record["pretrained_tag"] = checkpoint["pretrained_tag"]
     for optimizer, adam in zip(state.optimizers, saved["adam"], strict=True):
         optimizer.load_state_dict(adam)
     state.history, state.step = saved["history"], saved["step"]

