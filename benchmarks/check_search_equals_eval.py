@@ -42,7 +42,7 @@ def main():
     add = parser.add_argument
     add("--data_root", type=Path, required=True, metavar="DIR", help="a benchmark folder with Sketchy's lists")
     add("--zero_version", default="zeroshot1")
-    add("--checkpoint", type=Path, required=True, metavar="FILE", help="it tells its model and input size")
+    add("--checkpoint", type=Path, required=True, metavar="FILE", help="checkpoint, which records model and input size")
     add("--clusters", type=int, default=25, metavar="K")
     options = parser.parse_args()
     images = open_benchmark("sketchy", options.data_root, options.zero_version).read_query_gallery()

@@ -44,12 +44,12 @@ def main():
             write_photo(album / f"{number % 100}" / f"{number}.jpg", random)
         write_checkpoint(checkpoint)
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-        tell("full run", index, album, "--checkpoint", checkpoint, "--model", MODEL[0], "--input_size", MODEL[1])
+        print_times("full run", index, album, "--checkpoint", checkpoint, "--model", MODEL[0], "--input_size", MODEL[1])
         for _ in range(options.rounds):
-            tell("nothing changed", index)
+            print_times("nothing changed", index)
         for number in range(options.rounds):
             change(album, options.photos, number, random)
-            tell("1 % changed", index)
+            print_times("1 % changed", index)
     finally:
         shutil.rmtree(options.folder)
 
@@ -79,7 +79,7 @@ def change(album, photos, number, random):
         path.unlink()
 
 
-def tell(what, index, *more):
+def print_times(what, index, *more):
     """Run `search_photos.py index`, and print its seconds and its line of totals."""
     command = [sys.executable, ROOT / "search_photos.py", "index", "--index", index, *map(str, more)]
     began = time.perf_counter()

@@ -28,7 +28,7 @@ from models.weights import student_of  # noqa: E402
 from photo_search.encoder import load_encoder  # noqa: E402
 from utils.process_pool import available_cores  # noqa: E402
 
-# A process begins with the most memory that its parent held, as getrusage tells it; its own is in /proc.
+# A process begins with the most memory that its parent held, in getrusage; its own is in /proc.
 COMMAND = """
 import sys, time, search_photos
 search_photos.main(sys.argv[1:])

@@ -67,14 +67,14 @@ def main():
         with Served(index) as served:
             print(f"start to first answer: {served.first_answer():.1f} s", flush=True)
             if shutil.which("chromedriver"):
-                tell("browser, stroke to photos", in_a_browser(served.port, options.strokes))
+                print_times("browser, stroke to photos", in_a_browser(served.port, options.strokes))
             before = served.memory()
             times, errors = at_once(served.port, options.clients, options.seconds, options.pause)
-            tell(f"{options.clients} at once, {options.pause:g} s apart", times)
+            print_times(f"{options.clients} at once, {options.pause:g} s apart", times)
             print(f"{errors} errors; memory {before:.0f} MB before, {served.memory():.0f} MB after")
 
 
-def tell(what, seconds):
+def print_times(what, seconds):
     median, most = 1000 * np.quantile(seconds, [0.5, 0.95])
     print(f"{what}: {len(seconds)}, median {median:.0f} ms, 95 % {most:.0f} ms", flush=True)
 

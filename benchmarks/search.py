@@ -7,7 +7,7 @@ Synthetic features of 768 values, an index on disk of each size and kind (3.5 GB
 end), and queries of the same kind. Each figure is the median of --queries searches after as many to warm up, in a
 process of its own. Memory is resident memory after the searches, less what was resident of mapped files.
 
-"clustered" features are those of a network that learnt to tell classes apart: 1000 classes in 64 directions, in which
+"clustered" features are those of a network trained to separate classes: 1000 classes in 64 directions, in which
 photos of a class vary, too, and less in all others. "structureless" ones are uniform on the sphere: no bound helps.
 """
 

@@ -63,7 +63,7 @@ def main():
         for step, rows in by_step(network, case, files).items():
             features = Features(photos, images.gallery.labels, rows, images.query.labels[chosen])
             found[step] = evaluate_rows(features, codebooks, METRICS)
-        tell(case, found, images.query.labels[chosen])
+        print_case(case, found, images.query.labels[chosen])
 
 
 def first_of_each(labels, count):
@@ -127,7 +127,7 @@ STEPS = {  # of clean_up: paper, size, lines
 }
 
 
-def tell(case, found, labels):
+def print_case(case, found, labels):
     for matching in ("one-to-one", "one-to-many"):
         for metric in METRICS:
             before = found["as drawn"][matching][metric].numpy()

@@ -198,7 +198,7 @@ def name_classes(features, benchmark=None, given=False):
 
     Labels beyond the number of classes, such as 100 to 124, are renumbered in ascending order, with a note.
     given: whether the features were given instead of computed from the benchmark. A split that was published in two
-    orders of labels is then named by its numbers of sketches if they tell the order, with a note on the order.
+    orders of labels is then named by its numbers of sketches if they determine the order, with a note on the order.
     """
     values, sketches = np.unique(features.query_labels, return_counts=True)
     release, names = unseen_names_of(sketches)
@@ -206,7 +206,9 @@ def name_classes(features, benchmark=None, given=False):
         log_rank0(f"note: class names follow {release}, as the numbers of sketches of the labels say")
         return replace(features, names=names)
     if given and benchmark and benchmark.release:
-        log_rank0(f"note: class names follow {benchmark.release}, as {benchmark.lists} does; the features do not tell")
+        log_rank0(
+            f"note: class names follow {benchmark.release}, as {benchmark.lists} does; the features do not record them"
+        )
     labels = np.union1d(features.gallery_labels, features.query_labels)
     unseen = benchmark.unseen_names if benchmark else []
     if labels[-1] < max(len(labels), len(unseen)):

@@ -34,7 +34,7 @@ def clean_up(image, name="the sketch"):
     """
     ink = ink_of(image)
     if not _drawn(ink).any():
-        raise InputError(f"{name}: no line can be told from the paper; draw dark lines on light paper")
+        raise InputError(f"{name}: no line differs from the paper; draw dark lines on light paper")
     return picture_of(thinned(framed(ink)))
 
 

@@ -10,14 +10,14 @@ const EXAMPLES = {
   sailboat: "AkgCgAi2CgDdB0gEvgj-AogE6gaHBAAA6QZIBMAH9AOTA_QFlAMAAPMFSAXqAsYKqgoA6QGmAv0GAMEBpQI",
 };
 
-function tell(text, alarm = false) {
+function showMessage(text, alarm = false) {
   at("status").textContent = text;
   at("status").classList.toggle("alarm", alarm);
   at("status").classList.remove("busy");
 }
 
 function busy(text) {
-  tell(text);
+  showMessage(text);
   at("status").classList.add("busy");
   list.ariaBusy = "true";
   at("start").hidden = !isEmpty();
@@ -77,7 +77,7 @@ for (const each of document.querySelectorAll("dialog")) each.querySelector(".hea
 at("guide").addEventListener("click", event => event.target === at("guide") && at("guide").close());
 at("link").onclick = async () => {
   await keep();
-  tell(await copied(location.href) ? "The link to this search is copied" :
+  showMessage(await copied(location.href) ? "The link to this search is copied" :
     "The address of this page is the link to this search; copy it from the browser's address bar");
 };
 for (const name of ["width", "pressure"]) at(name).onchange = remember;
@@ -182,8 +182,8 @@ async function begin() {
   if (await reload()) return changed();
   if (await restore()) return;
   await settle(turn, []);
-  if (refused) tell(refused, true);
+  if (refused) showMessage(refused, true);
 }
 
 addEventListener("hashchange", restore);
-const ready = begin().catch(error => tell(error.message, true));
+const ready = begin().catch(error => showMessage(error.message, true));

@@ -179,9 +179,9 @@ function drop() {
 // Pictures instead of strokes
 
 async function take(file) {
-  if (!file) return tell("That is no file; save the picture first, then drop the file", true);
+  if (!file) return showMessage("That is no file; save the picture first, then drop the file", true);
   const picture = await decoded(file);
-  if (!picture) return tell(`${file.name || "This"} is not a picture that this browser can read`, true);
+  if (!picture) return showMessage(`${file.name || "This"} is not a picture that this browser can read`, true);
   const photo = isPhoto(picture), fits = file.size <= BYTES && Math.max(...sizeOf(picture)) <= SIDE;
   act({picture, photo, file: fits && DECODED.includes(file.type) ? file : await drawn(picture, 1024)});
 }
@@ -265,7 +265,7 @@ document.addEventListener("paste", event => {
   const text = event.clipboardData.getData("text/plain");
   if (file) return take(file);
   if (/^\s*(<\?xml[^>]*>\s*)?<svg[\s>]/.test(text)) return take(new File([text], "drawing.svg", {type: "image/svg+xml"}));
-  tell("That is no picture; copy a picture, then paste it here");
+  showMessage("That is no picture; copy a picture, then paste it here");
 });
 for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
   document.addEventListener(name, event => {

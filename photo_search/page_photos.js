@@ -54,7 +54,7 @@ async function more() {
   if (answer && own === turn && endIsNear()) more();
 }
 
-// What the server answers to the query; null if another search has begun, or if it refuses, which is told. A server that
+// What the server answers to the query; null if another search has begun, or if it refuses, with a message. A server that
 // does not answer is asked again.
 async function answered(own, k) {
   for (let pause = 1000; ; pause = Math.min(2 * pause, LONGEST)) {
@@ -87,9 +87,9 @@ addEventListener("online", () => wake());
 document.addEventListener("visibilitychange", () => document.hidden || wake());
 
 function refusal(own, error) {
-  const little = error.status === 400 && /sketch is blank|no line can be told/.test(error.message) && !cover();
+  const little = error.status === 400 && /sketch is blank|no line differs from/.test(error.message) && !cover();
   settle(own, [], true, little ? "Draw a little more" : error.message);
-  if (!little) tell(error.message, true);
+  if (!little) showMessage(error.message, true);
 }
 
 // The index has changed: its photos and folders have other numbers.
@@ -102,7 +102,7 @@ async function renew() {
     keep();
     if (isEmpty()) {
       settle(++turn, []);
-      return tell("The photos were indexed again; draw, or choose a photo anew");
+      return showMessage("The photos were indexed again; draw, or choose a photo anew");
     }
   }
   return search();
@@ -200,8 +200,8 @@ async function settle(own, answer, isAll = true, text = null) {
   list.ariaBusy = "false";
   at("status").classList.remove("busy");
   tools();
-  if (isEmpty()) tell(about ? `${about.photos.toLocaleString("en")} photos` : "");
-  else if (text !== null) tell(answer.length ? text : text.startsWith("Photos") ? `No other photos ${folderNumber() === "" ? "there" : "in this folder"}` : text);
+  if (isEmpty()) showMessage(about ? `${about.photos.toLocaleString("en")} photos` : "");
+  else if (text !== null) showMessage(answer.length ? text : text.startsWith("Photos") ? `No other photos ${folderNumber() === "" ? "there" : "in this folder"}` : text);
   await Promise.allSettled(shown.slice(0, pageful()).map(item => item.querySelector("img").decode()));
   if (cards.size > 1000) cards = new Map(found.map(each => [each.photo, cards.get(each.photo)]));
   if (own === turn) {

@@ -121,7 +121,7 @@ async function restore() {
 
 function refuse(why) {
   refused = why;
-  tell(why, true);
+  showMessage(why, true);
   if (done) keep();
   return false;
 }

@@ -1,6 +1,6 @@
 """Which images features belong to, in the order of the lists that the features were computed from.
 
-The labels of features do not tell: two lists of the same images can have them in another order within a class. File
+The labels of features are not enough: two lists of the same images can have them in another order within a class. File
 names and pictures are shown only where the record of the features names their lists, or where the user does.
 """
 
@@ -15,7 +15,7 @@ from utils.cli import InputError
 from utils.files import sha256_of
 
 UNKNOWN = (
-    "note: the features do not tell which lists they follow, so there are numbers in place of file names and no "
+    "note: the features do not record which lists they follow, so there are numbers in place of file names and no "
     "retrievals.png; --order names a folder of lists in their order"
 )
 

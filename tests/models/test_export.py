@@ -125,7 +125,7 @@ def test_class_names_are_exported_only_if_there_is_one_for_each_class(classes, s
     assert "classes" not in metadata and metadata["seen_classes"] == "4"
 
 
-@pytest.mark.parametrize(("arguments", "told"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     ("none --to s.onnx", "none: no such file"),
     ("text --to s.onnx", "text: refused, it is torn or no torch file"),
     ("torn --to s.onnx", "torn: "),
@@ -138,12 +138,12 @@ def test_class_names_are_exported_only_if_there_is_one_for_each_class(classes, s
     ("c.pth.tar --to s.onnx --input_size 7", "argument --input_size"),
     ("c.pth.tar --to text/s.safetensors", "s.safetensors cannot be written"),
 ])  # fmt: skip
-def test_what_cannot_be_exported_is_told_in_one_line(arguments, told, checkpoint, tmp_path, monkeypatch, fails):
+def test_what_cannot_be_exported_ends_in_one_line(arguments, message, checkpoint, tmp_path, monkeypatch, fails):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("no checkpoint")
     (tmp_path / "torn").write_bytes(checkpoint.read_bytes()[:9000])
     torch.save({"state_dict": {"a": torch.zeros(3)}}, tmp_path / "weights.pt")
-    assert told in fails(export.main, *arguments.split())
+    assert message in fails(export.main, *arguments.split())
     assert not [path for path in tmp_path.iterdir() if "s.onnx" in path.name or "s.safetensors" in path.name]
 
 
@@ -164,20 +164,20 @@ def refuse(*_, **__):
     raise RuntimeError("an operator that ONNX lacks. More of it\nand more")
 
 
-@pytest.mark.parametrize(("patch", "told"), [
+@pytest.mark.parametrize(("patch", "expected"), [
     (("torch.onnx.export", refuse), "cannot be written as ONNX (an operator that ONNX lacks); use --to"),
     (("models.export._traced", another_network), "its ONNX features differ by"),
     (("models.export.MAX_ONNX_BYTES", 10**6), "too large for an ONNX file, which holds 2 GiB; use --to FILE"),
 ])  # fmt: skip
-def test_a_network_that_onnx_cannot_hold_is_told(patch, told, checkpoint, tmp_path, monkeypatch, fails):
+def test_a_network_that_onnx_cannot_hold_is_refused(patch, expected, checkpoint, tmp_path, monkeypatch, fails):
     monkeypatch.setattr(*patch)
     message = fails(export.main, checkpoint, "--to", tmp_path / "s.onnx")
-    assert f"{checkpoint}: " in message and told in message
+    assert f"{checkpoint}: " in message and expected in message
     assert not list(tmp_path.glob("*s.onnx*"))
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_missing_packages_are_named(package, checkpoint, tmp_path, monkeypatch, fails):
     monkeypatch.setitem(sys.modules, package, None)
-    told = fails(export.main, checkpoint, "--to", tmp_path / "s.onnx")
-    assert f"needs {package}; pip install -r requirements-onnx.txt" in told
+    message = fails(export.main, checkpoint, "--to", tmp_path / "s.onnx")
+    assert f"needs {package}; pip install -r requirements-onnx.txt" in message

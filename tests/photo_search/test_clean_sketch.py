@@ -220,7 +220,7 @@ def test_large_pictures_are_looked_at_at_a_reduced_size():
     photographed(Image.new("RGB", (300, 200), "white"), slope=0.7, noise=0, shadow=0),
 ])  # fmt: skip
 def test_a_sheet_without_lines_is_refused(image):
-    with pytest.raises(InputError, match=r"^page.png: no line can be told from the paper; .*on light paper$"):
+    with pytest.raises(InputError, match=r"^page.png: no line differs from the paper; .*on light paper$"):
         clean_up(image, "page.png")
 
 

@@ -205,7 +205,7 @@ def bad_sketches(folder):
 @pytest.mark.parametrize(("arguments", "told"), [
     ("find white.png", "white.png: the sketch is blank"), ("find black.png", "black.png: the sketch is all black"),
     ("find clear.png", "clear.png: the sketch is blank"), ("find paper.png", "paper.png: the sketch is blank"),
-    ("find sketch.png light.png", "light.png: no line can be told from the paper; draw dark lines"),
+    ("find sketch.png light.png", "light.png: no line differs from the paper; draw dark lines"),
     ("find text.png", "text.png: not a readable image"), ("find none.png", "none.png: no such image"),
     ("find sketch.png -k 0", "argument -k: '0' is not a whole number"), ("find", "required: sketch"),
     ("", "required: command"),

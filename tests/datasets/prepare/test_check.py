@@ -1,4 +1,4 @@
-"""Every planted fault is found, with file and line, and a sound benchmark has none."""
+"""Every planted fault is found, with file and line, and a correct benchmark has none."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ SKETCHES = "sketch_tx_000000000000_ready_filelist_{}.txt"
 
 @pytest.fixture
 def benchmark(tmp_path):
-    """A sound benchmark of 2 seen and 2 unseen classes in the layout of Sketchy Ext, class by class."""
+    """A correct benchmark of 2 seen and 2 unseen classes in the layout of Sketchy Ext, class by class."""
     root = tmp_path / "data"
     for kind, pattern, splits in (
         ("sketch", SKETCHES, ("train", "test", "zero")),

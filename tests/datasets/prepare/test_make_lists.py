@@ -119,9 +119,9 @@ def test_what_is_no_image_is_left_out_and_told(quickdraw, capsys):
     (quickdraw / "images/bat/loop.png").symlink_to("loop.png")
     (quickdraw / "images/loop").symlink_to("loop")
     make(quickdraw, "--protocol", "quickdraw")
-    told = capsys.readouterr().err
-    assert "images/bat: 3 files are no images, first 'Thumbs.db': left out" in told
-    assert "images: 1 folders are no class of this protocol, first 'zeppelin': left out" in told
+    printed = capsys.readouterr().err
+    assert "images/bat: 3 files are no images, first 'Thumbs.db': left out" in printed
+    assert "images: 1 folders are no class of this protocol, first 'zeppelin': left out" in printed
     bats = [path for path in rows(quickdraw / "zeroshot/all_photo_filelist_zero.txt") if "/bat/" in path]
     assert bats == ["images/bat/n00 é.png", "images/bat/upper.JPG"]
 
@@ -132,8 +132,8 @@ def test_links_are_told(quickdraw, tmp_path_factory, capsys):
     (quickdraw / "images/bat").symlink_to(elsewhere / "bat")
     (quickdraw / "images/cow/2.jpg").symlink_to(elsewhere / "bat/n00 é.png")
     make(quickdraw, "--protocol", "quickdraw")
-    told = capsys.readouterr().err
-    assert f"images/bat: a link to {elsewhere / 'bat'}" in told and "images/cow/2.jpg: a link to" in told
+    printed = capsys.readouterr().err
+    assert f"images/bat: a link to {elsewhere / 'bat'}" in printed and "images/cow/2.jpg: a link to" in printed
 
 
 def _missing(root):
@@ -318,7 +318,7 @@ def test_no_validation_list_is_made_up(tmp_path, capsys, plant, words):
     make(tmp_path, "--protocol", "sketchy_split", "--held_back", 0, "--zero_version", "zeroshot0")
     plant(tmp_path)
     make(tmp_path, "--protocol", "sketchy_split", "--convert", "zeroshot0")
-    assert words in (told := capsys.readouterr().err) and "--no_validation" in told
+    assert words in (printed := capsys.readouterr().err) and "--no_validation" in printed
     assert len(list((tmp_path / "zeroshot2").iterdir())) == 6
 
 

@@ -356,8 +356,8 @@ def test_the_command_takes_any_layout_and_tells_what_the_check_found(miniature, 
 def test_the_command_without_matplotlib_and_with_faulty_lists(drawn, capsys, no_matplotlib, fails):
     add_lines(drawn, PHOTOS.format("zero"), ("a.png", "seven"))
     prepare.main(["summary", str(drawn)])
-    told = capsys.readouterr()
-    assert told.out == f"page: {drawn / 'zeroshot1/summary.html'}\n" and "no summary.png, matplotlib" in told.err
+    printed = capsys.readouterr()
+    assert printed.out == f"page: {drawn / 'zeroshot1/summary.html'}\n" and "no summary.png, matplotlib" in printed.err
     page = Page((drawn / "zeroshot1/summary.html").read_text())
     assert any(line.startswith("fault: ") and "txt:5: expected 'path label'" in line for line in page.items)
     for path in (drawn / "zeroshot1").glob("*filelist*"):

@@ -342,8 +342,8 @@ def test_the_command_writes_a_mask_and_replaces_one_only_by_force(wordnet, tiny,
     assert path.read_bytes() == before
     capsys.readouterr()
     prepare.main([*map(str, command), "--force"])
-    told = capsys.readouterr()
-    assert told.err == "tabby: by its name, tabby.n.01 (a tabby)\n" and told.out.startswith(f"{path}: 2 classes")
+    printed = capsys.readouterr()
+    assert printed.err == "tabby: by its name, tabby.n.01 (a tabby)\n" and printed.out.startswith(f"{path}: 2 classes")
     expected, _ = compute_wordnet_mask(["felines", "tabby"], [[ids["cat"], ids["lamp"]], []], folder)
     np.testing.assert_array_equal(read_mask(path, 2, imagenet_classes=8), expected.astype(np.float32))
 
@@ -352,4 +352,5 @@ def test_the_command_takes_names_where_there_is_no_list_of_photos(wordnet, tiny,
     (tiny / "zeroshot1/all_photo_filelist_train.txt").unlink()
     (tiny / "zeroshot1/cid_mask.pickle").unlink()
     prepare.main(["mask", str(tiny), "--protocol", "sketchy", "--wordnet", str(wordnet[0])])
-    assert "alarm clock: WordNet knows no such name" in (told := capsys.readouterr().err) and "cat: by its name" in told
+    errors = capsys.readouterr().err
+    assert "alarm clock: WordNet knows no such name" in errors and "cat: by its name" in errors

@@ -54,7 +54,7 @@ def test_every_definition_equals_a_plain_loop(arrays, distance, tmp_path, capsys
     expected = plain_acnet_map(arrays, distance == "cosine")
     assert row["definitions"]["ACNet"]["mAP@all"] == pytest.approx(expected, abs=1e-12)
     assert sorted(row["per_class"]) == sorted(NAMES)
-    assert "note: the features do not tell which lists they follow" in (output := capsys.readouterr()).err
+    assert "note: the features do not record which lists they follow" in (output := capsys.readouterr()).err
     assert all(name in output.out for name in ("ZSE-SBIR", "SEM-PCYC", "doodle2search", "CVAE"))
     assert plain_acnet_map(arrays, True) != pytest.approx(plain_acnet_map(arrays, False), abs=1e-3)
 

@@ -30,7 +30,10 @@ def test_only_recorded_lists_give_file_names(tiny, tmp_path, run):
     write_features(tmp_path / "features_zero.pickle", features, source)
     assert run() == (files, f"features: {tmp_path / 'features_zero.pickle'}\n")
 
-    numbers, note = ["0", "1", "2", "3"], "note: the features do not tell which lists they follow, so there are numbers"
+    numbers, note = (
+        ["0", "1", "2", "3"],
+        "note: the features do not record which lists they follow, so there are numbers",
+    )
     sketches = benchmark.path("sketch", "zero")
     lines = sketches.read_text().splitlines()
     sketches.write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")  # another order within a class
