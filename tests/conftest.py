@@ -114,3 +114,44 @@ def write_tiny(root):
     write_list(lists / "cname_cid_zero.txt", [("bell", 0), ("cow", 1)])
     write_mask(lists / "cid_mask.pickle", np.zeros((2, 1000)))
     return root
+
+
+# One index, one page and one browser for all tests of the page in a browser; see photo_search/browser.py.
+
+
+@pytest.fixture(scope="session")
+def page_index(tmp_path_factory):
+    from browser import make_index
+
+    return make_index(tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="session")
+def reloading_index(page_index):
+    from photo_search.server import ReloadingIndex
+
+    return ReloadingIndex(page_index, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def page_address(reloading_index):
+    from pages import served
+
+    with served(reloading_index) as port:
+        yield f"http://127.0.0.1:{port}/"
+
+
+@pytest.fixture(scope="session")
+def driver():
+    from browser import browser
+
+    with browser() as driver:
+        yield driver
+
+
+@pytest.fixture
+def visit(driver, page_address):
+    from browser import Visit
+
+    yield Visit(driver, page_address).open()
+    assert driver.get_log("browser") == []  # neither errors nor violations of the policy
