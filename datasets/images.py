@@ -4,17 +4,22 @@ The augmentation is that of the release, an affine warp as scikit-image computes
 the device, where models.networks.normalise converts them to the floating-point batch of the networks.
 """
 
+import functools
 import math
+import os
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from utils.cli import InputError
+from utils.files import open_regular
 
 DRAFT_PIXELS = 1 << 20  # width × height from which a JPEG may be decoded at a reduced scale
+# Pillow hands EPS to Ghostscript, which runs programs, and knows the others by name only.
+_REFUSED_FORMATS = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "PDF"}
 
 
 @contextmanager
@@ -25,16 +30,39 @@ def no_pillow_warnings():
         yield
 
 
+def suffixes_of_formats():
+    """Image formats that are decoded, by suffix: {".jpg": "JPEG", ...}; includes HEIC if pillow-heif is installed."""
+    try:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        pass
+    names = Image.registered_extensions()
+    return {suffix: name for suffix, name in names.items() if name in Image.OPEN and name not in _REFUSED_FORMATS}
+
+
+@functools.cache
+def decoded_formats():
+    """Names of the formats that are decoded, whatever suffix a file has, in Pillow's order."""
+    names = set(suffixes_of_formats().values())
+    return tuple(name for name in Image.ID if name in names)
+
+
 def decode_image(source, *, formats=None, exif_transpose=False, draft_side=None, max_pixels=None, max_side=None):
     """Decode an image of any mode as 8-bit RGB (PIL.Image), see `as_rgb`; of an animation the first frame.
 
-    source: path or binary file; formats: names of the formats that are decoded (None: all that Pillow knows).
+    source: path or binary file; formats: names of the formats that are decoded (default: decoded_formats()).
     exif_transpose: rotate the image upright by its EXIF orientation. draft_side: a JPEG of more than DRAFT_PIXELS is
     decoded at the smallest scale of which both sides are at least this long, in a fraction of the time.
     Raises InputError for an image of more than `max_pixels`, or with a side longer than `max_side`, before it is
     decoded; OSError for a file that cannot be read; any exception of Pillow for a damaged image.
     """
-    with no_pillow_warnings(), Image.open(source, formats=formats) as image:
+    with ExitStack() as files:
+        files.enter_context(no_pillow_warnings())
+        if isinstance(source, str | os.PathLike):
+            source = files.enter_context(open_regular(source))
+        image = files.enter_context(Image.open(source, formats=formats or decoded_formats()))
         if draft_side and image.width * image.height > DRAFT_PIXELS and image.format in ("JPEG", "MPO"):
             image.draft(None, (draft_side, draft_side))
         if image.width * image.height > (max_pixels or math.inf) or max(image.size) > (max_side or math.inf):
@@ -67,8 +95,8 @@ def as_rgb(image):
     and make the latter black.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16-bit grey
-        grey = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey = (np.asarray(image).astype(np.int32) + 128) // 257  # rounded
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, "white")

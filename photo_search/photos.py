@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from datasets.images import decode_image
+from datasets.images import decode_image, suffixes_of_formats
 from utils.cli import InputError
 
 MAX_PIXELS = 100_000_000  # pixels that are decoded: 0.3 GB
@@ -19,8 +19,6 @@ MAX_PIXELS = 100_000_000  # pixels that are decoded: 0.3 GB
 MAX_UPLOAD_BYTES, MAX_UPLOAD_SIDE = 4 << 20, 4096  # of an uploaded picture
 
 THUMBNAIL_SIDE = 192  # pixels of its longer side
-# Pillow hands EPS to Ghostscript, which runs programs, and knows the others by name only.
-_REFUSED = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "PDF"}
 
 
 class PhotoFile(NamedTuple):
@@ -31,18 +29,6 @@ class PhotoFile(NamedTuple):
     mtime: int  # nanoseconds
 
 
-def decodable_formats():
-    """Image formats by suffix: {".jpg": "JPEG", ...}; includes HEIC if pillow-heif is installed."""
-    try:
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-    except ImportError:
-        pass
-    names = Image.registered_extensions()
-    return {suffix: name for suffix, name in names.items() if name in Image.OPEN and name not in _REFUSED}
-
-
 def find_photos(folders, exclude=()):
     """([PhotoFile, ...] sorted by the bytes of their paths, ["path: why it cannot be read", ...]).
 
@@ -50,7 +36,7 @@ def find_photos(folders, exclude=()):
     exclude: glob patterns such as "*.gif", "private" or "2019/raw/*", matched with the name of a file or folder, and
     with its path inside its folder. Raises InputError for a folder that does not exist or cannot be read.
     """
-    suffixes, found, troubles = frozenset(decodable_formats()), {}, []
+    suffixes, found, troubles = frozenset(suffixes_of_formats()), {}, []
     for folder in folders:
         root = os.path.realpath(folder)
         try:
@@ -95,11 +81,9 @@ def read_photo(path, side):
     side: of the square that the photo is resized to later. A large JPEG is decoded at a reduced scale of at least four
     times that, which is much faster. Raises InputError, with only the reason, if it cannot be decoded.
     """
-    known = sorted(set(decodable_formats().values()))
     try:
         return decode_image(
             path,
-            formats=known,
             exif_transpose=True,
             draft_side=max(4 * side, THUMBNAIL_SIDE),
             max_pixels=MAX_PIXELS,

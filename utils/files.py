@@ -1,4 +1,4 @@
-"""Atomic writes, checks of paths, SHA-256 digests and folder locks."""
+"""Opening of regular files only, atomic writes, checks of paths, SHA-256 digests and folder locks."""
 
 import errno
 import hashlib
@@ -6,11 +6,60 @@ import json
 import os
 import pickle
 import platform
+import stat
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 from utils.cli import InputError
+
+
+def open_regular(path, mode="rb"):
+    """open() of a regular file, or of a link to one; it never waits for a FIFO and opens no device.
+
+    Raises OSError, with file name and reason, for anything else.
+    """
+    return open(path, mode, opener=_open_descriptor)
+
+
+def open_own(path, mode="rb"):
+    """open_regular() of a file of this program by a fixed name: a link is refused, whatever it leads to.
+
+    A folder from elsewhere may have a link there, and writing through it would destroy a file of the user.
+    Raises FileNotFoundError, and InputError for anything but a regular file.
+    """
+    try:
+        return open(path, mode, opener=_open_own_descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EINVAL):
+            raise
+        raise InputError(
+            f"{path}: a link, a FIFO or a device where a file of this program belongs; delete it"
+        ) from None
+
+
+def _open_own_descriptor(path, flags):
+    return _open_descriptor(path, flags | getattr(os, "O_NOFOLLOW", 0))
+
+
+def _open_descriptor(path, flags):
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+
+
+def read_bytes(path, limit):
+    """Content of a regular file of at most `limit` bytes. Raises OSError, and InputError for a larger file."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise InputError(f"{path}: larger than {limit >> 20:,} MiB, so not a file of this kind; choose another")
+    return content
 
 
 @contextmanager
@@ -114,7 +163,7 @@ def check_stat(path):
 def sha256_of(path):
     """SHA-256 of a file, in hex."""
     sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             sha256.update(block)
     return sha256.hexdigest()
@@ -146,7 +195,7 @@ def _locked(path):
     except ImportError:
         return None
     while True:
-        file = open(path, "a+")  # noqa: SIM115, open as long as the lock lasts
+        file = open_own(path, "a+")  # open as long as the lock lasts
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from datasets.images import no_pillow_warnings, read_rgb
+from datasets.images import decoded_formats, no_pillow_warnings, read_rgb
 from datasets.lists import LIST_DESCRIPTIONS, Benchmark
 from datasets.prepare.check import MAX_AREA_PX, MIN_SIDE_PX
 from utils.cli import InputError
@@ -101,7 +101,7 @@ def _read_sample(job):
     (_, _, kind), root, path = job
     try:
         image = read_rgb(root / path)
-        with no_pillow_warnings(), Image.open(root / path) as file:
+        with no_pillow_warnings(), Image.open(root / path, formats=decoded_formats()) as file:
             form = f"{file.format}, {file.mode}"
     except (InputError, OSError):
         return Sample(path, None, None, "", frozenset(["broken" if os.path.isfile(root / path) else "missing"]))

@@ -1,4 +1,5 @@
 import io
+import os
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from datasets.images import (
     Augmentation,
     augment_strongly,
     decode_image,
+    decoded_formats,
     draw_augmentation,
     read_rgb,
     resize,
@@ -150,3 +152,25 @@ def test_formats_and_sizes_are_checked_before_an_image_is_decoded(tmp_path, monk
     for limit in ({"max_pixels": 2399}, {"max_side": 59}):
         with pytest.raises(InputError, match="60 × 40 pixels are too many"):
             decode_image(file, **limit)
+
+
+def test_postscript_is_not_decoded_whatever_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    file = tmp_path / "bell.png"
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n")
+    with pytest.raises(InputError, match="not a readable image"):
+        read_rgb(file)
+    assert not {"EPS", "WMF", "PDF"} & {*decoded_formats()} and {"PNG", "JPEG", "TIFF", "WEBP"} < {*decoded_formats()}
+
+
+def test_a_fifo_or_a_folder_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    for path, reason in ((tmp_path / "fifo.png", "not a regular file"), (tmp_path, "Is a directory")):
+        with pytest.raises(InputError, match=reason):
+            read_rgb(path)
+
+
+def test_sixteen_bit_grey_is_rounded_to_eight(tmp_path):
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    assert np.array_equal(np.asarray(read_rgb(tmp_path / "grey.png"))[..., 0], (values / 257).round())

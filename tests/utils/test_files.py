@@ -1,7 +1,18 @@
+import os
+
 import pytest
 
 from utils.cli import InputError
-from utils.files import atomic_write, check_writable, write_json
+from utils.files import (
+    atomic_write,
+    check_writable,
+    folder_lock,
+    open_own,
+    open_regular,
+    read_bytes,
+    sha256_of,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
@@ -23,3 +34,42 @@ def test_a_writable_folder_stays_as_it_was(tmp_path):
     (tmp_path / "a file").write_text("precious")
     check_writable(tmp_path)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.fixture
+def users_file(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("of the user")
+    yield path
+    assert path.read_text() == "of the user"
+
+
+@pytest.mark.parametrize("mode", ["rb", "wb", "ab", "a+", "r+b"])
+def test_own_files_are_not_opened_through_links_nor_as_fifos(tmp_path, users_file, mode):
+    (tmp_path / "link").symlink_to(users_file)
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "fifo"):
+        with pytest.raises(InputError, match=f"{name}: a link, a FIFO or a device"):
+            open_own(tmp_path / name, mode)
+    with pytest.raises(IsADirectoryError if mode == "rb" else OSError):
+        open_own(tmp_path, mode)
+
+
+def test_regular_files_are_opened_through_links_but_devices_are_not(tmp_path, users_file):
+    (tmp_path / "link").symlink_to(users_file)
+    os.mkfifo(tmp_path / "fifo")
+    with open_regular(tmp_path / "link") as file:
+        assert file.read() == b"of the user"
+    for path in (tmp_path / "fifo", "/dev/zero"):
+        for read in (open_regular, sha256_of, lambda path: read_bytes(path, 10)):
+            with pytest.raises(OSError, match="not a regular file"):
+                read(path)
+    assert read_bytes(users_file, 11) == b"of the user"
+    with pytest.raises(InputError, match="larger than"):
+        read_bytes(users_file, 10)
+
+
+def test_a_lock_does_not_write_through_a_link(tmp_path, users_file):
+    (tmp_path / ".training").symlink_to(users_file)
+    with pytest.raises(InputError, match="a link"), folder_lock(tmp_path, "training"):
+        pass
