@@ -4,18 +4,24 @@ All randomness depends only on the seed, the epoch and the index in the list, so
 any number of workers, and after a restart.
 """
 
+import functools
 import signal
 import sys
 from dataclasses import dataclass
+from multiprocessing.queues import Queue
 
 import numpy as np
 import torch
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.images import AUGMENTATIONS, augment_as_release, read_rgb, resize, stack
 from datasets.lists import FileList, check_images
 from utils import distributed
 from utils.cli import InputError
+from utils.memory import free_shared_memory
+
+PREFETCH = 2  # batches that each worker prepares in advance, torch's default
 
 
 @dataclass(frozen=True)
@@ -113,12 +119,14 @@ def training_loader(sketches, photos, loading, split, seed=0, share=slice, augme
     the length of a batch; returns the slice that this rank trains on. augment: a function in AUGMENTATIONS.
     Before each epoch set `loader.batch_sampler.epoch`; to run only a part of an epoch, set its `start` and `stop`, too.
     """
+    whole = range(sum(split))
+    arguments = _worker_arguments(loading, len(whole[share(len(whole))]))
     return DataLoader(
         TrainingDataset(sketches, photos, loading.size, seed, augment),
         batch_sampler=PairedBatchSampler(len(sketches), len(photos), *split, seed, share),
         collate_fn=_collate_training,
-        persistent_workers=loading.workers > 0,
-        **_worker_arguments(loading),
+        persistent_workers=arguments["num_workers"] > 0,
+        **arguments,
     )
 
 
@@ -128,7 +136,7 @@ def evaluation_loader(files, loading, start=0, stop=None):
         EvaluationDataset(files, loading.size, start, stop),
         batch_size=loading.batch_size,
         collate_fn=_collate_evaluation,
-        **_worker_arguments(loading),
+        **_worker_arguments(loading, loading.batch_size),
     )
 
 
@@ -142,15 +150,51 @@ def _collate_evaluation(items):
     return torch.from_numpy(stack(images)), torch.tensor(labels)
 
 
-def _worker_arguments(loading):
+def _worker_arguments(loading, images):
+    """Arguments of a DataLoader whose batches hold `images` images."""
     pinned = torch.device(loading.device).type == "cuda"
-    return dict(num_workers=loading.workers, pin_memory=pinned, worker_init_fn=init_worker)
+    workers = fit_workers(loading.workers, images * 3 * loading.size**2)
+    prefetch = PREFETCH if workers else None
+    return dict(num_workers=workers, pin_memory=pinned, worker_init_fn=init_worker, prefetch_factor=prefetch)
+
+
+def fit_workers(workers, batch_bytes):
+    """The number of workers, at most `workers`, whose batches fit into the free shared memory; fewer with a note.
+
+    Workers pass batches through shared memory: PREFETCH each, and those that this process holds at the time.
+    """
+    free = free_shared_memory()
+    if not workers or free is None:
+        return workers
+    batches = free // distributed.local_world_size() // max(1, batch_bytes)
+    fitting = max(0, min(workers, (batches - _HELD_BATCHES) // PREFETCH))
+    if fitting < workers:
+        _note_once(
+            f"note: {fitting} of {workers} --workers, since /dev/shm has {free / 1e6:.0f} MB free and a batch takes "
+            f"{batch_bytes / 1e6:.1f} MB; enlarge it (docker run --shm-size 8g), or lower --batch_size"
+        )
+    return fitting
+
+
+_HELD_BATCHES = 2  # of the main process: one in use, one on its way
+_note_once = functools.cache(distributed.log_rank0)
 
 
 def init_worker(_):
-    """worker_init_fn: workers ignore SIGINT, and print nothing when the parent process dies."""
+    """worker_init_fn: workers ignore SIGINT, print nothing when the parent process dies, report failed transfers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles it
     sys.excepthook = _ignore_lost_connections
+    Queue._on_queue_feeder_error = _send_error
+
+
+def _send_error(queue, error, item):
+    """Hook of a worker's queue: send an InputError instead of the batch that could not be sent.
+
+    By default the queue prints a traceback and drops the batch, and the main process waits for it forever.
+    """
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    message = f"a worker could not pass on a batch ({reason}); free some of /dev/shm, or use --workers 0"
+    queue.put((item[0], ExceptionWrapper((InputError, InputError(message), None))))
 
 
 def _ignore_lost_connections(kind, error, trace):

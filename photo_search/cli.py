@@ -24,7 +24,7 @@ from photo_search.encoder import (
 from photo_search.index import is_index, open_index
 from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, ONE_TO_ONE, is_missing, open_searcher, read_sketch
 from utils.cli import InputError, OneLineParser, image_side, number_type, one_line_errors, positive_int
-from utils.distributed import get_rank, get_world_size, log_rank0
+from utils.distributed import get_rank, get_world_size, log_rank0, should_print
 from utils.files import atomic_write, write_json
 from utils.memory import keep_freed_memory
 from utils.process_pool import available_cores
@@ -34,7 +34,7 @@ MAX_DRAWN_SKETCHES, MAX_DRAWN_PHOTOS, COLUMNS = 20, 40, 10  # at most in a pictu
 MAX_LISTED_UNREADABLE = 10  # unreadable files that are named
 
 
-@one_line_errors(should_print=lambda: get_rank() == 0)
+@one_line_errors(should_print=should_print)
 def main(argv=None):
     """Command line of search_photos.py; returns the result of the command."""
     options = create_parser().parse_args(argv)

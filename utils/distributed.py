@@ -7,18 +7,48 @@ import os
 import sys
 from contextlib import contextmanager, nullcontext
 
-from utils.cli import InputError, exit_quietly
+from utils.cli import InputError, RankError, exit_quietly
 from utils.files import folder_lock
+
+_UNSET = "unset these variables, or start the command with torchrun, which sets them"
 
 
 def get_world_size():
-    """Number of processes in the group."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Number of processes in the group. Raises InputError for variables that torchrun did not set."""
+    return _torchrun_ranks()[1]
 
 
 def get_rank():
-    """Rank of this process; rank 0 writes and prints."""
-    return int(os.environ.get("RANK", 0))
+    """Rank of this process; rank 0 writes and prints. Raises InputError as `get_world_size` does."""
+    return _torchrun_ranks()[0]
+
+
+def local_world_size():
+    """Number of processes of the group on this machine, between 1 and all."""
+    local = _environment_number("LOCAL_WORLD_SIZE")
+    return max(1, min(get_world_size() if local is None else local, get_world_size()))
+
+
+def _torchrun_ranks():
+    """(rank, world size); a lone RANK has no meaning without WORLD_SIZE."""
+    size = _environment_number("WORLD_SIZE")
+    rank = _environment_number("RANK") or 0
+    if size is None:
+        return 0, 1
+    if not 0 <= rank < size:
+        raise RankError(f"RANK={rank} WORLD_SIZE={size}: {_UNSET}")
+    return rank, size
+
+
+def _environment_number(name):
+    """The value of an environment variable as an int; None if it is not set. Raises InputError."""
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise RankError(f"{name}={text}: not a whole number; {_UNSET}") from None
 
 
 def log_rank0(message):
@@ -49,7 +79,10 @@ def should_print():
     Before the process group is initialised all ranks raise the same errors, and rank 0 prints them. Later an error can
     occur on one rank only (see `same_error_on_all_ranks` for the others).
     """
-    return get_rank() == 0 or is_initialized()
+    try:
+        return get_rank() == 0 or is_initialized()
+    except InputError:  # variables that torchrun did not set: every process is alone
+        return True
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""glibc malloc settings: freed memory stays in the process, for the next tensors."""
+"""glibc malloc settings, so that freed memory stays in the process for the next tensors; free shared memory."""
 
 import ctypes
+import os
 import sys
 from contextlib import contextmanager
 
@@ -31,3 +32,18 @@ def keep_freed_memory():
 def _set(library, values):
     for option, value in values.items():
         library.mallopt(option, value)
+
+
+def free_shared_memory(folder="/dev/shm"):
+    """Free bytes of the file system that holds shared memory: 0 if it cannot be written, None where there is no limit.
+
+    It has a size of its own on Linux only; containers often have 64 MB.
+    """
+    if sys.platform != "linux":
+        return None
+    try:
+        system = os.statvfs(folder)
+    except OSError:
+        return 0
+    is_writable = not system.f_flag & os.ST_RDONLY and os.access(folder, os.W_OK)
+    return system.f_bavail * system.f_frsize if is_writable else 0

@@ -1,8 +1,17 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from datasets import loaders
 from datasets.lists import open_benchmark
 from datasets.loaders import LoaderOptions, PairedBatchSampler, evaluation_loader, training_loader
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_an_epoch_pairs_every_sketch_and_photo_until_the_shorter_list_ends():
@@ -63,3 +72,68 @@ def test_evaluation_goes_in_list_order_without_augmentation(lists):
     for field in range(2):
         assert torch.equal(torch.cat([batch[field] for batch in once]), torch.cat([batch[field] for batch in twice]))
     assert torch.cat([labels for _, labels in once]).tolist() == sketches.labels.tolist()
+
+
+MB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("free", "processes", "expected"),
+    [(None, 1, 4), (10 * MB, 1, 4), (9 * MB, 1, 3), (64 * MB, 8, 3), (4 * MB, 1, 1), (3 * MB, 1, 0), (0, 1, 0)],
+)  # fmt: skip
+def test_workers_are_fewer_where_shared_memory_is_small(monkeypatch, capsys, free, processes, expected):
+    loaders._note_once.cache_clear()
+    monkeypatch.setattr(loaders, "free_shared_memory", lambda: free)
+    monkeypatch.setattr(loaders.distributed, "local_world_size", lambda: processes)
+    for _ in range(2):
+        assert loaders.fit_workers(4, MB) == expected
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == (expected < 4) and all("/dev/shm" in note and "--shm-size" in note for note in notes)
+    assert loaders.fit_workers(0, MB) == 0
+
+
+def test_a_loader_counts_the_images_of_its_own_batches(monkeypatch, lists):
+    sizes = []
+    monkeypatch.setattr(loaders, "fit_workers", lambda workers, size: sizes.append(size) or 0)
+    loading = LoaderOptions(32, batch_size=5, workers=2)
+    images, _ = next(iter(evaluation_loader(lists[0], loading)))
+    assert sizes.pop() == images.nbytes
+    images, *_ = next(iter(training_loader(*lists, loading, (2, 4), share=lambda count: slice(count // 2))))
+    assert sizes.pop() == images.nbytes
+
+
+SMALL_MEMORY = """
+import sys
+from utils.cli import one_line_errors
+from datasets import loaders
+from datasets.lists import open_benchmark
+
+@one_line_errors()
+def main(root, checked):
+    if checked == "unchecked":
+        loaders.free_shared_memory = lambda: None
+    files = open_benchmark("sketchy", root).read("photo", "train")
+    images = 0
+    for batch, _ in loaders.evaluation_loader(files, loaders.LoaderOptions(224, batch_size=8, workers=1)):
+        images += len(batch)
+    print(images == len(files))
+
+main(*sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("checked", ["checked", "unchecked"])
+def test_a_small_shared_memory_ends_in_a_result_or_in_one_line(miniature, checked):
+    namespace = ["unshare", "--mount", "bash", "-c"]
+    mount = "mount -t tmpfs -o size=512k tmpfs /dev/shm"
+    if not shutil.which("unshare") or subprocess.run([*namespace, mount], capture_output=True).returncode:
+        pytest.skip("this system does not let a test mount a file system")
+    command = [sys.executable, "-c", SMALL_MEMORY, str(miniature), checked]
+    result = subprocess.run(
+        [*namespace, f'{mount} && exec "$@"', "-", *command], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and "/dev/shm" in lines[0], result.stderr
+    expected = (0, "True\n") if checked == "checked" else (2, "")
+    assert (result.returncode, result.stdout) == expected

@@ -14,11 +14,12 @@ import torch
 from helpers import golden_steps
 from helpers.golden_steps import ONLY_CLS
 
+import search_photos
 import test_sketchy_ext_zeroshot
 import train_sketchy_ext
 from models.checkpoints import LAST, read_checkpoint
 from utils import distributed
-from utils.cli import InputError
+from utils.cli import InputError, RankError
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "--model convnextv2_atto --input_size 32 --device cpu --workers 1".split()
@@ -156,6 +157,7 @@ def test_only_the_first_process_is_heard_and_others_give_it_time(tiny, monkeypat
     waited = []
     monkeypatch.setattr("utils.cli.time.sleep", waited.append)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for options in (["--epochs", "0"], ["--data_root", str(tiny / "nowhere")]):
         with pytest.raises(SystemExit) as end:
             train_sketchy_ext.main(options)
@@ -163,3 +165,44 @@ def test_only_the_first_process_is_heard_and_others_give_it_time(tiny, monkeypat
     with pytest.raises(SystemExit), distributed.same_error_on_all_ranks():
         raise InputError("what all find")
     assert waited == [30, 30, 30]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1, True)),
+        ({"RANK": "1"}, (0, 1, True)),  # a lone RANK, as some schedulers set it
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2, False)),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, (0, 1, True)),
+    ],
+)
+def test_ranks_are_those_of_torchrun(monkeypatch, variables, expected):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (distributed.get_rank(), distributed.get_world_size(), distributed.should_print()) == expected
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "abc"},
+        {"WORLD_SIZE": "two"},
+        {"WORLD_SIZE": "0"},
+        {"WORLD_SIZE": "-1"},
+        {"RANK": "5", "WORLD_SIZE": "2"},
+    ],
+)
+def test_variables_that_torchrun_does_not_set_end_in_one_line(monkeypatch, capsys, variables, tmp_path):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for command, arguments in ((search_photos.main, ["index", str(tmp_path)]), (train_sketchy_ext.main, ["--none"])):
+        with pytest.raises(SystemExit) as end:
+            command(arguments)
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and len(lines) == 1
+    with pytest.raises(RankError, match="torchrun"):
+        distributed.get_rank()
