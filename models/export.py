@@ -6,7 +6,8 @@
     student.onnx          images (n, 3, size, size) uint8, RGB, for any n → features (n, D) float32 of length 1
     student.safetensors   weights by their published names, including the classifier of the seen classes
 
-Both carry the metadata of `export_metadata`, as strings. Only writing needs PyTorch; reading does not.
+With --half both store matrices in float16, and compute in float32. Both carry the metadata of `export_metadata`, as
+strings. Only writing needs PyTorch; reading does not.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from utils.files import atomic_write
 EXPORT_FORMAT = "sbka student 1"  # value of the metadata entry "format"
 METADATA_TYPES = {"sha256": str, "model": str, "imagenet_classes": int, "input_size": int, "width": int}
 MAX_DIFFERENCE = 1e-4  # between a value of a feature of ONNX Runtime and of PyTorch
+MAX_HALF_DIFFERENCE = 1e-3  # the same with --half
 MAX_ONNX_BYTES = (1 << 31) - (1 << 24)  # of weights: an ONNX file is one protobuf message of at most 2 GiB
 INSTALL = "pip install -r requirements-onnx.txt"
 WAY_OUT = "python -m models.export writes one from a checkpoint"
@@ -100,6 +102,9 @@ def create_parser():
         help="side of an input image, in pixels (default: what the checkpoint was trained with, else 224)")  # fmt: skip
     add("--imagenet_classes", type=positive_int,
         help="outputs of the ImageNet head (default: what the checkpoint records, else 1000)")  # fmt: skip
+    add("--half", action="store_true", help="store matrices in float16, in half the space; features stay float32")
+    add("--no_head", action="store_true",
+        help="leave the ImageNet head out of a .safetensors file; an .onnx file has none in any case")  # fmt: skip
     return parser
 
 
@@ -115,8 +120,10 @@ def main(argv=None):
     )
     check_size(student, metadata["model"], metadata["input_size"])
     strings = export_metadata(student, metadata, classes)
-    to_bytes = onnx_bytes if options.to.suffix == ".onnx" else safetensors_bytes
-    data = to_bytes(student, metadata, strings)
+    if options.to.suffix == ".onnx":
+        data = onnx_bytes(student, metadata, strings, options.half)
+    else:
+        data = safetensors_bytes(student, strings, options.half, options.no_head)
     with atomic_write(options.to) as file:
         file.write(data)
     size = metadata["input_size"]
@@ -140,22 +147,29 @@ def export_metadata(student, metadata, classes=None):
     return {name: str(value) for name, value in strings.items()} | more
 
 
-def safetensors_bytes(student, metadata, strings):
-    """A student as a safetensors file (bytes), which models.weights.load_published reads."""
+def safetensors_bytes(student, strings, half=False, no_head=False):
+    """A student as a safetensors file (bytes), which models.weights.load_published reads.
+
+    half: matrices in float16; no_head: without the ImageNet head.
+    """
     import torch
     from safetensors.torch import save
 
-    from models.weights import published_state
+    from models.weights import head_names, published_state
 
+    left_out = head_names(student) if no_head else ()
     state = {name: value.detach().clone(memory_format=torch.contiguous_format)
-             for name, value in published_state(student).items()}  # fmt: skip
+             for name, value in published_state(student).items() if name not in left_out}  # fmt: skip
+    if half:
+        state = {name: value.half() if value.ndim > 1 else value for name, value in state.items()}
     return save(state, strings)
 
 
-def onnx_bytes(student, metadata, strings):
+def onnx_bytes(student, metadata, strings, half=False):
     """A student as an ONNX file (bytes), with features of ONNX Runtime within MAX_DIFFERENCE of PyTorch's.
 
-    student: on the CPU, in evaluation mode; metadata: "checkpoint", "model" and "input_size".
+    student: on the CPU, in evaluation mode; metadata: "checkpoint", "model" and "input_size"; half: matrices in
+    float16, and features within MAX_HALF_DIFFERENCE.
     Raises InputError if the student cannot be written as ONNX, or packages are missing.
     """
     import torch
@@ -174,6 +188,8 @@ def onnx_bytes(student, metadata, strings):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, size, size), np.uint8))
     try:
         model = _traced(student, images)
+        if half:
+            _store_in_half(model)
         onnx.helper.set_model_props(model, strings)
         onnx.checker.check_model(model, full_check=True)
         data = model.SerializeToString()
@@ -182,7 +198,7 @@ def onnx_bytes(student, metadata, strings):
     except Exception as error:  # torch.onnx or ONNX Runtime may not know an operator of the backbone
         reason = f"{metadata['model']} cannot be written as ONNX ({first_sentence(error)})"
         raise InputError(f"{checkpoint}: {reason}; use --to FILE.safetensors") from error
-    if not difference <= MAX_DIFFERENCE:
+    if not difference <= (MAX_HALF_DIFFERENCE if half else MAX_DIFFERENCE):
         raise InputError(f"{checkpoint}: its ONNX features differ by {difference:.1g}; use --to FILE.safetensors")
     return data
 
@@ -201,6 +217,19 @@ def _traced(student, images):
     for each in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
         del each.metadata_props[:]  # paths of source files on this machine
     return model
+
+
+def _store_in_half(model):
+    """Store the matrices of an onnx.ModelProto in float16, and cast each to float32 where it is used."""
+    import onnx
+
+    for value in model.graph.initializer:
+        if value.data_type == onnx.TensorProto.FLOAT and len(value.dims) > 1:
+            name, half = value.name, f"{value.name}.half"
+            array = onnx.numpy_helper.to_array(value).astype(np.float16)
+            value.CopyFrom(onnx.numpy_helper.from_array(array, half))
+            cast = onnx.helper.make_node("Cast", [half], [name], f"{name}.cast", to=onnx.TensorProto.FLOAT)
+            model.graph.node.insert(0, cast)
 
 
 def _feature_module(student):

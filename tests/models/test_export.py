@@ -16,7 +16,8 @@ from models import export
 from models.checkpoints import load_student, read_checkpoint, save_checkpoint
 from models.export import EXPORT_FORMAT
 from models.networks import Student, create_backbone
-from models.weights import create_pair, published_state
+from models.weights import create_pair, load_published, published_state
+from utils.cli import InputError
 from utils.files import sha256_of
 
 OPTIONS = {"model": "convnextv2_atto", "input_size": 40, "imagenet_classes": 7}
@@ -104,6 +105,36 @@ def test_safetensors_hold_the_weights_and_what_they_are(student, checkpoint, tmp
     np.testing.assert_array_equal(expected(again, images), expected(student, images))
     for network in create_pair("convnextv2_atto", 9, str(path), 7):  # --finetune
         assert all(torch.equal(value, state[name]) for name, value in published_state(network.backbone).items())
+
+
+def test_half_precision_files_take_half_the_space_and_give_the_same_features(student, checkpoint, tmp_path):
+    images = np.random.default_rng(1).integers(0, 256, (3, 3, 40, 40), np.uint8)
+    for suffix in (".onnx", ".safetensors"):
+        whole, half = tmp_path / f"whole{suffix}", tmp_path / f"half{suffix}"
+        run(checkpoint, "--to", whole)
+        run(checkpoint, "--half", "--to", half)
+        assert half.stat().st_size < 0.6 * whole.stat().st_size
+    again, _, _ = load_student(tmp_path / "half.safetensors")
+    assert all(value.dtype == torch.float32 for value in again.parameters())
+    np.testing.assert_allclose(expected(again, images), expected(student, images), rtol=0, atol=1e-3)
+    (features,) = export.onnx_session(str(tmp_path / "half.onnx")).run(["features"], {"images": images})
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features, expected(again, images), rtol=0, atol=1e-4)
+
+
+def test_a_student_without_its_imagenet_head_has_the_same_features(student, checkpoint, tmp_path):
+    path = run(checkpoint, "--no_head", "--to", tmp_path / "s.safetensors")
+    with safe_open(path, "numpy") as file:
+        assert set(published_state(student)) - set(file.keys()) == {"head.weight", "head.bias"}
+    again, _, _ = load_student(path)
+    images = np.random.default_rng(1).integers(0, 256, (2, 3, 40, 40), np.uint8)
+    np.testing.assert_array_equal(expected(again, images), expected(student, images))
+    with pytest.raises(InputError, match=r"s\.safetensors: has no ImageNet head, which training needs"):
+        create_pair("convnextv2_atto", 9, str(path), 7)
+    state = read_checkpoint(path)["state_dict"]
+    del state["norm.bias"]
+    with pytest.raises(InputError, match=r"s: holds another network, without head\.bias and 2 more"):
+        load_published(again, state, "s")
 
 
 META = {"model": "m", "input_size": "40", "imagenet_classes": "7", "width": "3", "sha256": "ab" * 32}
