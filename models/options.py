@@ -129,6 +129,8 @@ def test_parser(protocol):
     add_grid(parser, metrics=protocol.metrics, clusters=protocol.clusters, subspaces=protocol.subspaces)
     add("--definitions", action="store_true", help="also print the results by other papers' definitions of the metrics")
     add_report(parser)
+    add("--generalised", action="store_true", help="also evaluate generalised zero-shot retrieval: photos of unseen "
+        "and of seen classes in one gallery; needs lists with held-back photos of seen classes")  # fmt: skip
     add("--instances", action="store_true", help="also evaluate instance-level retrieval: the photo that a sketch was "
         "drawn from is the one right answer")  # fmt: skip
     add("--order", type=file_path, metavar="LISTS", help="folder of lists, such as datasets/Sketchy/zeroshot1, whose "

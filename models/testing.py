@@ -7,13 +7,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.lists import Benchmark, QueryGallery, open_benchmark
+from datasets.lists import LIST_DESCRIPTIONS, Benchmark, QueryGallery, open_benchmark
 from datasets.loaders import LoaderOptions
 from datasets.protocols import PROTOCOLS, protocol_of, unseen_names_of
 from models.checkpoints import check_seen_classes, find_checkpoint, load_student
 from models.eval.codebooks import mixture_device
 from models.eval.evaluate import Grid, class_relevance, evaluate_grid, evaluate_rows
-from models.eval.features import FEATURES, compute_features, extract_all, features_record, source_of, stored_features
+from models.eval.features import (
+    FEATURES,
+    SEEN_FEATURES,
+    compute_features,
+    extract_all,
+    features_record,
+    source_of,
+    stored_features,
+)
+from models.eval.generalised import evaluate_generalised, merge, print_generalised
 from models.eval.image_order import UNKNOWN, in_order_of, same_lists
 from models.eval.instances import evaluate_instances, find_photos, print_instances
 from models.eval.metrics import STANDARD, SameClass, get_metric
@@ -39,23 +48,23 @@ def main(protocol_name, argv=None):
     eval_input = find_input(protocol, options.resume_dir, options.data_root, options.zero_version)
     if eval_input.benchmark:
         eval_input.benchmark.check_seen_classes(options.nb_classes)
+    seen_input = find_seen_input(eval_input) if options.generalised else None
     options = resolve_network(options, eval_input.checkpoint)
     with sigterm_as_exception(), distributed.folder_lock_and_group(eval_input.folder, "testing"):
-        features = get_features(
-            eval_input,
-            LoaderOptions(options.input_size, options.batch_size, options.workers, options.device),
-            model=options.model,
-            imagenet_classes=options.imagenet_classes,
-            compiled=options.compile,
-            precision=options.precision,
-            recompute=options.recompute,
-        )
+        loading = LoaderOptions(options.input_size, options.batch_size, options.workers, options.device)
+        network = {name: getattr(options, name) for name in ("model", "imagenet_classes", "precision", "recompute")}
+        features = get_features(eval_input, loading, compiled=options.compile, **network)
+        seen = seen_input and get_features(seen_input, loading, compiled=options.compile, **network)
         rows = [(m, k) for m in options.subspaces for k in options.clusters] if options.mode == 2 else []
         with distributed.same_error_on_all_ranks():  # which have the same features
             features = name_classes(features, eval_input.benchmark, eval_input.checkpoint is None)
             features, images = ordered_images(features, eval_input, options.order)
             photos = photos_of(images, protocol) if options.instances else None
             check_features(features, rows)
+            if seen:
+                merged = merge_seen(features, seen, seen_input)
+                merged_rows = [(m, len(np.unique(merged.gallery_labels))) for m in options.subspaces if rows]
+                check_features(merged, merged_rows)
         if rows and options.mixture == "torch" and options.mixture_device is None:
             options.mixture_device = _fastest_mixture_device(options.device)
         grid = Grid(
@@ -68,10 +77,18 @@ def main(protocol_name, argv=None):
         )
         metrics, dtype = tuple(dict.fromkeys((*STANDARD, *options.metrics))), getattr(torch, options.distances)
         result = evaluate_grid(features, grid, metrics, device=options.device, dtype=dtype)
+        if seen:
+            grid = replace(grid, rows=merged_rows)
+            of_both = evaluate_generalised(
+                merged, len(features.names), grid, options.metrics, device=options.device, dtype=dtype
+            )
         distributed.destroy_process_group()
         if distributed.get_rank() != 0:
             return None
         results = _report(protocol, options, eval_input, features, images, result)
+        if seen:
+            print_generalised(of_both)
+            _write_more(eval_input.folder / "generalised.json", of_both, results)
         if photos is not None:
             instances = evaluate_instances(features, photos, options.device, dtype)
             print_instances(instances)
@@ -131,6 +148,12 @@ class EvalInput:
     benchmark: Benchmark | None  # None if it cannot be read
     images: QueryGallery | None
     error: InputError | None  # why the benchmark cannot be read
+    split: str = "zero"  # of the images: "zero", or "test" for the held-back ones of seen classes
+
+    @property
+    def path(self):
+        """Where the features are stored."""
+        return self.folder / (FEATURES if self.split == "zero" else SEEN_FEATURES)
 
 
 def find_input(protocol, path, data_root, zero_version):
@@ -157,10 +180,50 @@ def find_input(protocol, path, data_root, zero_version):
         return EvalInput(folder, checkpoint, None, None, error)
 
 
+def find_seen_input(eval_input):
+    """The EvalInput of held-back photos and validation sketches of seen classes, for generalised retrieval.
+
+    Raises InputError where there are none.
+    """
+    benchmark = eval_input.benchmark
+    if benchmark is None:
+        if eval_input.checkpoint is None and os.path.isfile(eval_input.folder / SEEN_FEATURES):
+            return replace(eval_input, split="test")
+        raise InputError(f"--generalised: {eval_input.error}")
+    for kind, option in (("photo", "--hold_out_photos 0.1"), ("sketch", "--held_back 50")):
+        if not os.path.isfile(path := benchmark.path(kind, "test")):
+            way_out = f"python -m datasets.prepare lists {benchmark.root} --protocol {benchmark.protocol.name} {option}"
+            raise InputError(
+                f"--generalised: no {LIST_DESCRIPTIONS[kind, 'test']} of seen classes ({path}); {way_out} makes lists "
+                "with them; train and test with their --zero_version"
+            )
+    images = QueryGallery(benchmark.read("photo", "test"), benchmark.read("sketch", "test"))
+    seen_input = replace(eval_input, images=images, split="test")
+    if eval_input.checkpoint is None and not os.path.isfile(seen_input.path):
+        raise InputError(
+            f"--generalised: {eval_input.folder} holds no checkpoint, and no {SEEN_FEATURES} beside {FEATURES}"
+        )
+    return seen_input
+
+
+def merge_seen(unseen, seen, seen_input):
+    """`models.eval.generalised.merge` of named Features of unseen classes and those of seen ones."""
+    names = seen_input.benchmark.seen_names if seen_input.benchmark else []
+    highest = int(max(seen.gallery_labels.max(), seen.query_labels.max()))
+    if names and highest >= len(names):
+        raise InputError(f"{seen_input.path}: label {highest} is outside 0..{len(names) - 1}, the seen classes")
+    if unseen.gallery.shape[1] != seen.gallery.shape[1]:
+        raise InputError(
+            f"{seen_input.path}: features have {seen.gallery.shape[1]} values, those of unseen classes "
+            f"{unseen.gallery.shape[1]}; compute both with one checkpoint"
+        )
+    return merge(unseen, replace(seen, names=names or [f"seen {label}" for label in range(highest + 1)]))
+
+
 def get_features(
     eval_input, loading, *, model, imagenet_classes=1000, compiled=False, precision="fp32", recompute=False
 ):
-    """Features of an EvalInput: those of features_zero.pickle if they are up to date, else computed, on all ranks.
+    """Features of an EvalInput: the stored ones if they are up to date, else computed, on all ranks.
 
     loading: LoaderOptions; model, imagenet_classes: those of the checkpoint; compiled: compute them with torch.compile;
     precision: see models.networks.arithmetic; recompute: never use stored features. Raises InputError where features
@@ -169,11 +232,13 @@ def get_features(
     folder, checkpoint, images = eval_input.folder, eval_input.checkpoint, eval_input.images
     if checkpoint is None and recompute:
         raise InputError(f"--recompute: {folder} holds no checkpoint to compute features with; test them as they are")
-    source = checkpoint and source_of(checkpoint, model, loading.size, precision, eval_input.benchmark)
-    features = None if recompute else stored_features(folder, checkpoint, source)
+    source = checkpoint and source_of(
+        checkpoint, model, loading.size, precision, eval_input.benchmark, eval_input.split
+    )
+    path = eval_input.path
+    features = None if recompute else stored_features(path, checkpoint, source)
     if features is None and images is None:
-        stored = os.path.isfile(folder / FEATURES)
-        way_out = f", or move {checkpoint.name} away to test {FEATURES} as it is" if stored else ""
+        way_out = f", or move {checkpoint.name} away to test {path.name} as it is" if os.path.isfile(path) else ""
         raise InputError(f"{eval_input.error}{way_out}")
     if features is not None:
         distributed.init_process_group(loading.device)
@@ -187,7 +252,7 @@ def get_features(
     distributed.init_process_group(loading.device)
     try:
         with keep_freed_memory():
-            return compute_features(folder, student.to(loading.device), images, loading, precision, source)
+            return compute_features(path, student.to(loading.device), images, loading, precision, source)
     except FloatingPointError:
         way_out = "test another checkpoint, or train anew"
         raise InputError(f"{checkpoint}: its features are not finite; {way_out}") from None

@@ -24,6 +24,7 @@ from utils.files import sha256_of, write_json, write_pickle
 from utils.safe_pickle import read_pickled_list
 
 FEATURES = "features_zero.pickle"
+SEEN_FEATURES = "features_seen.pickle"  # the same of held-back images of seen classes, for generalised retrieval
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def embed(student, images, device, precision="fp32"):
         return F.normalize(features.float(), dim=1).cpu().numpy()
 
 
-def compute_features(folder, student, images, loading, precision, source):
-    """Extract the Features of a QueryGallery and write them to features_zero.pickle in `folder`; returned on all ranks.
+def compute_features(path, student, images, loading, precision, source):
+    """Extract the Features of a QueryGallery and write them to a pickle at `path`; returned on all ranks.
 
     source: see `source_of`. An extraction that was killed is resumed. Raises FloatingPointError for features that are
     not finite.
@@ -98,7 +99,9 @@ def compute_features(folder, student, images, loading, precision, source):
     def open_partial(title, share):
         size = distributed.get_world_size()
         suffix = f".{distributed.get_rank()}-of-{size}" if size > 1 else ""
-        partial = PartialFeatures(folder / f".{title}{suffix}.unfinished", source, student.width, loading.batch_size)
+        partial = PartialFeatures(
+            path.parent / f".{title}{suffix}.unfinished", source, student.width, loading.batch_size
+        )
         if partial.done:
             count = share.stop - share.start
             log_rank0(f"features: resuming, {partial.done:,} of {count:,} {title} are already extracted")
@@ -107,14 +110,14 @@ def compute_features(folder, student, images, loading, precision, source):
 
     features = extract_all(student, images, loading, precision, open_partial)
     if features:
-        if os.path.isfile(folder / FEATURES) and not is_ours(folder / FEATURES):
-            (folder / FEATURES).replace(folder / f"{FEATURES}.old")
-            log_rank0(f"features: the former {FEATURES} is now {FEATURES}.old")
-        write_features(folder / FEATURES, features, source)
+        if os.path.isfile(path) and not is_ours(path):
+            path.replace(path.with_name(f"{path.name}.old"))
+            log_rank0(f"features: the former {path.name} is now {path.name}.old")
+        write_features(path, features, source)
     distributed.any_rank(False)  # waits until rank 0 has written the file
     for partial in partials:
         partial.remove()
-    return features or read_features(folder / FEATURES)[0]
+    return features or read_features(path)[0]
 
 
 class PartialFeatures:
@@ -165,12 +168,11 @@ class PartialFeatures:
             return False
 
 
-def stored_features(folder, checkpoint, source):
-    """Features of features_zero.pickle in `folder`, or None if there are none or they are stale, which is printed.
+def stored_features(path, checkpoint, source):
+    """Features of the pickle at `path`, or None if there is none or they are stale, which is printed.
 
     checkpoint: its path, or None to accept features of any source; source: see `source_of`.
     """
-    path = folder / FEATURES
     if not os.path.isfile(path):
         return None
     if checkpoint and (stale := why_stale(path, source, checkpoint)):
@@ -181,12 +183,15 @@ def stored_features(folder, checkpoint, source):
     return features
 
 
-def source_of(checkpoint, model, size, precision, benchmark=None):
-    """The source of features, for features_zero.json: what they depend on; lists only where there is a benchmark."""
+def source_of(checkpoint, model, size, precision, benchmark=None, split="zero"):
+    """The source of features, for features_zero.json: what they depend on; lists only where there is a benchmark.
+
+    split: of the lists, "zero" for unseen classes or "test" for held-back images of seen ones.
+    """
     source = {"checkpoint": sha256_of(checkpoint), "model": model, "input_size": size, "precision": precision}
     if benchmark is None:
         return source
-    lists = {f"{kind} list": sha256_of(benchmark.path(kind, "zero")) for kind in ("photo", "sketch")}
+    lists = {f"{kind} list": sha256_of(benchmark.path(kind, split)) for kind in ("photo", "sketch")}
     return source | lists | {"data_root": str(benchmark.root.resolve())}
 
 

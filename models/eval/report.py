@@ -36,9 +36,7 @@ def summarise(features, averages, run_record):
 
 def _summarise_row(row, seeds, names):
     """A row of results.json. seeds: {seed: Averages, or why there are none}; names: of the queries' classes."""
-    entry = {"matching": "one-to-one" if row is None else "one-to-many"}
-    if row is not None:
-        entry |= dict(zip(("M", "K", "cluster_weight"), row, strict=True))
+    entry = row_entry(row)
     failures = {seed: reason for seed, reason in seeds.items() if isinstance(reason, str)}
     if failures:
         entry["failed"] = failures
@@ -59,6 +57,13 @@ def _summarise_row(row, seeds, names):
     entry["definitions"] = _mean([each.definitions for each in fitted.values()])
     entry["precision_at_recall"] = np.mean([each.curve for each in fitted.values()], axis=0).mean(axis=0).tolist()
     return entry
+
+
+def row_entry(row):
+    """How results.json names a row (M, K, cluster weight), or None for one-to-one matching."""
+    if row is None:
+        return {"matching": "one-to-one"}
+    return {"matching": "one-to-many", **dict(zip(("M", "K", "cluster_weight"), row, strict=True))}
 
 
 def _mean(tables):
