@@ -32,8 +32,8 @@ endif
 
 demo: .venv/ready
 	test -e $(DEMO)/data/zeroshot1/cid_mask.pickle || $(PY) -m datasets.prepare miniature $(DEMO)/data
-	$(PY) train_sketchy_ext.py $(MINIATURE) --finetune lite0 --epochs 2 --warmup_epochs 0 --batch_size 60 \
-		--lr 3e-4 --seed $(SEED) --savedir $(DEMO)/checkpoint --overwrite $(TRAIN)
+	$(PY) train_sketchy_ext.py $(MINIATURE) --finetune lite0 --epochs 3 --warmup_epochs 0 --batch_size 60 \
+		--lr 3e-4 --schedule cosine --cosine_scale 16 --seed $(SEED) --savedir $(DEMO)/checkpoint --overwrite $(TRAIN)
 	$(PY) test_sketchy_ext_zeroshot.py $(MINIATURE) --clusters 6 7 8 9 10 --resume_dir $(DEMO)/checkpoint
 
 test: .venv/ready
