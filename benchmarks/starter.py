@@ -1,8 +1,8 @@
 """What a trained network finds: of a few classes among photos of many, and among the photos of other data sets.
 
-    python -m benchmarks.starter FILE ../shared/data DIR [--lists held_out] [--input_size 160]
+    .venv/bin/python benchmarks/starter.py FILE DATA DIR [--lists held_out] [--input_size 160]
 
-FILE is a checkpoint, or a student.safetensors; DIR is what benchmarks.starter_data made. Three tables:
+FILE is a checkpoint, or a student.safetensors; DIR is what starter_data.py made of DATA. Three tables:
 
     mixed         Sketchy25: sketches of the unseen classes of DIR/LISTS, photos of all 125 classes
     PACS          its sketches, but those that TUBerlin187 has, too; its photos of 7 classes
@@ -13,11 +13,14 @@ Means over classes: P@1, P@10, "in 10": at least one right photo among the first
 """
 
 import argparse
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.starter_data import class_names, own_name
 from datasets.images import read_rgb, resize, stack
@@ -36,7 +39,7 @@ def main(argv=None):
     add = parser.add_argument
     add("file", type=Path)
     add("data", type=Path, help="the folder that holds Sketchy25, PACS and TUBerlin187")
-    add("merged", type=Path, help="what benchmarks.starter_data made")
+    add("merged", type=Path, help="what starter_data.py made")
     add("--lists", default="held_out", help="its folder of lists whose training classes the network knows")
     add("--input_size", type=int, help="side of an image (default: as in FILE)")
     add("--only", choices=("mixed", "PACS", "TUBerlin187"), nargs="+", default=["mixed", "PACS", "TUBerlin187"])

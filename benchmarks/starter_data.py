@@ -1,9 +1,10 @@
 """Merges Sketchy, TU-Berlin and QuickDraw by class names into one benchmark in the layout of Sketchy Ext.
 
-    python -m benchmarks.starter_data ../shared/data DIR
+    .venv/bin/python benchmarks/starter_data.py DATA DIR
 
-The three data sets (and SketchySplit, all images of 21 classes of Sketchy) are copied into DIR, shrunk to 160 pixels,
-which decodes in a third of the time, and three folders of lists are written, which train_sketchy_ext.py reads with
+DATA holds Sketchy25, TUBerlin187 and QuickDraw107, samples of the three data sets in the layout of the release, and
+SketchySplit, all images of 21 classes of Sketchy. They are copied into DIR, shrunk to 160 pixels, which decodes in a
+third of the time, and three folders of lists are written, which train_sketchy_ext.py reads with
 --data_root DIR --zero_version NAME:
 
     held_out    unseen: 20 of the classes that zeroshot2 trains on, drawn by a seed; for choosing a recipe
@@ -16,17 +17,20 @@ unseen classes are never trained on, unless Sketchy has them, too.
 
 import argparse
 import random
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.images import read_rgb
 from datasets.lists import write_list
 
 HELD_OUT, SEED = 20, 21
 WHOLE = "whole"  # name of the link to SketchySplit
-LONGER_SIDE = 160  # of the longer side of an image, in pixels
+LONGER_SIDE = 160  # of an image, in pixels
 PER_CLASS = 100  # images of a kind that a class gets from one source at most
 
 # The name of a class here, and names of it in the other data sets.

@@ -6,8 +6,8 @@
     student.onnx          images (n, 3, size, size) uint8, RGB, for any n → features (n, D) float32 of length 1
     student.safetensors   weights by their published names, including the classifier of the seen classes
 
-With --half both store matrices in float16, and compute in float32. Both carry the metadata of `export_metadata`, as
-strings. Only writing needs PyTorch; reading does not.
+With --half both store large matrices in float16, and compute in float32. Both carry the metadata of `export_metadata`,
+as strings. Only writing needs PyTorch; reading does not.
 """
 
 import argparse
@@ -27,6 +27,7 @@ EXPORT_FORMAT = "sbka student 1"  # value of the metadata entry "format"
 METADATA_TYPES = {"sha256": str, "model": str, "imagenet_classes": int, "input_size": int, "width": int}
 MAX_DIFFERENCE = 1e-4  # between a value of a feature of ONNX Runtime and of PyTorch
 MAX_HALF_DIFFERENCE = 1e-3  # the same with --half
+MIN_HALF_SIZE = 30_000  # values of a matrix that --half stores in float16: smaller ones matter more, and save little
 MAX_ONNX_BYTES = (1 << 31) - (1 << 24)  # of weights: an ONNX file is one protobuf message of at most 2 GiB
 INSTALL = "pip install -r requirements-onnx.txt"
 WAY_OUT = "python -m models.export writes one from a checkpoint"
@@ -102,7 +103,11 @@ def create_parser():
         help="side of an input image, in pixels (default: what the checkpoint was trained with, else 224)")  # fmt: skip
     add("--imagenet_classes", type=positive_int,
         help="outputs of the ImageNet head (default: what the checkpoint records, else 1000)")  # fmt: skip
-    add("--half", action="store_true", help="store matrices in float16, in half the space; features stay float32")
+    add(
+        "--half",
+        action="store_true",
+        help="store large matrices in float16, in about half the space",
+    )
     add("--no_head", action="store_true",
         help="leave the ImageNet head out of a .safetensors file; an .onnx file has none in any case")  # fmt: skip
     return parser
@@ -150,7 +155,7 @@ def export_metadata(student, metadata, classes=None):
 def safetensors_bytes(student, strings, half=False, no_head=False):
     """A student as a safetensors file (bytes), which models.weights.load_published reads.
 
-    half: matrices in float16; no_head: without the ImageNet head.
+    half: large matrices in float16; no_head: without the ImageNet head.
     """
     import torch
     from safetensors.torch import save
@@ -161,15 +166,18 @@ def safetensors_bytes(student, strings, half=False, no_head=False):
     state = {name: value.detach().clone(memory_format=torch.contiguous_format)
              for name, value in published_state(student).items() if name not in left_out}  # fmt: skip
     if half:
-        state = {name: value.half() if value.ndim > 1 else value for name, value in state.items()}
+        state = {
+            name: value.half() if value.ndim > 1 and value.numel() >= MIN_HALF_SIZE else value
+            for name, value in state.items()
+        }
     return save(state, strings)
 
 
 def onnx_bytes(student, metadata, strings, half=False):
     """A student as an ONNX file (bytes), with features of ONNX Runtime within MAX_DIFFERENCE of PyTorch's.
 
-    student: on the CPU, in evaluation mode; metadata: "checkpoint", "model" and "input_size"; half: matrices in
-    float16, and features within MAX_HALF_DIFFERENCE.
+    student: on the CPU, in evaluation mode; metadata: "checkpoint", "model" and "input_size"; half: large
+    matrices in float16, and features within MAX_HALF_DIFFERENCE.
     Raises InputError if the student cannot be written as ONNX, or packages are missing.
     """
     import torch
@@ -220,11 +228,12 @@ def _traced(student, images):
 
 
 def _store_in_half(model):
-    """Store the matrices of an onnx.ModelProto in float16, and cast each to float32 where it is used."""
+    """Store the large matrices of an onnx.ModelProto in float16, and cast each to float32 where it is used."""
     import onnx
 
     for value in model.graph.initializer:
-        if value.data_type == onnx.TensorProto.FLOAT and len(value.dims) > 1:
+        is_large = len(value.dims) > 1 and np.prod(value.dims) >= MIN_HALF_SIZE
+        if value.data_type == onnx.TensorProto.FLOAT and is_large:
             name, half = value.name, f"{value.name}.half"
             array = onnx.numpy_helper.to_array(value).astype(np.float16)
             value.CopyFrom(onnx.numpy_helper.from_array(array, half))

@@ -12,7 +12,7 @@ import pytest
 
 from datasets.prepare.commands import create_parser
 from datasets.protocols import PROTOCOLS
-from models import compare, export, interpolate, options
+from models import compare, export, options
 from models.eval import command
 from photo_search.cli import create_parser as search_parser
 
@@ -49,7 +49,6 @@ def known_options():
         search_parser(),
         compare.create_parser(),
         export.create_parser(),
-        interpolate.create_parser(),
         command.create_parser(),
     ]
     for protocol in PROTOCOLS.values():
