@@ -21,8 +21,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES += [ROOT / name / "README.md" for name in ("pretrained_model", "checkpoint", "tests/golden")]
 LINK = re.compile(r"\[([^]]*)\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-# Options of torchrun and milvus-lite, and the one that CONTRIBUTING.md adds to a train script as an example.
-OTHERS = {"--nproc_per_node", "--standalone", "--data-dir", "--norm_weight"}
+# Options of torchrun, milvus-lite, pytest and pip, and the one that CONTRIBUTING.md adds to a train script.
+OTHERS = {"--nproc_per_node", "--standalone", "--data-dir", "--norm_weight", "--doctest-modules", "--no-deps"}
 
 
 def links(page):
