@@ -256,17 +256,18 @@ def read_class_names(path, on_error=raise_input_error):
 
     on_error: as in `read_list`. Raises InputError if the file is missing or empty, and what `on_error` raises.
     """
-    names = {}
+    names, used = {}, set()
     for number, line in _numbered_lines(path):
         if (parts := _split_label(path, number, line, on_error)) is None:
             continue
         name, label = parts
         if label in names:
             on_error(f"{path}:{number}: label {label} is already that of {names[label]!r}")
-        elif name in names.values():
+        elif name in used:
             on_error(f"{path}:{number}: the class {name!r} already has a label")
         else:
             names[label] = name
+            used.add(name)
     if missing := sorted(set(range(len(names))) - set(names)):
         on_error(f"{path}: labels must be 0..{len(names) - 1}, but {missing[0]} is missing")
     return [names[label] for label in sorted(names)]

@@ -120,6 +120,8 @@ def main(argv=None):
     from models.weights import check_size
 
     options = create_parser().parse_args(argv)
+    if all(map(os.path.exists, (options.to, options.checkpoint))) and os.path.samefile(options.to, options.checkpoint):
+        raise InputError(f"--to {options.to}: is the checkpoint itself; choose another name")
     student, metadata, classes = load_student(
         options.checkpoint, options.model, options.input_size, options.imagenet_classes
     )

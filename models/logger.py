@@ -8,7 +8,7 @@ from tqdm import tqdm
 from models.losses import LOSSES
 from models.train_step import LOGGED
 from utils.distributed import bar_disabled, log_rank0
-from utils.files import atomic_write
+from utils.files import atomic_write, open_own
 
 
 class Log:
@@ -27,7 +27,7 @@ class Log:
 
     def write(self, line):
         """Append a line, a dict as above."""
-        with open(self.path, "a") as file:
+        with open_own(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         global_step = line["epoch"] * self.steps + line.get("step", self.steps)
         kind = "step" if "step" in line else "epoch"
@@ -129,7 +129,8 @@ def _line(axes, history, name, scale=1):
 def _lines(path):
     """Lines of an earlier log.jsonl, without torn ones, as the last line of a killed run can be."""
     try:
-        texts = path.read_bytes().splitlines()
+        with open_own(path) as file:
+            texts = file.read().splitlines()
     except FileNotFoundError:
         return
     for text in texts:

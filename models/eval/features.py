@@ -20,7 +20,7 @@ from models.networks import arithmetic, normalise
 from utils import distributed
 from utils.cli import InputError
 from utils.distributed import bar_disabled, log_rank0
-from utils.files import sha256_of, write_json, write_pickle
+from utils.files import open_own, sha256_of, write_json, write_pickle
 from utils.safe_pickle import read_pickled_list
 
 FEATURES = "features_zero.pickle"
@@ -134,7 +134,7 @@ class PartialFeatures:
         if self._has_same_header():
             is_unit = np.abs(np.linalg.norm(self.read(), axis=1) - 1) < 0.01  # a disk failure can leave zeros
             self.done = int(np.append(is_unit, False).argmin()) // batch_size * batch_size
-        with open(path, "r+b" if self.done else "wb") as file:
+        with open_own(path, "r+b" if self.done else "wb") as file:
             if self.done:
                 file.truncate(len(self.header) + 4 * width * self.done)
             else:
@@ -143,7 +143,7 @@ class PartialFeatures:
     def add(self, rows):
         """Append rows (n, width) float32; from here on they survive the process. Raises InputError if that fails."""
         try:
-            with open(self.path, "ab") as file:
+            with open_own(self.path, "ab") as file:
                 file.write(rows.tobytes())
         except OSError as error:
             raise InputError(
@@ -162,7 +162,7 @@ class PartialFeatures:
 
     def _has_same_header(self):
         try:
-            with open(self.path, "rb") as file:
+            with open_own(self.path) as file:
                 return file.readline() == self.header
         except FileNotFoundError:
             return False

@@ -2,6 +2,9 @@ import os
 
 import pytest
 
+from models import export
+from models.eval.features import PartialFeatures
+from models.logger import Log
 from utils.cli import InputError
 from utils.files import (
     atomic_write,
@@ -73,3 +76,28 @@ def test_a_lock_does_not_write_through_a_link(tmp_path, users_file):
     (tmp_path / ".training").symlink_to(users_file)
     with pytest.raises(InputError, match="a link"), folder_lock(tmp_path, "training"):
         pass
+
+
+def test_a_fifo_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(InputError, match="FIFO or a device has this name"):
+        write_json(tmp_path / "fifo", {})
+    assert (tmp_path / "fifo").is_fifo() and [*tmp_path.iterdir()] == [tmp_path / "fifo"]
+
+
+def test_features_and_logs_are_not_written_through_links(tmp_path, users_file):
+    for name in ("partial", "log.jsonl"):
+        (tmp_path / name).symlink_to(users_file)
+    with pytest.raises(InputError, match="partial: a link"):
+        PartialFeatures(tmp_path / "partial", "source", 2, 1)
+    with pytest.raises(InputError, match=r"log\.jsonl: a link"):
+        Log(tmp_path, 0, 0, 1)
+
+
+def test_an_export_does_not_replace_its_checkpoint(tmp_path, capsys):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"weights")
+    with pytest.raises(SystemExit) as end:
+        export.main([str(path), "--to", str(path)])
+    assert end.value.code == 2 and "is the checkpoint itself" in capsys.readouterr().err
+    assert path.read_bytes() == b"weights"
