@@ -1,5 +1,6 @@
 """The command line of search_photos.py: `index`, `find` and `page`."""
 
+import argparse
 import contextlib
 import functools
 import io
@@ -22,6 +23,7 @@ from photo_search.encoder import (
     load_encoder,
 )
 from photo_search.index import is_index, open_index
+from photo_search.partial_index import unfinished_options
 from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, ONE_TO_ONE, is_missing, open_searcher, read_sketch
 from utils.cli import InputError, OneLineParser, image_side, number_type, one_line_errors, positive_int
 from utils.distributed import get_rank, get_world_size, log_rank0, should_print
@@ -68,7 +70,11 @@ def create_parser():
 
     index = command("index", make_index, "index folders of photos, or bring their index up to date")
     add = index.add_argument
-    add("folders", nargs="*", metavar="folder", help="folders of photos (default: those of the index)")
+    add("folders", nargs="*", type=_folder, metavar="folder", help="folders of photos to add to those of the index")
+    add("--remove", action="append", type=_folder, default=[], metavar="FOLDER", help="remove a folder from the index; "
+        "may be given several times")  # fmt: skip
+    add("--only", action="store_true", help="remove what is not found in the folders that are named (default: those "
+        "of the index)")  # fmt: skip
     add("--exclude", action="append", metavar="GLOB", help="exclude files and folders with this name, or this path "
         "inside a folder; may be given several times")  # fmt: skip
     add("--model", help="timm model, for a checkpoint that does not record it (default: convnextv2_tiny)")
@@ -112,31 +118,46 @@ def create_parser():
 
 def make_index(options):
     """Make or update an index; returns update.UpdateStats. Rank 0 writes; all ranks compute features."""
-    if options.folders and not options.checkpoint and not is_index(options.index):
+    old = open_index(options.index).metadata if is_index(options.index) else None
+    recorded = old or _unfinished(options)
+    if options.folders and not options.checkpoint and not old:
         options.checkpoint = _starter()
     _check_backend(options)
     if get_rank():
         from photo_search import distributed_indexing
 
         return distributed_indexing.follow(options.checkpoint, options.device, options.workers)
-    old = open_index(options.index).metadata if is_index(options.index) else None
-    _check_index_options(options, old)
+    _check_index_options(options, old, recorded)
     publish = _publisher(options)
     checkpoint = str(options.checkpoint.absolute()) if options.checkpoint else None
     encoder = functools.cache(functools.partial(_load_encoder, options, old))
     fit = functools.partial(fit_codebook, checkpoint or old["checkpoint"])
     with keep_freed_memory(), _feature_computation() as add:
-        stats = update.update_index(options.index, encoder, fit, _index_options(options, old, checkpoint), add)
+        stats = update.update_index(options.index, encoder, fit, _index_options(options, recorded, checkpoint), add)
     _print_stats(options.index, stats)
     if publish:
         publish()
     return stats
 
 
-def _check_index_options(options, old):
-    """Raise InputError if options contradict the metadata of an index, or do not suffice for a new one (old: None)."""
+def _unfinished(options):
+    """The unfinished_options of an index; sets what the command line leaves out of checkpoint and model."""
+    if recorded := unfinished_options(options.index):
+        if not options.checkpoint:
+            log_rank0(f"note: continuing with {', '.join(recorded['folders'])} and {recorded['checkpoint']}")
+            options.checkpoint = Path(recorded["checkpoint"])
+        for name in ("model", "input_size", "imagenet_classes"):
+            setattr(options, name, getattr(options, name) or recorded[name])
+    return recorded
+
+
+def _check_index_options(options, old, recorded):
+    """Raise InputError if options contradict the metadata of an index, or do not suffice for a new one (old: None).
+
+    recorded: that metadata, or those of an interrupted first run.
+    """
     if old is None:
-        if not options.folders:
+        if not options.folders and not recorded:
             raise InputError(f"{options.index}: there is no index yet, and a new one needs a folder of photos")
         return
     if options.checkpoint:
@@ -167,7 +188,7 @@ def _index_options(options, old, checkpoint):
     """update.IndexOptions; what the command line leaves out stays as it is in an index with the metadata `old`."""
     exclude = old["exclude"] if old and options.exclude is None else options.exclude or []
     return update.IndexOptions(
-        folders=[os.path.realpath(folder) for folder in options.folders] or old["folders"],
+        folders=_folders(options, old["folders"] if old else []),
         exclude=exclude,
         clusters=options.clusters,
         subspaces=options.subspaces,
@@ -175,7 +196,22 @@ def _index_options(options, old, checkpoint):
         batch_size=options.batch_size,
         workers=options.workers,
         checkpoint=checkpoint,
+        only=options.only,
     )
+
+
+def _folders(options, old):
+    """The folders of the index, `old` being those until now. Raises InputError for --remove of another, or of all."""
+    named = [os.path.realpath(folder) for folder in options.folders]
+    folders = list(dict.fromkeys(named if options.only and named else [*old, *named]))
+    for folder in options.remove:
+        absolute = os.path.realpath(folder)
+        if absolute not in folders:
+            raise InputError(f"--remove {folder}: not a folder of the index; its folders are {', '.join(folders)}")
+        folders.remove(absolute)
+    if not folders:
+        raise InputError(f"--remove: no folder would be left; to delete the index, delete {options.index}")
+    return folders
 
 
 @contextlib.contextmanager
@@ -347,9 +383,13 @@ def _check_backend(options):
 
 
 def _path(text):
+    return Path(_folder(text))
+
+
+def _folder(text):
     if not text.strip():
-        raise InputError("an empty string is not a file or folder (see --help)")
-    return Path(text)
+        raise argparse.ArgumentTypeError("an empty string is not a file or folder")
+    return text
 
 
 def draw_found(path, rows):

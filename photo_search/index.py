@@ -48,7 +48,9 @@ INDEX_METADATA = {
     "generation": int, "checkpoint": str, "sha256": str, "model": str, "imagenet_classes": int, "input_size": int,
     "width": int, "folders": list, "exclude": list,
 }  # fmt: skip
-_OURS = re.compile(rf"({'|'.join(ARRAYS)})-\d+\.npy|thumbnails-\d+\.bin|\.{re.escape(INDEX_FILE)}\..*")
+_OURS = re.compile(
+    rf"({'|'.join(ARRAYS)})-\d+\.npy|thumbnails-\d+\.bin|\.({re.escape(INDEX_FILE)}|unfinished\.json)\..*"
+)
 
 
 @dataclass(frozen=True)

@@ -29,28 +29,38 @@ class PhotoFile(NamedTuple):
     mtime: int  # nanoseconds
 
 
-def find_photos(folders, exclude=()):
-    """([PhotoFile, ...] sorted by the bytes of their paths, ["path: why it cannot be read", ...]).
+class FoundPhotos(NamedTuple):
+    """What find_photos finds."""
 
-    Symbolic links inside the folders are not followed.
+    files: list[PhotoFile]  # sorted by the bytes of their paths
+    unlisted: dict[str, str]  # {folder: why it cannot be listed}
+
+
+def find_photos(folders, exclude=(), may_be_missing=()):
+    """The FoundPhotos in folders. Symbolic links inside the folders are not followed.
+
     exclude: glob patterns such as "*.gif", "private" or "2019/raw/*", matched with the name of a file or folder, and
-    with its path inside its folder. Raises InputError for a folder that does not exist or cannot be read.
+    with its path inside its folder. may_be_missing: those of `folders` that need not exist.
+    Raises InputError for any other folder that does not exist or cannot be read.
     """
-    suffixes, found, troubles = frozenset(suffixes_of_formats()), {}, []
+    suffixes, found, unlisted = frozenset(suffixes_of_formats()), {}, {}
     for folder in folders:
         root = os.path.realpath(folder)
         try:
             os.scandir(root).close()
         except OSError as error:
-            raise InputError(f"{folder}: cannot be searched for photos ({error.strerror}); name a folder") from None
+            if folder not in may_be_missing:
+                raise InputError(f"{folder}: cannot be searched for photos ({error.strerror}); name a folder") from None
+            unlisted[folder] = error.strerror
+            continue
         rest = [root]
         while rest:
-            rest += _look_into(rest.pop(), root, (suffixes, exclude), found, troubles)
-    return [found[path] for path in sorted(found, key=os.fsencode)], sorted(troubles)
+            rest += _look_into(rest.pop(), root, (suffixes, exclude), found, unlisted)
+    return FoundPhotos([found[path] for path in sorted(found, key=os.fsencode)], unlisted)
 
 
-def _look_into(folder, root, rules, found, troubles):
-    """Add the photos of a folder to `found`, and errors to `troubles`; returns its subfolders."""
+def _look_into(folder, root, rules, found, unlisted):
+    """Add the photos of a folder to `found`, or the folder to `unlisted`; returns its subfolders."""
     (suffixes, exclude), folders = rules, []
     try:
         with os.scandir(folder) as entries:
@@ -63,8 +73,14 @@ def _look_into(folder, root, rules, found, troubles):
                     about = entry.stat(follow_symlinks=False)
                     found[entry.path] = PhotoFile(entry.path, about.st_size, about.st_mtime_ns)
     except OSError as error:  # a folder without permission, or one that has just gone
-        troubles.append(f"{folder}: {error.strerror}")
+        unlisted[folder] = error.strerror
     return folders
+
+
+def is_excluded_below(path, root, patterns):
+    """Whether patterns exclude a path in the folder `root`, or one of the folders between."""
+    parts = os.path.relpath(path, root).split(os.sep)
+    return any(_is_excluded(os.path.join(*parts[:end]), patterns) for end in range(1, len(parts) + 1))
 
 
 def _is_excluded(path, patterns):

@@ -1,17 +1,11 @@
 """Brings an index of photos up to date: features of new photos are computed, and a new index replaces the old one.
 
-A PartialIndex keeps the batches that are done, so that an interrupted run continues from them:
-
-    unfinished.features    features, float32
-    unfinished.photos      a line of JSON with what the features depend on, then a line for each batch
-
-A batch is complete once its line is written, which happens last. Its thumbnails are in the index's file of thumbnails.
+A partial_index.PartialIndex keeps what an interrupted run has computed.
 """
 
-import json
 import os
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,13 +14,14 @@ import numpy as np
 from models.eval.codebooks import CollapsedComponent
 from photo_search.encoder import add_photos
 from photo_search.index import RECORD, is_index, open_index, remove_stale_files, write_index
+from photo_search.partial_index import PartialIndex, write_errors_as_input_errors
 from photo_search.photos import PhotoFile, find_photos
+from photo_search.retention import photos_to_keep
 from utils.cli import InputError
 from utils.distributed import log_rank0
 from utils.files import check_writable, folder_lock, sha256_of
 from utils.sampling import evenly_spaced
 
-FEATURES_FILE, PHOTOS_FILE = "unfinished.features", "unfinished.photos"
 MIN_PHOTOS_FOR_CLUSTERS = 200  # below this, no clusters by default: they would mix classes and hurt
 MAX_DEFAULT_CLUSTERS = 100
 MAX_FITTED_PHOTOS = 20_000  # size of the sample of photos that a codebook is fitted to
@@ -46,6 +41,7 @@ class IndexOptions(NamedTuple):
     batch_size: int = 64
     workers: int = 0
     checkpoint: str | None = None  # present path of the checkpoint, if the index records another one
+    only: bool = False  # remove every photo that is not found, see retention.photos_to_keep
 
 
 @dataclass
@@ -87,14 +83,21 @@ def _update(folder, encoder, fit, options, add):
     old = open_index(folder) if is_index(folder) else None
     metadata = _metadata_of(old, options) if old else encoder().metadata
     _check_subspaces(options.subspaces, metadata["width"])
-    files, unreadable = find_photos(options.folders, options.exclude)
-    if not files:
-        raise InputError(f"{options.folders[0]}: contains no photos; give a folder with photos")
-    _check_clusters(options.clusters, len(files))
+    may_be_missing = old.metadata["folders"] if old and not options.only else ()
+    files, unlisted = find_photos(options.folders, options.exclude, may_be_missing)
+    _check_contains_photos([each for each in options.folders if each not in may_be_missing], files)
+    if old is None:
+        _check_clusters(options.clusters, len(files))
 
-    partial = _open_partial_index(folder, old, metadata)
+    partial = _open_partial_index(folder, old, metadata, options)
     known = KnownPhotos(old, partial)
     missing, known_rows = _split_by_known(files, known)
+    kept, notes = photos_to_keep(known, dict.fromkeys(files) | known_rows, unlisted, options)
+    for note in notes:
+        log_rank0(f"note: {note}")
+    files = sorted([*files, *kept], key=lambda file: os.fsencode(file.path))
+    _check_contains_photos(options.folders, files)
+    known_rows |= {file: known.exact[file] for file in kept}
     before = len(partial.photos)
     if missing:
         add(encoder, metadata, missing, partial, options.batch_size, options.workers)
@@ -106,9 +109,9 @@ def _update(folder, encoder, fit, options, add):
     stats = _count_changes(rows, known)
     stats.photos, stats.extracted = len(rows), len(partial.photos) - before
     in_folders = set(files)
-    stats.unreadable = unreadable + [
-        f"{file.path}: {why}" for file, why in partial.unreadable.items() if file in in_folders
-    ]
+    unreadable = {file.path: why for file, why in partial.unreadable.items() if file in in_folders}
+    unlisted = {path: why for path, why in sorted(unlisted.items()) if path not in may_be_missing}
+    stats.unreadable = [f"{path}: {why}" for path, why in (unlisted | unreadable).items()]
     codebook, is_changed = _choose_codebook(rows, known, fit, options, metadata["width"])
     metadata = metadata | {"folders": list(options.folders), "exclude": list(options.exclude)}
     if is_changed or _is_outdated(old, rows, known, metadata):
@@ -120,19 +123,28 @@ def _update(folder, encoder, fit, options, add):
     return stats
 
 
+def _check_contains_photos(folders, files):
+    """Raise InputError if none of the PhotoFiles lies in one of `folders`, unless there are no folders."""
+    roots = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
+    if roots and not any(file.path.startswith(roots) for file in files):
+        raise InputError(f"{folders[0]}: contains no photos; give a folder with photos")
+
+
 def _metadata_of(old, options):
     """The metadata of an index that concern the encoder, with the present path of its checkpoint."""
     metadata = {name: old.metadata[name] for name in ("checkpoint", *FEATURE_KEYS, "width")}
     return metadata | ({"checkpoint": options.checkpoint} if options.checkpoint else {})
 
 
-def _open_partial_index(folder, old, metadata):
+def _open_partial_index(folder, old, metadata, options):
     """The PartialIndex in `folder`, with what an interrupted run has computed."""
     thumbnails = folder / (old.metadata["thumbnails"] if old else "thumbnails-1.bin")
     remove_stale_files(folder, [thumbnails.name])
     used = old.metadata["files"][thumbnails.name] if old else 0
     source = {name: metadata[name] for name in FEATURE_KEYS}
     partial = PartialIndex(folder, source, metadata["width"], (thumbnails, used))
+    if old is None:
+        partial.record_options(metadata | {"folders": list(options.folders), "exclude": list(options.exclude)})
     if partial.photos:
         log_rank0(f"note: continuing an interrupted run, which has computed {len(partial.photos):,} photos")
     return partial
@@ -306,138 +318,3 @@ def _check_subspaces(subspaces, width):
 def _check_clusters(clusters, photos):
     if clusters and clusters > photos:
         raise InputError(f"--clusters {clusters}: there are only {photos:,} photos; use fewer")
-
-
-class ComputedPhoto(NamedTuple):
-    """A photo of a PartialIndex."""
-
-    file: PhotoFile
-    digest: str  # SHA-256 in hex
-    thumbnail: int  # offset in the file of thumbnails
-    thumbnail_size: int
-
-
-class PartialIndex:
-    """The batches of photos that have been computed for the index in `folder`.
-
-    source: what the features depend on, JSON; thumbnails: (path of their file, bytes of it that the index uses).
-    Raises InputError if an interrupted run in this folder had another source.
-    """
-
-    def __init__(self, folder, source, width, thumbnails):
-        self.folder, self.width = folder, width
-        self.thumbnails, self.end = thumbnails
-        self.photos, self.unreadable = [], {}  # {PhotoFile: why}
-        header = json.dumps([source, width, self.thumbnails.name]).encode() + b"\n"
-        length = self._read(header)
-        with write_errors_as_input_errors(folder):
-            with open(folder / PHOTOS_FILE, "ab") as file:
-                file.truncate(length)
-                if not length:
-                    file.write(header)
-            for path, length in ((folder / FEATURES_FILE, 4 * width * len(self.photos)), (self.thumbnails, self.end)):
-                with open(path, "ab") as file:
-                    file.truncate(length)
-
-    def _read(self, header):
-        """Read the complete batches; returns the length of their lines."""
-        try:
-            lines = (self.folder / PHOTOS_FILE).read_bytes().splitlines(keepends=True)
-            features = np.fromfile(self.folder / FEATURES_FILE, np.float32)
-            stored = self.thumbnails.stat().st_size
-        except FileNotFoundError:
-            return 0
-        if not lines or not lines[0].endswith(b"\n"):
-            return 0
-        if lines[0] != header:
-            if _source_of(lines[0]) == json.loads(header)[:2]:
-                return 0  # of an index with another file of thumbnails
-            raise InputError(
-                f"{self.folder}: contains an unfinished index of another checkpoint, model or input size; continue "
-                "with the same, or delete the folder"
-            )
-        features = features[: len(features) // self.width * self.width].reshape(-1, self.width)
-        is_unit = np.abs(np.linalg.norm(features, axis=1) - 1) < 0.01  # a crash can leave blocks of zeros
-        length = len(header)
-        for line in lines[1:]:
-            photos, unreadable = _parse_batch(line)
-            rows = is_unit[len(self.photos) : len(self.photos) + len(photos or ())]
-            end = max([self.end, *(photo.thumbnail + photo.thumbnail_size for photo in photos or ())])
-            if photos is None or len(rows) < len(photos) or not rows.all() or end > stored:
-                break
-            self.photos += photos
-            self.unreadable |= unreadable
-            self.end, length = end, length + len(line)
-        return length
-
-    def add(self, files, rows, digests, thumbnails, unreadable):
-        """Add a batch: PhotoFiles, their features (n, width), digests, thumbnails, and unreadable {PhotoFile: why}."""
-        photos = []
-        for file, digest, thumbnail in zip(files, digests, thumbnails, strict=True):
-            photos.append(ComputedPhoto(file, digest, self.end, len(thumbnail)))
-            self.end += len(thumbnail)
-        line = [[[*photo.file, *photo[1:]] for photo in photos], [[*file, why] for file, why in unreadable.items()]]
-        with write_errors_as_input_errors(self.folder):
-            for path, content in (
-                (self.thumbnails, b"".join(thumbnails)),
-                (self.folder / FEATURES_FILE, np.ascontiguousarray(rows, np.float32).tobytes()),
-                (self.folder / PHOTOS_FILE, json.dumps(line).encode() + b"\n"),
-            ):
-                with open(path, "ab") as file:
-                    file.write(content)
-        self.photos += photos
-        self.unreadable |= unreadable
-
-    def rows(self):
-        """All features so far, (n, width) float32, mapped."""
-        if not self.photos:
-            return np.empty((0, self.width), np.float32)
-        return np.memmap(self.folder / FEATURES_FILE, np.float32, "r", shape=(len(self.photos), self.width))
-
-    def remove(self):
-        """Delete its files, once its photos are in the index."""
-        (self.folder / PHOTOS_FILE).unlink()
-        (self.folder / FEATURES_FILE).unlink()
-
-
-@contextmanager
-def write_errors_as_input_errors(folder):
-    """Within this block, which writes the index in `folder`, an OSError becomes an InputError."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(
-            f"{folder}: the index cannot be written ({reason}); free some space, and run the command again to continue"
-        ) from error
-
-
-def _source_of(header):
-    """[source, width] of a first line, or None."""
-    try:
-        return json.loads(header)[:2]
-    except (ValueError, TypeError, RecursionError):
-        return None
-
-
-def _parse_batch(line):
-    """(photos, unreadable) of a line, (None, None) if it is damaged."""
-    try:
-        photos, unreadable = json.loads(line if line.endswith(b"\n") else b"")
-        photos = [ComputedPhoto(_photo_file(*values[:3]), *_checked_record(*values[3:])) for values in photos]
-        return photos, {_photo_file(*values[:3]): str(values[3]) for values in unreadable}
-    except (ValueError, TypeError, IndexError, RecursionError):
-        return None, None
-
-
-def _photo_file(path, size, mtime):
-    if not isinstance(path, str) or not os.path.isabs(path):
-        raise ValueError("not an absolute path")
-    os.fsencode(path)
-    return PhotoFile(path, int(size), int(mtime))
-
-
-def _checked_record(digest, thumbnail, size):
-    if len(bytes.fromhex(digest)) != 32 or min(int(thumbnail), int(size)) < 0:
-        raise ValueError("not the record of a photo")
-    return digest, int(thumbnail), int(size)

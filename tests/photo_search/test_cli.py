@@ -134,6 +134,32 @@ def test_index_find_and_index_again(photos, checkpoint, sketch, tmp_path, capsys
     assert "photo_index: 5 photos (0 new, 0 changed, 0 moved, 0 removed, 0 unreadable)" in capsys.readouterr().out
 
 
+def test_folders_are_added_and_removed(photos, checkpoint, tmp_path):
+    for name, seed in (("other", 50), ("third", 60)):
+        write_photo(tmp_path / name / f"{name}.png", seed)
+    run("index", photos, "--checkpoint", checkpoint, *INDEX)
+    assert run("index", "other", *INDEX).photos == 6
+    assert run("index", "third", "--remove", "other", *INDEX).photos == 6
+    assert open_index("photo_index").metadata["folders"] == [str(photos), str(tmp_path / "third")]
+    assert run("index", "--only", "third", *INDEX).photos == 1
+    shutil.rmtree("third")
+    os.mkdir("third")
+    assert run("index", *INDEX).photos == 1
+
+
+def test_an_interrupted_first_indexing_is_continued_without_options(photos, checkpoint, monkeypatch, capsys):
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("photo_search.update.write_index", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("index", photos, "--checkpoint", checkpoint, "--input_size", 40, "--exclude", "3.png", *INDEX)
+    totals = run("index", *INDEX)
+    assert (totals.photos, totals.extracted) == (4, 0)
+    assert f"note: continuing with {photos} and {checkpoint}\n" in capsys.readouterr().err
+    metadata = open_index("photo_index").metadata
+    assert (metadata["folders"], metadata["input_size"]) == ([str(photos)], 40)
+    assert not list(open_index("photo_index").folder.glob("unfinished*"))
+
+
 def test_photos_that_are_gone_are_told(photos, checkpoint, sketch, capsys, tmp_path):
     shutil.copytree(photos, "album")
     run("index", "album", "--checkpoint", checkpoint, "--clusters", 2, "--subspaces", 4, *INDEX)
@@ -233,6 +259,9 @@ def bad_sketches(folder):
     ("index photos --index new --checkpoint {} --clusters 9", "--clusters 9: there are only 5 photos"),
     ("index photos --clusters 0", "argument --clusters"),
     ("index photos --exclude *.png", "photos0: contains no photos"),
+    ("index --remove empty", "--remove empty: not a folder of the index; its folders are "),
+    ("index --remove photos", "--remove: no folder would be left; to delete the index, delete photo_index"),
+    ("index --only empty", "empty: contains no photos"), ("index ", "an empty string is not a file or folder"),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_line(arguments, told, small, photos, sketch, checkpoint, tmp_path, fails):
     bad_sketches(tmp_path)
@@ -240,7 +269,7 @@ def test_bad_input_ends_in_one_line(arguments, told, small, photos, sketch, chec
     (tmp_path / "photos").symlink_to(photos)
     torch.save({"state_dict": {"a": torch.zeros(3)}}, tmp_path / "backbone.pt")
     shutil.copytree(small, tmp_path / "photo_index")
-    assert told in fails(search_photos.main, *arguments.format(checkpoint).split())
+    assert told in fails(search_photos.main, *(arguments.format(checkpoint).split(" ") if arguments else ()))
     assert not (tmp_path / "new").exists()
     assert len(open_index("photo_index")) == 5
 

@@ -17,8 +17,8 @@ def album(tmp_path):
 
 
 def names(folder, *more, **options):
-    found, troubles = find_photos([folder, *more], **options)
-    assert not troubles
+    found, unlisted = find_photos([folder, *more], **options)
+    assert not unlisted
     return [os.path.relpath(each.path, folder) for each in found]
 
 
@@ -85,8 +85,8 @@ def test_folders_that_cannot_be_read_are_told(album, tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    found, troubles = find_photos([album])
-    assert len(found) == 8 and troubles == [f"{album}/a: Permission denied"]
+    found, unlisted = find_photos([album])
+    assert len(found) == 8 and unlisted == {f"{album}/a": "Permission denied"}
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "tiff", "bmp"])

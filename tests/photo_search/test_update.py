@@ -115,6 +115,53 @@ def test_folders_that_are_no_longer_named_leave_the_index(album, index, network)
     assert totals.photos == 7 and totals.removed == 5 and network.seen == 12
 
 
+def test_photos_of_a_disk_that_is_away_stay(album, tmp_path, index, network, capsys):
+    other = write_album(tmp_path / "other", 3)
+    update(index, network, album, other)
+    before = photos_of(index)
+    album.rename(tmp_path / "away")
+    assert count(update(index, network, album, other)) == (0, 0, 0, 0, 0)
+    said = f"note: {album}: cannot be listed (No such file or directory); the index keeps its 12 photos, "
+    assert capsys.readouterr().err == f"{said}and --remove {album} removes them\n"
+    album.mkdir()
+    write_photo(other / "new.png", 60)
+    assert count(update(index, network, album, other)) == (1, 0, 0, 0, 0)
+    assert f"{album}: contains no photos any more; the index keeps its 12 photos" in capsys.readouterr().err
+    assert before.items() < photos_of(index).items()
+    album.rmdir()
+    with pytest.raises(InputError, match="album: cannot be searched"):
+        update(index, network, album, other, only=True)
+    update(index, network, other)  # --remove
+    assert len(photos_of(index)) == 4
+
+
+def test_photos_of_a_folder_that_cannot_be_listed_stay(album, index, network, capsys, monkeypatch):
+    update(index, network, album)
+    before, scandir = photos_of(index), os.scandir
+
+    def refuse(path):
+        if str(path) in (str(album / "a"), str(album / "b")):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    totals = update(index, network, album)
+    assert totals.removed == 0 and photos_of(index) == before
+    assert f"note: {album}/a: cannot be listed (Permission denied); the index keeps its 4" in capsys.readouterr().err
+    assert update(index, network, album, exclude=["a"]).removed == 4 and len(photos_of(index)) == 8
+
+
+def test_more_than_half_of_the_photos_are_removed_only_if_the_user_says_so(album, index, network, capsys):
+    update(index, network, album)
+    before = photos_of(index)
+    for path in [*album.glob("a/*"), *album.glob("*.png")][:7]:
+        path.unlink()
+    assert update(index, network, album).removed == 0 and photos_of(index) == before
+    note = "note: 7 of 12 photos are not found any more; they stay in the index, and index --only removes them\n"
+    assert capsys.readouterr().err == note
+    assert update(index, network, album, only=True).removed == 7 and len(photos_of(index)) == 5
+
+
 def test_the_default_number_of_clusters_grows_with_the_photos_up_to_a_limit():
     assert [updates.default_clusters(photos) for photos in (1, 200, 625, 2_500, 10**6)] == [2, 8, 25, 100, 100]
 
@@ -153,7 +200,7 @@ def test_thumbnails_that_are_no_longer_used_go_in_time(album, index, network, mo
     kept = photos_of(index)
     for path in [*album.glob("a/*"), *album.glob("b/c/*")]:
         path.unlink()
-    update(index, network, album)
+    update(index, network, album, only=True)
     assert [path.name for path in index.glob("thumbnails*")] == ["thumbnails-3.bin"]
     left = photos_of(index)
     assert len(left) == 4 and all(kept[path] == photo for path, photo in left.items())

@@ -1,0 +1,179 @@
+"""What an interrupted indexing has computed: batches of photos, kept beside the index so that the next run continues.
+
+    unfinished.features    features, float32
+    unfinished.photos      a line of JSON with what the features depend on, then a line for each batch
+    unfinished.json        the options of the first run of a new index, with which it can be continued
+
+A batch is complete once its line is written, which happens last. Its thumbnails are in the index's file of thumbnails.
+"""
+
+import json
+import os
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+
+from photo_search.index import has_fields
+from photo_search.photos import PhotoFile
+from utils.cli import InputError
+from utils.files import write_json
+
+FEATURES_FILE, PHOTOS_FILE, OPTIONS_FILE = "unfinished.features", "unfinished.photos", "unfinished.json"
+# Of an interrupted first run, and their types.
+UNFINISHED_OPTIONS = {
+    "checkpoint": str, "model": str, "input_size": int, "imagenet_classes": int, "folders": list, "exclude": list,
+}  # fmt: skip
+
+
+def unfinished_options(folder):
+    """The options of an interrupted first run in `folder`, in the form of an index's metadata; None if there are none.
+
+    Keys: UNFINISHED_OPTIONS.
+    """
+    try:
+        content = json.loads((folder / OPTIONS_FILE).read_bytes())
+        os.fsencode("".join(content["folders"]))
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return None
+    return content if has_fields(content, UNFINISHED_OPTIONS) and content["folders"] else None
+
+
+class ComputedPhoto(NamedTuple):
+    """A photo of a PartialIndex."""
+
+    file: PhotoFile
+    digest: str  # SHA-256 in hex
+    thumbnail: int  # offset in the file of thumbnails
+    thumbnail_size: int
+
+
+class PartialIndex:
+    """The batches of photos that have been computed for the index in `folder`.
+
+    source: what the features depend on, JSON; thumbnails: (path of their file, bytes of it that the index uses).
+    Raises InputError if an interrupted run in this folder had another source.
+    """
+
+    def __init__(self, folder, source, width, thumbnails):
+        self.folder, self.width = folder, width
+        self.thumbnails, self.end = thumbnails
+        self.photos, self.unreadable = [], {}  # {PhotoFile: why}
+        header = json.dumps([source, width, self.thumbnails.name]).encode() + b"\n"
+        length = self._read(header)
+        with write_errors_as_input_errors(folder):
+            with open(folder / PHOTOS_FILE, "ab") as file:
+                file.truncate(length)
+                if not length:
+                    file.write(header)
+            for path, length in ((folder / FEATURES_FILE, 4 * width * len(self.photos)), (self.thumbnails, self.end)):
+                with open(path, "ab") as file:
+                    file.truncate(length)
+
+    def _read(self, header):
+        """Read the complete batches; returns the length of their lines."""
+        try:
+            lines = (self.folder / PHOTOS_FILE).read_bytes().splitlines(keepends=True)
+            features = np.fromfile(self.folder / FEATURES_FILE, np.float32)
+            stored = self.thumbnails.stat().st_size
+        except FileNotFoundError:
+            return 0
+        if not lines or not lines[0].endswith(b"\n"):
+            return 0
+        if lines[0] != header:
+            if _source_of(lines[0]) == json.loads(header)[:2]:
+                return 0  # of an index with another file of thumbnails
+            raise InputError(
+                f"{self.folder}: contains an unfinished index of another checkpoint, model or input size; continue "
+                "with the same, or delete the folder"
+            )
+        features = features[: len(features) // self.width * self.width].reshape(-1, self.width)
+        is_unit = np.abs(np.linalg.norm(features, axis=1) - 1) < 0.01  # a crash can leave blocks of zeros
+        length = len(header)
+        for line in lines[1:]:
+            photos, unreadable = _parse_batch(line)
+            rows = is_unit[len(self.photos) : len(self.photos) + len(photos or ())]
+            end = max([self.end, *(photo.thumbnail + photo.thumbnail_size for photo in photos or ())])
+            if photos is None or len(rows) < len(photos) or not rows.all() or end > stored:
+                break
+            self.photos += photos
+            self.unreadable |= unreadable
+            self.end, length = end, length + len(line)
+        return length
+
+    def record_options(self, content):
+        """Record the UNFINISHED_OPTIONS in `content`, with which the first run of an index can be continued."""
+        with write_errors_as_input_errors(self.folder):
+            write_json(self.folder / OPTIONS_FILE, {name: content[name] for name in UNFINISHED_OPTIONS})
+
+    def add(self, files, rows, digests, thumbnails, unreadable):
+        """Add a batch: PhotoFiles, their features (n, width), digests, thumbnails, and unreadable {PhotoFile: why}."""
+        photos = []
+        for file, digest, thumbnail in zip(files, digests, thumbnails, strict=True):
+            photos.append(ComputedPhoto(file, digest, self.end, len(thumbnail)))
+            self.end += len(thumbnail)
+        line = [[[*photo.file, *photo[1:]] for photo in photos], [[*file, why] for file, why in unreadable.items()]]
+        with write_errors_as_input_errors(self.folder):
+            for path, content in (
+                (self.thumbnails, b"".join(thumbnails)),
+                (self.folder / FEATURES_FILE, np.ascontiguousarray(rows, np.float32).tobytes()),
+                (self.folder / PHOTOS_FILE, json.dumps(line).encode() + b"\n"),
+            ):
+                with open(path, "ab") as file:
+                    file.write(content)
+        self.photos += photos
+        self.unreadable |= unreadable
+
+    def rows(self):
+        """All features so far, (n, width) float32, mapped."""
+        if not self.photos:
+            return np.empty((0, self.width), np.float32)
+        return np.memmap(self.folder / FEATURES_FILE, np.float32, "r", shape=(len(self.photos), self.width))
+
+    def remove(self):
+        """Delete its files, once its photos are in the index."""
+        for name in (PHOTOS_FILE, FEATURES_FILE, OPTIONS_FILE):
+            (self.folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def write_errors_as_input_errors(folder):
+    """Within this block, which writes the index in `folder`, an OSError becomes an InputError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"{folder}: the index cannot be written ({reason}); free some space, and run the command again to continue"
+        ) from error
+
+
+def _source_of(header):
+    """[source, width] of a first line, or None."""
+    try:
+        return json.loads(header)[:2]
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _parse_batch(line):
+    """(photos, unreadable) of a line, (None, None) if it is damaged."""
+    try:
+        photos, unreadable = json.loads(line if line.endswith(b"\n") else b"")
+        photos = [ComputedPhoto(_photo_file(*values[:3]), *_checked_record(*values[3:])) for values in photos]
+        return photos, {_photo_file(*values[:3]): str(values[3]) for values in unreadable}
+    except (ValueError, TypeError, IndexError, RecursionError):
+        return None, None
+
+
+def _photo_file(path, size, mtime):
+    if not isinstance(path, str) or not os.path.isabs(path):
+        raise ValueError("not an absolute path")
+    os.fsencode(path)
+    return PhotoFile(path, int(size), int(mtime))
+
+
+def _checked_record(digest, thumbnail, size):
+    if len(bytes.fromhex(digest)) != 32 or min(int(thumbnail), int(size)) < 0:
+        raise ValueError("not the record of a photo")
+    return digest, int(thumbnail), int(size)
