@@ -16,6 +16,7 @@ import re
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +49,8 @@ INDEX_METADATA = {
     "generation": int, "checkpoint": str, "sha256": str, "model": str, "imagenet_classes": int, "input_size": int,
     "width": int, "folders": list, "exclude": list,
 }  # fmt: skip
+# What damaged files raise; NumPy parses the header of an array as Python.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, OverflowError, EOFError, SyntaxError, TokenError, MemoryError)
 _OURS = re.compile(
     rf"({'|'.join(ARRAYS)})-\d+\.npy|thumbnails-\d+\.bin|\.({re.escape(INDEX_FILE)}|unfinished\.json)\..*"
 )
@@ -131,7 +134,7 @@ def open_index(folder):
         metadata = _read_metadata(folder)
         try:
             return _open(folder, metadata)
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, EOFError, SyntaxError) as error:
+        except _DAMAGE as error:
             if _read_metadata(folder)["generation"] != metadata["generation"]:
                 continue  # a writer has replaced it meanwhile
             raise _damaged(folder, error) from error

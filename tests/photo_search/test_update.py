@@ -452,6 +452,16 @@ def test_a_damaged_header_runs_nothing(album, index, network, trap):
     assert not trap.sprung()
 
 
+@pytest.mark.parametrize("header", [b"{'descr': ('<i4'", b"{'descr': (" + b"-" * 9000], ids=["torn", "nested"])
+def test_a_damaged_header_ends_in_one_line(album, index, network, header):
+    update(index, network, album)
+    path = index / "codes-1.npy"
+    size = path.stat().st_size
+    path.write_bytes(b"\x93NUMPY\x01\x00" + bytes([118, 0]) + header[:118].ljust(118) + bytes(size)[: size - 128])
+    with pytest.raises(InputError, match="damaged index"):
+        open_index(index)
+
+
 def test_there_may_be_no_index(tmp_path):
     with pytest.raises(InputError, match=r"no index of photos; make one with search_photos\.py index"):
         open_index(tmp_path)
