@@ -30,6 +30,7 @@ from models.weights import (
     read_torch,
     safetensors_metadata,
     student_of,
+    without_prefixes,
 )
 from utils.cli import InputError
 from utils.distributed import log_rank0
@@ -233,8 +234,8 @@ def _source_of_model(checkpoint, path):
 
 def _count_seen_classes(state, path):
     """Number of rows of `linear`, the classifier of the seen classes, in a state dict."""
-    for name, value in state.items():
-        if re.fullmatch(r"(module\.)*linear\.weight", str(name)) and is_plain_tensor(value) and value.ndim == 2:
+    for name, value in without_prefixes(state).items():
+        if name == "linear.weight" and is_plain_tensor(value) and value.ndim == 2:
             return max(1, len(value))
     raise InputError(f"{path}: holds no classifier of seen classes; take a checkpoint that a train script wrote")
 

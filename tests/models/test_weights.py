@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from timm.models.convnext import ConvNeXt
 
 import train_sketchy_ext
-from models.checkpoints import read_checkpoint, save_checkpoint
+from models.checkpoints import load_student, read_checkpoint, save_checkpoint
 from models.networks import Student, Teacher, create_backbone
 from models.weights import PACKAGES, create_pair, load_published, published_state, read_torch
 from utils.cli import InputError
@@ -131,6 +131,16 @@ def test_other_forms_of_weights_are_read_or_named(student, tmp_path):
     extras = {"args": argparse.Namespace(out=Path("runs")), "scaler": {}}
     torch.save({"state_dict": state, **extras}, tmp_path / "extras.pt")
     assert read_checkpoint(tmp_path / "extras.pt")["state_dict"].keys() == state.keys()
+
+
+@pytest.mark.parametrize("prefix", ["module._orig_mod.", "_orig_mod.module.", "model.", "student."])
+def test_names_with_prefixes_of_wrappers_are_understood(student, tmp_path, prefix):
+    state = {f"{prefix}{name}": value for name, value in published_state(student).items()}
+    torch.save({"state_dict": state}, tmp_path / "wrapped.pt")
+    loaded = load_student(tmp_path / "wrapped.pt", "convnextv2_atto", 32, 12)
+    assert same(loaded.student.state_dict(), student.state_dict())
+    other, _ = create_pair("convnextv2_atto", 5, str(tmp_path / "wrapped.pt"), 12)
+    assert same(other.backbone.state_dict(), student.backbone.state_dict())
 
 
 def test_a_file_under_timms_names_gives_the_same_backbone(student, tmp_path):
