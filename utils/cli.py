@@ -98,7 +98,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        plain = action.default is None or isinstance(action.default, bool)
+        plain = action.default is None or isinstance(action.default, bool) or "(default:" in action.help
         return action.help if plain else super()._get_help_string(action)
 
 
