@@ -49,8 +49,8 @@ def main(protocol_name, argv=None):
     if eval_input.benchmark:
         eval_input.benchmark.check_seen_classes(options.nb_classes)
     seen_input = find_seen_input(eval_input) if options.generalised else None
-    options = resolve_network(options, eval_input.checkpoint)
     with sigterm_as_exception(), distributed.folder_lock_and_group(eval_input.folder, "testing"):
+        options = resolve_network(options, eval_input.checkpoint)
         loading = LoaderOptions(options.input_size, options.batch_size, options.workers, options.device)
         network = {name: getattr(options, name) for name in ("model", "imagenet_classes", "precision", "recompute")}
         features = get_features(eval_input, loading, compiled=options.compile, **network)

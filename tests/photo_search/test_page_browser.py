@@ -113,7 +113,7 @@ def test_a_damaged_link_leaves_the_paper_empty(visit):
     visit.open(visit.address + FRAGMENTS[0])
     for number, fragment in enumerate(FRAGMENTS):
         if number:
-            visit.run("tell(''); location.hash = arguments[0]", fragment)
+            visit.run("showMessage(''); location.hash = arguments[0]", fragment)
             visit.until("return at('status').textContent")
         assert visit.paper == empty and visit.names == []
         said = "damaged" if re.match("#(d=|like=x)", fragment) else "earlier index"

@@ -197,7 +197,7 @@ def test_lists_are_replaced_only_by_force(quickdraw, fails):
     make(*command[2:])  # writing the same lists again needs no --force
     photos.write_text("mine/1.png 0\n")
     others = {path: path.read_bytes() for path in photos.parent.iterdir()}
-    assert f"{photos}: is there and says something else; replace it with --force" in fails(*command)
+    assert f"{photos}: exists with other content; replace it with --force" in fails(*command)
     assert others == {path: path.read_bytes() for path in photos.parent.iterdir()}
     make(*command[2:], "--force")
     assert photos.read_bytes() == before
@@ -242,7 +242,7 @@ def test_an_old_validation_list_is_not_left_beside_lists_that_hold_nothing_back(
     train = tmp_path / "zeroshot/png_ready_filelist_train.txt"
     before = train.read_bytes()
     message = fails(prepare.main, "lists", tmp_path, "--protocol", "tuberlin", "--held_back", 0, "--force")
-    assert "png_ready_filelist_test.txt: is there, but nothing is held back; move it away" in message
+    assert "png_ready_filelist_test.txt: exists, but nothing is held back; move it away" in message
     assert train.read_bytes() == before
 
 
@@ -250,7 +250,7 @@ def test_published_lists_under_another_name_are_not_put_aside(quickdraw, fails):
     (quickdraw / "zeroshot").mkdir()
     (quickdraw / "zeroshot/sketch_zero.txt").write_text("sketches/bat/1.png 0\n")
     message = fails(prepare.main, "lists", quickdraw, "--protocol", "quickdraw")
-    assert "sketch_zero.txt: is there and would no longer be read" in message
+    assert "sketch_zero.txt: exists and would no longer be read" in message
     assert len(list((quickdraw / "zeroshot").iterdir())) == 1
 
 

@@ -337,7 +337,7 @@ def test_the_command_writes_a_mask_and_replaces_one_only_by_force(wordnet, tiny,
     path = tiny / "zeroshot1/cid_mask.pickle"
     command = "mask", tiny, "--protocol", "sketchy", "--wordnet", folder
     before = path.read_bytes()
-    assert f"{path}: is there already; replace it with --force" in fails(prepare.main, *command)
+    assert f"{path}: exists; replace it with --force" in fails(prepare.main, *command)
     assert "no data.noun of WordNet there" in fails(prepare.main, *command[:-1], tiny, "--force")
     assert path.read_bytes() == before
     capsys.readouterr()

@@ -213,7 +213,7 @@ def test_an_unknown_metric_is_named_with_those_there_are(name):
         get_metric(name)
     assert str(error.value) == (
         f"there is no metric {name!r}; there are mAP@all, plain mAP@all, mAP@k, Prec@k, Recall@k, plain mAP@k, "
-        "capped Prec@k with a whole number k from 1 on"
+        "mAP over k@k, capped Prec@k with a whole number k from 1 on"
     )
 
 
