@@ -71,8 +71,10 @@ def atomic_write(path):
     path = Path(path)
     beside = None
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if os.path.lexists(path) and not (path.is_file() or path.is_symlink()):
-            raise OSError(errno.EINVAL, "a folder, a FIFO or a device has this name")
+            raise OSError(errno.EINVAL, "a FIFO or a device has this name")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             beside = Path(file.name)
