@@ -28,8 +28,8 @@ import train_sketchy_ext  # noqa: E402
 from datasets.lists import open_benchmark  # noqa: E402
 from models.eval.metrics import SameClass, average_precision, class_means, rank  # noqa: E402
 
-SMALL = "--model convnextv2_atto --input_size 48".split()
-UNTRAINED = "--finetune none --epochs 1 --max_steps 1 --lr 0 --teacher_lr 0 --no_validation".split()
+SMALL = "--model tf_efficientnet_lite0 --input_size 96".split()
+UNTRAINED = "--finetune lite0 --epochs 1 --max_steps 1 --lr 0 --teacher_lr 0 --no_validation".split()
 
 
 def main():
