@@ -23,8 +23,8 @@ from threadpoolctl import ThreadpoolController
 from utils.process_pool import available_cores
 
 PCA_DIRECTIONS = 63
-BLOCK = 8192  # features at a time, and photos of a cell at most
-GROUP = 8 * BLOCK  # photos of the cells that are visited together, at most
+BLOCK_FEATURES = 8192  # features at a time, and photos of a cell at most
+GROUP = 8 * BLOCK_FEATURES  # photos of the cells that are visited together, at most
 GATHER_SHARE = 0.25  # below this share of the rows, index them; above it, read all contiguously
 SCAN_SHARE = 0.25  # above this share of all photos, read all projections instead of cell by cell
 ROUNDING = 4e-6  # bound of the rounding error of a score in float32
@@ -60,11 +60,11 @@ def assign_codes(features, codebook):
     """The nearest codebook entry in each subspace of features (N, D), as matching.nearest_codes: (N, M) int32."""
     codes = np.empty((len(features), len(codebook)), np.int32)
     means = codebook.astype(np.float64)
-    for start in range(0, len(features) if len(codebook) else 0, BLOCK):
-        block = np.asarray(features[start : start + BLOCK], np.float64)
+    for start in range(0, len(features) if len(codebook) else 0, BLOCK_FEATURES):
+        block = np.asarray(features[start : start + BLOCK_FEATURES], np.float64)
         for part, (values, words) in enumerate(zip(np.split(block, len(means), axis=1), means, strict=True)):
             # ‖g‖² is the same for all words.
-            codes[start : start + BLOCK, part] = ((words**2).sum(axis=1) - 2 * values @ words.T).argmin(axis=1)
+            codes[start : start + BLOCK_FEATURES, part] = ((words**2).sum(axis=1) - 2 * values @ words.T).argmin(axis=1)
     return codes
 
 
@@ -77,7 +77,9 @@ def sort_by_cell(codes):
     codes = codes[permutation]
     starts = np.flatnonzero(np.append(True, (codes[1:] != codes[:-1]).any(axis=1)))
     ends = np.append(starts[1:], len(codes))
-    ends = np.concatenate([np.append(np.arange(a + BLOCK, b, BLOCK), b) for a, b in zip(starts, ends, strict=True)])
+    ends = np.concatenate(
+        [np.append(np.arange(a + BLOCK_FEATURES, b, BLOCK_FEATURES), b) for a, b in zip(starts, ends, strict=True)]
+    )
     return permutation, codes[ends - 1], ends.astype(np.int64)
 
 
@@ -233,8 +235,8 @@ class _LocalSearch(QueryState):
         lower_bounds[first] = np.inf
         kept = np.flatnonzero(lower_bounds <= self.best)
         if len(kept) < GATHER_SHARE * len(lower_bounds):
-            for start in range(0, len(kept), BLOCK):
-                self._score(kept[start : start + BLOCK], base[kept[start : start + BLOCK]])
+            for start in range(0, len(kept), BLOCK_FEATURES):
+                self._score(kept[start : start + BLOCK_FEATURES], base[kept[start : start + BLOCK_FEATURES]])
             return
         base[lower_bounds > self.best] = np.inf
         products = _threads().map(lambda part: _products(self.cells.features, self.query, [part]), parts)
@@ -276,7 +278,9 @@ class _LocalSearch(QueryState):
         """Score the candidates in float64. Raises ValueError if features are not finite."""
         if len(self.rows) < self.k:
             raise ValueError("features are not finite")
-        parts = [self._exact(self.rows[start : start + BLOCK]) for start in range(0, len(self.rows), BLOCK)]
+        parts = [
+            self._exact(self.rows[start : start + BLOCK_FEATURES]) for start in range(0, len(self.rows), BLOCK_FEATURES)
+        ]
         scores, distances, cluster = (np.concatenate(values) for values in zip(*parts, strict=True))
         order = np.lexsort([self.cells.path_order[self.rows], scores])[: self.k]
         values = (values[order] for values in (self.rows, scores, distances, cluster))
@@ -322,7 +326,7 @@ def _merge_runs(starts, ends):
     return list(zip(starts[np.append(0, gaps + 1)].tolist(), ends[np.append(gaps, -1)].tolist(), strict=True))
 
 
-def _blocks(ends, size=BLOCK):
+def _blocks(ends, size=BLOCK_FEATURES):
     """Yield slices of cells, which end after `ends` photos, with about `size` photos each."""
     first = 0
     while first < len(ends):

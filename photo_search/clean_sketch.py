@@ -23,7 +23,7 @@ MAX_THINNING_STEPS = 40
 WORK_SIDE = 1024  # pixels of the longer side of the image that is analysed
 MIN_PAPER_BRIGHTNESS = 0.25  # of paper in a shadow, as a share of the brightest
 MIN_LINE_SHARE = 1 / 16  # pixels of a line, as a share of the longer side
-MIN_CONTRAST = 0.08  # to the paper, of lines
+MIN_LINE_CONTRAST = 0.08  # to the paper, of lines
 
 
 def clean_up(image, name="the sketch"):
@@ -58,7 +58,7 @@ def ink_of(image):
     darker = paper - ndimage.gaussian_filter(grey, 0.5)
     noise = 1.5 * np.median(np.abs(darker))  # its deviation, if less than half of the sheet is drawn on
     contrast = (darker - 3 * noise).clip(min=0) / np.maximum(paper, 1)
-    lines = contrast[contrast > MIN_CONTRAST]
+    lines = contrast[contrast > MIN_LINE_CONTRAST]
     if not lines.size:
         return contrast * 0
     # Noise and ruling are far from half as dark as lines are.

@@ -19,7 +19,7 @@ from photo_search.encoder import (
     backend_of,
     check_checkpoint,
     encoder_of,
-    fit_codebook,
+    fit_index_codebook,
     load_encoder,
 )
 from photo_search.index import is_index, open_index
@@ -68,7 +68,7 @@ def create_parser():
         added.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
         return added
 
-    index = command("index", make_index, "index folders of photos, or bring their index up to date")
+    index = command("index", run_index, "index folders of photos, or bring their index up to date")
     add = index.add_argument
     add("folders", nargs="*", type=_folder, metavar="folder", help="folders of photos to add to those of the index")
     add("--remove", action="append", type=_folder, default=[], metavar="FOLDER", help="remove a folder from the index; "
@@ -93,7 +93,7 @@ def create_parser():
     add("--workers", type=number_type(int, 0, 1000, "a whole number from 0 to 1000"), default=min(4, available_cores()),
         help="processes that decode photos")  # fmt: skip
 
-    find = command("find", find_photos, "find the photos of an index that look like sketches")
+    find = command("find", run_find, "find the photos of an index that look like sketches")
     add = find.add_argument
     add("sketches", nargs="+", metavar="sketch", help="image file of a sketch")
     add("-k", type=positive_int, default=20, help="how many photos to show")
@@ -107,7 +107,7 @@ def create_parser():
     add("--picture", type=_path, metavar="FILE", help="write the picture to FILE (default: found.png in the index, or "
         "in the current folder with Milvus)")  # fmt: skip
 
-    page = command("page", serve_page, "serve a page for the browser: draw, and see the photos of an index")
+    page = command("page", run_page, "serve a page for the browser: draw, and see the photos of an index")
     add = page.add_argument
     add("--port", type=number_type(int, 0, 65535, "a port from 0 to 65535"), default=8000, help="0 for any free port")
     add("--host", default="127.0.0.1", help="address to listen on; any but the loopback addresses needs --token")
@@ -116,7 +116,7 @@ def create_parser():
     return parser
 
 
-def make_index(options):
+def run_index(options):
     """Make or update an index; returns update.UpdateStats. Rank 0 writes; all ranks compute features."""
     old = open_index(options.index).metadata if is_index(options.index) else None
     recorded = old or _unfinished(options)
@@ -131,7 +131,7 @@ def make_index(options):
     publish = _publisher(options)
     checkpoint = str(options.checkpoint.absolute()) if options.checkpoint else None
     encoder = functools.cache(functools.partial(_load_encoder, options, old))
-    fit = functools.partial(fit_codebook, checkpoint or old["checkpoint"])
+    fit = functools.partial(fit_index_codebook, checkpoint or old["checkpoint"])
     with keep_freed_memory(), _feature_computation() as add:
         stats = update.update_index(options.index, encoder, fit, _index_options(options, recorded, checkpoint), add)
     _print_stats(options.index, stats)
@@ -283,7 +283,7 @@ def _print_stats(folder, stats):
         )
 
 
-def find_photos(options):
+def run_find(options):
     """Find photos; returns what --json writes."""
     _check_backend(options)
     sketches = [read_sketch(path) for path in options.sketches]
@@ -355,7 +355,7 @@ def _draw(options, searcher, sketches, found):
         print(f"picture: {path}")
 
 
-def serve_page(options):
+def run_page(options):
     """Serve the page until Ctrl-C."""
     try:
         from photo_search.server import serve

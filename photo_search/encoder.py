@@ -147,7 +147,7 @@ def check_checkpoint(metadata, path):
             )
 
 
-def fit_codebook(checkpoint, features, subspaces, clusters):
+def fit_index_codebook(checkpoint, features, subspaces, clusters):
     """The codebook (M, K, D/M) of features (N, D): by our EM if PyTorch computes, else by scikit-learn.
 
     Both are slow to import, and most commands need neither. Raises CollapsedComponent.

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from photo_search import cells as search_cells
-from photo_search.cells import BLOCK, Cells
+from photo_search.cells import BLOCK_FEATURES, Cells
 from utils.cli import InputError
 from utils.files import write_json
 from utils.sampling import evenly_spaced
@@ -260,18 +260,18 @@ def write_index(folder, metadata, photos, rows, codebook):
     paths, records = photos
     generation = _read_metadata(folder)["generation"] + 1 if is_index(folder) else 1
     names = {name: folder / f"{name}-{generation}.npy" for name in ARRAYS}
-    blocks = range(0, len(paths), BLOCK)
+    blocks = range(0, len(paths), BLOCK_FEATURES)
     every = np.arange(len(paths))
     codes = np.concatenate(
-        [search_cells.assign_codes(rows(every[start : start + BLOCK]), codebook) for start in blocks]
+        [search_cells.assign_codes(rows(every[start : start + BLOCK_FEATURES]), codebook) for start in blocks]
     )
     order, codes, ends = search_cells.sort_by_cell(codes)
-    basis = search_cells.fit_pca_basis(rows(evenly_spaced(len(paths), 4 * BLOCK)))
+    basis = search_cells.fit_pca_basis(rows(evenly_spaced(len(paths), 4 * BLOCK_FEATURES)))
     with open(names["features"], "wb") as features, open(names["outlines"], "wb") as outlines:
         _write_header(features, (len(paths), metadata["width"]))
         _write_header(outlines, (len(paths), len(basis) + 1))
         for start in blocks:
-            block = rows(order[start : start + BLOCK])
+            block = rows(order[start : start + BLOCK_FEATURES])
             features.write(block.tobytes())
             outlines.write(search_cells.project_features(block, basis).tobytes())
     centres, radii = search_cells.bounding_spheres(np.load(names["outlines"], mmap_mode="r"), ends)
@@ -296,7 +296,7 @@ def _write_header(file, shape):
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
 
 
-def remove_stale_files(folder, keep=()):
+def remove_old_generations(folder, keep=()):
     """Delete files of earlier generations and of interrupted writers in `folder`, except those named in `keep`."""
     current = _read_metadata(folder)["files"] if is_index(folder) else ()
     for path in folder.iterdir():

@@ -13,7 +13,7 @@ import numpy as np
 
 from models.eval.codebooks import CollapsedComponent
 from photo_search.encoder import add_photos
-from photo_search.index import RECORD, is_index, open_index, remove_stale_files, write_index
+from photo_search.index import RECORD, is_index, open_index, remove_old_generations, write_index
 from photo_search.partial_index import PartialIndex, write_errors_as_input_errors
 from photo_search.photos import PhotoFile, find_photos
 from photo_search.retention import photos_to_keep
@@ -62,7 +62,7 @@ def update_index(folder, encoder, fit, options, add=add_photos):
     """Make the index in `folder` as IndexOptions say, or bring it up to date; returns UpdateStats.
 
     encoder: a function that returns the Encoder, called if features are to be computed or there is no index yet.
-    fit: a function of features (N, D), M and K that returns their codebook, see encoder.fit_codebook.
+    fit: a function of features (N, D), M and K that returns their codebook, see encoder.fit_index_codebook.
     add: encoder.add_photos, or distributed_indexing.add_photos, which compute features.
     Raises InputError for folders without photos, an index of another checkpoint, and if another process is writing.
     """
@@ -118,7 +118,7 @@ def _update(folder, encoder, fit, options, add):
         with write_errors_as_input_errors(folder):
             _write(folder, metadata, rows, known, codebook, is_refitted=is_changed)
     partial.remove()
-    remove_stale_files(folder)
+    remove_old_generations(folder)
     stats.seconds = time.perf_counter() - started
     return stats
 
@@ -139,7 +139,7 @@ def _metadata_of(old, options):
 def _open_partial_index(folder, old, metadata, options):
     """The PartialIndex in `folder`, with what an interrupted run has computed."""
     thumbnails = folder / (old.metadata["thumbnails"] if old else "thumbnails-1.bin")
-    remove_stale_files(folder, [thumbnails.name])
+    remove_old_generations(folder, [thumbnails.name])
     used = old.metadata["files"][thumbnails.name] if old else 0
     source = {name: metadata[name] for name in FEATURE_KEYS}
     partial = PartialIndex(folder, source, metadata["width"], (thumbnails, used))

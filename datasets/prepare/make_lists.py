@@ -19,7 +19,7 @@ from utils.files import check_stat, is_regular_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 CLASS_FOLDERS = {"sketch": ("sketch", "sketches"), "photo": ("photo", "photos", "images")}  # of other projects
-PARTS = ("train", "val", "test")  # folders with such folders, in which seen and unseen classes are apart
+SPLIT_FOLDERS = ("train", "val", "test")  # folders with such folders, in which seen and unseen classes are apart
 
 
 def lists_from_images(protocol, root, held_back, seed=0):
@@ -286,7 +286,7 @@ def _choose_unseen(root, classes, names, unseen, seed):
 
 def _find_class_folders(root, kind):
     """Folders of class folders under the names that other projects give them, relative to `root`."""
-    for parts in ([""], PARTS):
+    for parts in ([""], SPLIT_FOLDERS):
         own = [os.path.join(part, name) for part in parts for name in CLASS_FOLDERS[kind]]
         if found := [each for each in own if os.path.isdir(Path(root) / each)]:
             return found
@@ -316,7 +316,7 @@ def _own_class_folders(source, notes):
 def _classes_of_val(root, images, classes, names):
     """The unseen ones of normalised class names in `train` and `val`: those that are not in `train`."""
     parts = {
-        name: {source.split("/")[0] for kind in images for source in images[kind][name]} & set(PARTS)
+        name: {source.split("/")[0] for kind in images for source in images[kind][name]} & set(SPLIT_FOLDERS)
         for name in classes
     }
     if not all(parts.values()):

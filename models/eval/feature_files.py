@@ -21,7 +21,7 @@ from models.eval.image_order import numbered
 from utils.cli import InputError
 from utils.safe_pickle import read_pickled_list
 
-PARTS = ("gallery", "gallery_labels", "query", "query_labels")
+ARRAY_NAMES = ("gallery", "gallery_labels", "query", "query_labels")
 FILES = ("gallery_files", "query_files")
 
 
@@ -60,9 +60,10 @@ def read_any(paths, normalise=True):
             "query labels"
         )
     if len(paths) == 1:
-        parts, where = _read_one(paths[0]), dict.fromkeys((*PARTS, *FILES), paths[0])
+        parts, where = _read_one(paths[0]), dict.fromkeys((*ARRAY_NAMES, *FILES), paths[0])
     else:
-        parts, where = {}, dict(zip(PARTS, paths, strict=True)) | dict(zip(FILES, (paths[1], paths[3]), strict=True))
+        files = dict(zip(FILES, (paths[1], paths[3]), strict=True))
+        parts, where = {}, dict(zip(ARRAY_NAMES, paths, strict=True)) | files
         for name, path in where.items():
             if name in FILES:
                 continue
@@ -102,14 +103,16 @@ def _read_one(path):
             "features, gallery labels, query features, query labels"
         )
     if isinstance(content, list | tuple) and len(content) >= 4:
-        content = dict(zip(PARTS, content[:4], strict=True))
-    if not isinstance(content, dict) or any(content.get(name) is None for name in PARTS):
+        content = dict(zip(ARRAY_NAMES, content[:4], strict=True))
+    if not isinstance(content, dict) or any(content.get(name) is None for name in ARRAY_NAMES):
         held = ", ".join(map(str, content)) if isinstance(content, dict) else ""
         raise InputError(
-            f"{path}: expected the arrays {', '.join(PARTS)}, or a list of them"
+            f"{path}: expected the arrays {', '.join(ARRAY_NAMES)}, or a list of them"
             + (f"; it holds {held[:200]}" if held else "")
         )
-    return {name: _as_array(path, name, content[name]) for name in (*PARTS, *FILES) if content.get(name) is not None}
+    return {
+        name: _as_array(path, name, content[name]) for name in (*ARRAY_NAMES, *FILES) if content.get(name) is not None
+    }
 
 
 def _read_array(path, name):
@@ -136,7 +139,7 @@ def _load(path):
         if not isinstance(content, np.lib.npyio.NpzFile):
             return content
         with content:
-            return {name: content[name] for name in content.files if name in (*PARTS, *FILES)} or dict.fromkeys(
+            return {name: content[name] for name in content.files if name in (*ARRAY_NAMES, *FILES)} or dict.fromkeys(
                 content.files
             )
     except FileNotFoundError:

@@ -35,7 +35,7 @@ TOLERANCE, REGULARISATION, ITERATIONS = 1e-3, 1e-6, 100  # scikit-learn's defaul
 TINY = 10 * torch.finfo(torch.float64).eps  # what scikit-learn adds to a component's total, so that none is 0
 DENSE_BYTES = 1 << 27  # largest matrix in an iteration of fit_dense
 NUM_CHUNKS = 4  # coordinate chunks of a distance, with early exit after each
-BLOCK = 4096  # points at a time: bounds the memory, fits a cache
+BLOCK_POINTS = 4096  # points at a time: bounds the memory, fits a cache
 # A component whose log-probability is this far below the likeliest component's has a responsibility below
 # e^-50 = 2e-22. A million of those are 2e-16. Where a component's total is below WEAK they could move it: then all
 # distances are computed.
@@ -251,7 +251,7 @@ class _Components:
     def compute(self, squares, wanted):
         """Write squared distances into squares (K, N) where wanted (K, N) is true."""
         for component, mask in enumerate(wanted):
-            for block in mask.nonzero()[:, 0].split(BLOCK):
+            for block in mask.nonzero()[:, 0].split(BLOCK_POINTS):
                 offsets, total = self.points.index_select(0, block).sub_(self.means[component]), 0
                 for start, stop in self.chunks:  # skips the zeros of the triangular matrix
                     rows = self.precisions_cholesky[component, start:stop, :stop]
@@ -277,7 +277,7 @@ class _Components:
             change = own
             self.origins[component] = self.points[own.argmax()]
             self.first_moments[component] = self.scatter_matrices[component] = 0
-        for block in change.nonzero()[:, 0].split(BLOCK):
+        for block in change.nonzero()[:, 0].split(BLOCK_POINTS):
             offsets = self.points.index_select(0, block).sub_(self.origins[component])
             weighted = offsets * change[block, None]
             self.first_moments[component] += weighted.sum(dim=0)
@@ -338,7 +338,7 @@ def pca_rotation(points, least):
     lost in the rounding of the largest variance, whether Cholesky succeeds depends on rounding: then this is the
     identity, so that it matches fit_dense.
     """
-    sample = points[:: 1 + len(points) // BLOCK]
+    sample = points[:: 1 + len(points) // BLOCK_POINTS]
     variances, vectors = torch.linalg.eigh(torch.atleast_2d(torch.cov(sample.T, correction=0)))
     rounding = len(variances) * torch.finfo(points.dtype).eps * variances[-1]
     return vectors.flip(1) if rounding < least else torch.eye(len(variances), dtype=points.dtype)
@@ -389,7 +389,7 @@ class DistanceBounds:
         enough = (thresholds.sqrt() + margins).square_()  # a sum of squares from which on the bound excludes it
         squares, still_below = torch.zeros_like(self.lower), torch.zeros_like(open_before)
         for component, (mean, matrix) in enumerate(zip(means.float(), precisions_cholesky.float(), strict=True)):
-            for block in open_before[component].nonzero()[:, 0].split(BLOCK):
+            for block in open_before[component].nonzero()[:, 0].split(BLOCK_POINTS):
                 total, needed = 0, enough[component].index_select(0, block)
                 for start, stop in self.chunks:
                     offsets = self.points[:, :stop].index_select(0, block).sub_(mean[:stop])
