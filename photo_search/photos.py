@@ -36,11 +36,12 @@ class FoundPhotos(NamedTuple):
     unlisted: dict[str, str]  # {folder: why it cannot be listed}
 
 
-def find_photos(folders, exclude=(), may_be_missing=()):
+def find_photos(folders, exclude=(), may_be_missing=(), index=None):
     """The FoundPhotos in folders. Symbolic links inside the folders are not followed.
 
     exclude: glob patterns such as "*.gif", "private" or "2019/raw/*", matched with the name of a file or folder, and
-    with its path inside its folder. may_be_missing: those of `folders` that need not exist.
+    with its path inside its folder. may_be_missing: those of `folders` that need not exist. index: a folder that is
+    left out, since the pictures in it are not photos of the user.
     Raises InputError for any other folder that does not exist or cannot be read.
     """
     suffixes, found, unlisted = frozenset(suffixes_of_formats()), {}, {}
@@ -53,9 +54,10 @@ def find_photos(folders, exclude=(), may_be_missing=()):
                 raise InputError(f"{folder}: cannot be searched for photos ({error.strerror}); name a folder") from None
             unlisted[folder] = error.strerror
             continue
-        rest = [root]
+        rest, own = [root], index and os.path.realpath(index)
         while rest:
-            rest += _look_into(rest.pop(), root, (suffixes, exclude), found, unlisted)
+            subfolders = _look_into(rest.pop(), root, (suffixes, exclude), found, unlisted)
+            rest += [each for each in subfolders if each != own]
     return FoundPhotos([found[path] for path in sorted(found, key=os.fsencode)], unlisted)
 
 

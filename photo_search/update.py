@@ -84,7 +84,7 @@ def _update(folder, encoder, fit, options, add):
     metadata = _metadata_of(old, options) if old else encoder().metadata
     _check_subspaces(options.subspaces, metadata["width"])
     may_be_missing = old.metadata["folders"] if old and not options.only else ()
-    files, unlisted = find_photos(options.folders, options.exclude, may_be_missing)
+    files, unlisted = find_photos(options.folders, options.exclude, may_be_missing, folder)
     _check_contains_photos([each for each in options.folders if each not in may_be_missing], files)
     if old is None:
         _check_clusters(options.clusters, len(files))

@@ -155,3 +155,11 @@ def test_thumbnails_are_small_jpegs():
     image = Image.new("RGB", (400, 200), (10, 200, 30))
     small = thumbnail(image)
     assert small[:2] == b"\xff\xd8" and len(small) < 3000 and image.size == (400, 200)
+
+
+def test_the_folder_of_the_index_is_left_out(tmp_path):
+    album = write_album(tmp_path / "album", 2)
+    photos = [each.path for each in find_photos([album])[0]]
+    write_photo(album / "photo_index" / "found.png", 3)
+    assert len(find_photos([album])[0]) == 3
+    assert [each.path for each in find_photos([album], index=album / "photo_index")[0]] == photos
