@@ -9,6 +9,7 @@ import torch
 
 from datasets.images import AUGMENTATIONS
 from models.checkpoints import AUTHORS_MODEL, SaveSchedule, student_metadata
+from models.eval.evaluate import Grid
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import METRICS, get_metric
 from models.losses import LOSSES, PAPER_WEIGHTS, LossWeights, weight_option
@@ -282,6 +283,18 @@ def effective_options(options):
     effective = {name: value for name, value in (ADDED_OPTIONS | options).items() if name in RESULT_OPTIONS}
     effective["losses"] = order
     return effective | {weight_option(name) if name in LOSSES else f"{name}_weight": weights[name] for name in order}
+
+
+def grid_of(options, rows):
+    """The Grid that the options of a test ask for; rows: its (M, K)."""
+    return Grid(
+        rows=rows,
+        seeds=options.mixture_seeds,
+        mixture=options.mixture,
+        mixture_device=options.mixture_device or "cpu",
+        cluster_weights=options.cluster_weight,
+        nearest=options.nearest,
+    )
 
 
 def defaults_of(parser):

@@ -12,7 +12,7 @@ from datasets.loaders import LoaderOptions
 from datasets.protocols import PROTOCOLS, protocol_of, unseen_names_of
 from models.checkpoints import check_seen_classes, find_checkpoint, load_student
 from models.eval.codebooks import mixture_device
-from models.eval.evaluate import Grid, class_relevance, evaluate_grid, evaluate_rows
+from models.eval.evaluate import class_relevance, evaluate_grid, evaluate_rows
 from models.eval.features import (
     FEATURES,
     SEEN_FEATURES,
@@ -27,7 +27,7 @@ from models.eval.image_order import UNKNOWN, in_order_of, same_lists
 from models.eval.instances import evaluate_instances, find_photos, print_instances
 from models.eval.metrics import STANDARD, SameClass, get_metric
 from models.eval.report import print_results, summarise, write_report
-from models.options import resolve, resolve_network, run_record, test_parser
+from models.options import grid_of, resolve, resolve_network, run_record, test_parser
 from models.weights import check_size
 from utils import distributed
 from utils.cli import InputError, one_line_errors, sigterm_as_exception
@@ -67,14 +67,7 @@ def main(protocol_name, argv=None):
                 check_features(merged, merged_rows)
         if rows and options.mixture == "torch" and options.mixture_device is None:
             options.mixture_device = _fastest_mixture_device(options.device)
-        grid = Grid(
-            rows=rows,
-            seeds=options.mixture_seeds,
-            mixture=options.mixture,
-            mixture_device=options.mixture_device or "cpu",
-            cluster_weights=options.cluster_weight,
-            nearest=options.nearest,
-        )
+        grid = grid_of(options, rows)
         metrics, dtype = tuple(dict.fromkeys((*STANDARD, *options.metrics))), getattr(torch, options.distances)
         result = evaluate_grid(features, grid, metrics, device=options.device, dtype=dtype)
         if seen:

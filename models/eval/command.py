@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.eval.evaluate import Grid, evaluate_grid
+from models.eval.evaluate import evaluate_grid
 from models.eval.feature_files import read_any
 from models.eval.image_order import UNKNOWN, in_order_of
 from models.eval.metrics import STANDARD
 from models.eval.report import print_results, summarise, write_report
-from models.options import add_grid, add_report, check_device, file_path, run_record
+from models.options import add_grid, add_report, check_device, file_path, grid_of, run_record
 from models.testing import check_features
 from utils import distributed
 from utils.cli import InputError, OneLineParser, one_line_errors, sigterm_as_exception
@@ -42,14 +42,7 @@ def main(argv=None):
     if options.out is None:
         options.out = Path(f"{os.path.splitext(options.features[0])[0]}_results")
     check_writable(options.out)
-    grid = Grid(
-        rows=rows,
-        seeds=options.mixture_seeds,
-        mixture=options.mixture,
-        mixture_device=options.mixture_device or "cpu",
-        cluster_weights=options.cluster_weight,
-        nearest=options.nearest,
-    )
+    grid = grid_of(options, rows)
     metrics, dtype = tuple(dict.fromkeys((*STANDARD, *options.metrics))), getattr(torch, options.distances)
     with sigterm_as_exception(), folder_lock(options.out, "testing"):
         result = evaluate_grid(features, grid, metrics, device=options.device, dtype=dtype)

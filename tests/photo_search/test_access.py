@@ -30,16 +30,6 @@ def index(tmp_path_factory):
     return folder / "index"
 
 
-@pytest.fixture
-def reloading(index, monkeypatch):
-    return reloading_index_of(index, monkeypatch)
-
-
-@pytest.fixture
-def client(reloading):
-    return visitor(reloading)
-
-
 def refused(answer, status):
     """The one line of a refusal."""
     assert answer.status_code == status, answer.text

@@ -35,16 +35,6 @@ def index(album, tmp_path):
     return tmp_path / "index"
 
 
-@pytest.fixture
-def reloading(index, monkeypatch):
-    return reloading_index_of(index, monkeypatch)
-
-
-@pytest.fixture
-def client(reloading):
-    return visitor(reloading)
-
-
 def find(client, body=b"", **options):
     answer = client.post("/find", params=options, content=body)
     assert answer.status_code == 200, answer.text
