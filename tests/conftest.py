@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers.tiny_benchmark import write_tiny
 from timm.models.convnext import ConvNeXt
 
-from datasets.lists import write_list, write_mask
 from datasets.prepare.miniature import write_miniature
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -95,25 +94,6 @@ def miniature(tmp_path_factory):
 def tiny(tmp_path):
     """A benchmark of plain squares in the layout of Sketchy Ext: 2 seen and 2 unseen classes, to break in tests."""
     return write_tiny(tmp_path / "data")
-
-
-def write_tiny(root):
-    """Write the benchmark of the fixture `tiny` into `root`, and return that."""
-    lists = root / "zeroshot1"
-    for kind, list_name, splits in (
-        ("sketch", "sketch_tx_000000000000_ready_filelist_{}.txt", ("train", "test", "zero")),
-        ("photo", "all_photo_filelist_{}.txt", ("train", "zero")),
-    ):
-        for split in splits:
-            names = [f"{kind} of {split}/{number}.png" for number in range(4)]
-            for number, name in enumerate(names):
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (40, 40), (60 * number, 90, 120)).save(root / name)
-            write_list(lists / list_name.format(split), zip(names, [0, 0, 1, 1], strict=True))
-    write_list(lists / "cname_cid.txt", [("alarm clock", 0), ("cat", 1)])
-    write_list(lists / "cname_cid_zero.txt", [("bell", 0), ("cow", 1)])
-    write_mask(lists / "cid_mask.pickle", np.zeros((2, 1000)))
-    return root
 
 
 # One index, one page and one browser for all tests of the page in a browser; see photo_search/browser.py.

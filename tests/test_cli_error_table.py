@@ -1,8 +1,8 @@
 """Bad input ends in one line with status 2 and leaves nothing half-written; rows: helpers/cli_error_table.py."""
 
 import pytest
-from conftest import write_tiny
 from helpers import cli_error_table
+from helpers.tiny_benchmark import write_tiny
 
 
 @pytest.fixture(scope="module")

@@ -200,9 +200,8 @@ def print_row(script, name, folder_of_row, printed, wrong):
 
 def main():
     sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import write_tiny
-
     from helpers import fault_injection
+    from helpers.tiny_benchmark import write_tiny
 
     results = []
     print("| script | input | what it prints |\n|---|---|---|")
