@@ -8,6 +8,7 @@ from datasets.images import read_rgb
 from photo_search.clean_sketch import clean_up
 from photo_search.encoder import Encoder, encoder_of
 from photo_search.index import Index, open_index
+from photo_search.result import SearchResult, image_of
 from utils.cli import InputError
 
 ONE_TO_ONE, ONE_TO_MANY = MATCHINGS = ("one-to-one", "one-to-many")
@@ -31,6 +32,12 @@ class Searcher:
 
     index: Index  # or an object with the same methods, such as photo_search.milvus.MilvusIndex
     encoder: Encoder
+
+    def __repr__(self):
+        clusters = "M {}, K {}".format(*self.index.clusters) if self.index.clusters else "no clusters"
+        return (
+            f"<{self.index.name}: {len(self.index):,} photos, {clusters}, features of {self.encoder.metadata['model']}>"
+        )
 
     def matching(self, asked=None):
         """The matching to use: `asked`, or by default one-to-many if the index has clusters.
@@ -61,12 +68,14 @@ class Searcher:
         return DEFAULT_CLUSTER_WEIGHT if weight is None else weight
 
     def find(self, image, k=20, matching=None, allowed=None, as_drawn=False, weight=None):
-        """The k nearest photos of a drawing (PIL.Image, RGB): [SearchHit, ...], nearest first, ties by path.
+        """The k nearest photos of a drawing: a SearchResult of SearchHits, nearest first, ties by path.
 
-        The drawing is cleaned up unless `as_drawn`. Raises InputError if no line differs from the paper.
+        image: path of a file, PIL.Image or array, see `result.image_of`. It is cleaned up unless `as_drawn`.
+        Raises InputError if it cannot be read, or no line differs from the paper.
         allowed: the rows to search in, at least one, see Index.between; None for all.
         weight: of the cluster distance, 0 to 1; see `cluster_weight`.
         """
+        image = read_sketch(image) if isinstance(image, str | os.PathLike) else image_of(image)
         image = image if as_drawn else clean_up(image)
         return self.find_features(self.encoder.features([image])[0], k, matching, allowed, weight)
 
@@ -74,10 +83,11 @@ class Searcher:
         """As `find`, for features (D,) of length 1: those of another drawing, or of a photo of the index."""
         nearest = self.index.nearest(features, k, self.cluster_weight(matching, weight), allowed)
         columns = [values.tolist() for values in nearest[:4]]
-        return [
+        hits = (
             SearchHit(row, path, score, distance, cluster if self.index.clusters else None)
             for row, score, distance, cluster, path in zip(*columns, self.index.paths_of(columns[0]), strict=True)
-        ]
+        )
+        return SearchResult(hits, self.index)
 
 
 def open_searcher(location, checkpoint=None, device=None):
