@@ -19,16 +19,13 @@ import torch
 
 from models.export import EXPORT_FORMAT, parse_metadata
 from models.networks import Student
+from models.torch_files import first_sentence, is_plain_tensor, read_torch, safetensors_metadata
 from models.train_step import LOGGED
 from models.weights import (
-    first_sentence,
     fit_input_size,
-    is_plain_tensor,
     load_published,
     other_split,
     published_state,
-    read_torch,
-    safetensors_metadata,
     student_of,
     without_prefixes,
 )

@@ -18,7 +18,7 @@ from scipy import stats
 from models.eval.figures import row_name
 from models.eval.metrics import class_means
 from models.eval.report import QUERIES
-from models.options import TEST_RESULT_OPTIONS, effective_options
+from models.run_record import TEST_RESULT_OPTIONS, effective_options
 from utils.cli import InputError, OneLineParser, number_type, one_line_errors, seed_type
 from utils.files import atomic_write, check_writable
 

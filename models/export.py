@@ -184,7 +184,7 @@ def onnx_bytes(student, metadata, strings, half=False):
     """
     import torch
 
-    from models.weights import first_sentence
+    from models.torch_files import first_sentence
 
     try:
         import_onnxruntime()

@@ -9,9 +9,10 @@ import torch
 from datasets.lists import MASK_FILE
 from models.checkpoints import LAST, NAMES, PREVIOUS, plain_options, read_checkpoint, trained_with
 from models.losses import LOSSES
-from models.options import effective_options
+from models.run_record import effective_options
+from models.torch_files import UnreadableFile, is_plain_tensor, zip_crc_ok
 from models.train_step import LOGGED
-from models.weights import UnreadableFile, is_plain_tensor, load_published, zip_crc_ok
+from models.weights import load_published
 from utils.cli import InputError
 from utils.distributed import log_rank0
 from utils.files import sha256_of

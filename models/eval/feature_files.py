@@ -155,7 +155,7 @@ def _load(path):
 
 
 def _read_torch(path):
-    from models.weights import read_torch
+    from models.torch_files import read_torch
 
     return read_torch(path)
 

@@ -18,7 +18,8 @@ from models import checkpoints, losses, resume, training
 from models.checkpoints import LAST, PREVIOUS, SaveSchedule, _link_previous, read_checkpoint
 from models.logger import Log
 from models.networks import normalise
-from models.options import RESULT_OPTIONS, train_parser
+from models.options import train_parser
+from models.run_record import RESULT_OPTIONS
 
 TRAIN = """--model convnextv2_atto --imagenet_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0
     --device cpu --epochs 3 --warmup_epochs 0 --drop_path 0.2 --print_freq 1""".split()

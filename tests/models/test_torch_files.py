@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.weights import read_torch
+from models.torch_files import read_torch
 
 ROOT = Path(__file__).resolve().parents[2]
 # Reads each file as the scripts do, and prints what became of it before it goes on.

@@ -13,7 +13,8 @@ from models import training
 from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST, CheckpointSaver, read_checkpoint
 from models.losses import Batch
 from models.networks import Student, Teacher
-from models.options import effective_options, run_record, train_parser
+from models.options import train_parser
+from models.run_record import effective_options, run_record
 from models.train_step import TrainConfig, TrainState, create_optimizers, set_learning_rates
 from models.training import train_step
 from models.weights import create_pair, load_published, published_state

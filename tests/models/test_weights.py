@@ -12,7 +12,8 @@ from timm.models.convnext import ConvNeXt
 import train_sketchy_ext
 from models.checkpoints import load_student, read_checkpoint, save_checkpoint
 from models.networks import Student, Teacher, create_backbone
-from models.weights import PACKAGES, create_pair, load_published, published_state, read_torch
+from models.torch_files import read_torch
+from models.weights import PACKAGES, create_pair, load_published, published_state
 from utils.cli import InputError
 
 
