@@ -3,12 +3,8 @@
 import argparse
 import contextlib
 import functools
-import io
 import os
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from photo_search import update
 from photo_search.clean_sketch import clean_up
@@ -22,17 +18,17 @@ from photo_search.encoder import (
     fit_index_codebook,
     load_encoder,
 )
+from photo_search.find_picture import MAX_DRAWN_PHOTOS, draw_found
 from photo_search.index import is_index, open_index
 from photo_search.partial_index import unfinished_options
 from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, ONE_TO_ONE, is_missing, open_searcher, read_sketch
 from utils.cli import InputError, OneLineParser, image_side, number_type, one_line_errors, positive_int
 from utils.distributed import get_rank, get_world_size, log_rank0, should_print
-from utils.files import atomic_write, write_json
+from utils.files import write_json
 from utils.memory import keep_freed_memory
 from utils.process_pool import available_cores
 
 LOCAL, MILVUS = ENGINES = ("local", "milvus")
-MAX_DRAWN_SKETCHES, MAX_DRAWN_PHOTOS, COLUMNS = 20, 40, 10  # at most in a picture; photos in a row of it
 MAX_LISTED_UNREADABLE = 10  # unreadable files that are named
 
 
@@ -347,12 +343,8 @@ def _draw(options, searcher, sketches, found):
         thumbnails = searcher.index.thumbnails_of([hit.row for hit in hits[:MAX_DRAWN_PHOTOS]])
         scores = [hit.score for hit in hits]
         rows.append((os.path.basename(name), sketch, list(zip(thumbnails, scores, strict=False))))
-    try:
-        draw_found(path, rows)
-    except ImportError:
-        log_rank0("note: no picture, matplotlib is not installed")
-    else:
-        print(f"picture: {path}")
+    draw_found(path, rows)
+    print(f"picture: {path}")
 
 
 def run_page(options):
@@ -390,42 +382,3 @@ def _folder(text):
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty string is not a file or folder")
     return text
-
-
-def draw_found(path, rows):
-    """Draw the first sketches, each beside the first of its photos.
-
-    rows: [(name, PIL.Image of the sketch, [(photo as JPEG bytes, score), ...]), ...]. Raises ImportError without
-    matplotlib, and InputError if `path` cannot be written.
-    """
-    from matplotlib.figure import Figure
-
-    lines = [line for row in rows[:MAX_DRAWN_SKETCHES] for line in _lines(*row)]
-    columns = 1 + max(len(photos) for _, photos in lines)
-    figure = Figure(figsize=(1.25 * columns, 1.5 * len(lines) + 0.2), layout="constrained")
-    for axes, (sketch, photos) in zip(figure.subplots(len(lines), columns, squeeze=False), lines, strict=True):
-        for axis in axes:
-            axis.set_axis_off()
-        for axis, shown in zip(axes, [sketch, *photos], strict=False):
-            if shown is not None:
-                axis.imshow(np.asarray(shown[0]))
-                axis.set_title(shown[1], fontsize=8, parse_math=False)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-
-
-def _lines(name, sketch, photos):
-    """The lines of a sketch: [((picture, caption) or None, [(picture, caption), ...]), ...]."""
-    sketch = sketch.copy()
-    sketch.thumbnail((160, 160))
-    shown = [(_decoded(photo), f"{score:.3f}") for photo, score in photos[:MAX_DRAWN_PHOTOS]]
-    parts = [shown[start : start + COLUMNS] for start in range(0, len(shown), COLUMNS)]
-    name = name.encode("utf-8", "replace").decode()[:24]  # of any bytes
-    return [((sketch, name) if number == 0 else None, part) for number, part in enumerate(parts)]
-
-
-def _decoded(photo):
-    try:
-        return Image.open(io.BytesIO(photo), formats=["JPEG"]).convert("RGB")
-    except Exception:  # a damaged thumbnail can fail in any way; the table has the path
-        return Image.new("RGB", (8, 8), "lightgrey")

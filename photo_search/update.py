@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from models.eval.codebooks import CollapsedComponent
 from photo_search.encoder import add_photos
 from photo_search.index import RECORD, is_index, open_index, remove_old_generations, write_index
 from photo_search.partial_index import PartialIndex, write_errors_as_input_errors
@@ -200,6 +199,8 @@ def _choose_codebook(rows, known, fit, options, width):
     clusters = options.clusters or (old.shape[1] if is_small and old is not None else default_clusters(photos))
     if clusters > photos:
         return none
+    from models.eval.codebooks import CollapsedComponent  # takes long
+
     features = known.rows(np.fromiter(rows.values(), np.int64)[evenly_spaced(photos, MAX_FITTED_PHOTOS)])
     try:
         return fit(features, subspaces, clusters), True

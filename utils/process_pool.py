@@ -8,8 +8,6 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import Pipe
 
-from tqdm import tqdm
-
 from utils.cli import signals_blocked
 
 CHUNKS_AHEAD = 4  # chunks per worker that are computed before the first of them is consumed
@@ -26,6 +24,8 @@ def parallel_map(function, items, title, workers=None, chunk=32, no_bar=None):
     With 0 workers this process computes them. Otherwise at most CHUNKS_AHEAD chunks per worker are computed ahead of
     the consumer, and the workers exit at once when this process is interrupted or killed. no_bar: tqdm's `disable`.
     """
+    from tqdm import tqdm  # `find` needs this module, and shows no bar
+
     bar = dict(desc=title, total=len(items), unit="image", leave=False, disable=no_bar)
     if workers == 0:
         yield from tqdm(map(function, items), **bar)
