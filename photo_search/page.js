@@ -31,7 +31,7 @@ function tools() {
   at("as").hidden = !base?.file;
   at("as").textContent = base?.photo ? "It is a drawing" : "It is a photo";
   at("as").title = base?.photo ? "Searched as a photo; search with it as a drawing, cleaned up" : "Searched as a drawing; search with it as a photo, as it is";
-  at("back").hidden = !base?.like || done < 2;
+  at("back").hidden = !base?.like || !beforeCover();
   at("select").hidden = at("details").hidden = none;
   at("legend").hidden = none || !document.body.classList.contains("numbers");
   if (none && selecting) select(false);
@@ -60,7 +60,7 @@ at("undo").onclick = () => step(-1);
 at("redo").onclick = () => step(1);
 at("clear").onclick = () => isEmpty() || act({});
 at("back").onclick = () => {
-  step(-1);
+  step(beforeCover() - done);
   paper.focus({preventScroll: true, focusVisible: false});
 };
 at("as").onclick = () => {
@@ -185,5 +185,6 @@ async function begin() {
   if (refused) showMessage(refused, true);
 }
 
-addEventListener("hashchange", restore);
+addEventListener("popstate", travel);
+addEventListener("hashchange", () => history.state || restore());
 const ready = begin().catch(error => showMessage(error.message, true));

@@ -22,6 +22,7 @@ function visible() {
 
 const isCover = item => Boolean(item?.file || item?.like);
 const cover = () => visible().find(isCover) ?? null;
+const beforeCover = () => items.slice(0, done).findLastIndex(isCover);  // how many items were there before the cover came
 const isEmpty = () => erased || !visible().some(item => isCover(item) || !item.erase);
 let erased = false;  // whether the eraser left nothing
 

@@ -119,7 +119,8 @@ async function ask(path, options) {
   const isJson = answer.headers.get("content-type")?.startsWith("application/json");
   if (answer.ok) return isJson ? answer.json() : answer.blob();
   const why = isJson ? (await answer.json()).error : `The page gets no answer (status ${answer.status})`;
-  throw Object.assign(new Error(why), {status: answer.status, again: [408, 429, 502, 503, 504].includes(answer.status)});
+  const again = [408, 429, 502, 503, 504].includes(answer.status), soon = 1000 * answer.headers.get("retry-after");
+  throw Object.assign(new Error(why), {status: answer.status, again, soon});
 }
 
 // What there is to search in.
@@ -130,8 +131,8 @@ async function learn() {
       break;
     } catch (error) {
       if (!error.again) throw error;
-      busy(`${error.message}; asking again …`);
-      await paused(pause);
+      busy(error.soon ? error.message : `${error.message}; asking again …`);
+      await paused(error.soon || pause);
     }
   }
   index = about.index;
@@ -146,6 +147,7 @@ async function learn() {
   at("folders").replaceChildren(...options.map(({value, photos}) =>
     element("option", {value, label: `${value} (${photos.toLocaleString("en")})`})));
   at("where").hidden = about.folders.length < 2;
+  at("show").hidden = !about.show;
 }
 
 let folders = new Map();  // from path, as it is shown, to number
@@ -263,6 +265,7 @@ function apart({distance, cluster_distance}) {
 async function similar(each, picture) {
   viewer.close();
   const item = {picture, like: {photo: each.photo, name: each.name, path: each.path}, photo: true};
+  history.pushState({done: done + 1}, "");
   act(item);
   at("results").scrollIntoView({block: "start"});
   scrollTo({top: 0});
@@ -359,6 +362,7 @@ async function open(place) {
   at("alone").href = at("save").href = source;
   at("save").download = each.name;
   at("copypath").textContent = "Copy path";
+  at("show").textContent = "Show in folder";
   at("previous").disabled = !place;
   at("next").disabled = place === found.length - 1;
   if (!viewer.open) {
@@ -389,6 +393,14 @@ at("next").onclick = () => turnTo(opened + 1);
 at("similar").onclick = () => similar(found[opened], cards.get(found[opened].photo).item.querySelector("img"));
 at("copypath").onclick = async () => {
   at("copypath").textContent = await copied(found[opened].path) ? "Copied" : "Copy it from above";
+};
+at("show").onclick = async () => {
+  const {photo} = found[opened];
+  try {
+    await ask(address("show", photo), {method: "POST"});
+  } catch (error) {
+    at("show").textContent = error.message;
+  }
 };
 viewer.addEventListener("click", event => event.target === viewer && viewer.close());
 viewer.addEventListener("keydown", event => {

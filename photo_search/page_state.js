@@ -32,17 +32,30 @@ function recall() {
 
 // The link: strokes as differences of coordinates, compressed, the photo that stands for them, and what was chosen.
 async function keep() {
-  const own = ++kept, strokes = visible().filter(item => item.points), parts = [], base = cover();
+  const own = ++kept, fragment = await fragmentOf();
+  if (own !== kept) return;
+  history.replaceState({done}, "", location.pathname + fragment);
+  stored("sessionStorage", "page", JSON.stringify({fragment, done, items: items.map(saved)}));
+}
+
+async function fragmentOf() {
+  const strokes = visible().filter(item => item.points), parts = [], base = cover();
   const packs = strokes.length && !base?.file && "CompressionStream" in window;
   if (packs) parts.push("d=" + encode(await piped(pack(strokes), new CompressionStream("deflate-raw"), Infinity)));
-  if (own !== kept) return;
   if (base?.like) parts.push(`like=${index}.${base.like.photo}`);
   if (!at("likeness").hidden && at("weight").value !== standard) parts.push(`w=${at("weight").value}`);
   if (!at("clean").checked) parts.push("c=0");
   if (at("folder").value) parts.push(`f=${encodeURIComponent(at("folder").value)}`);
-  const fragment = parts.length ? `#${parts.join("&")}` : "";
-  history.replaceState(null, "", location.pathname + fragment);
-  stored("sessionStorage", "page", JSON.stringify({fragment, done, items: items.map(saved)}));
+  return parts.length ? `#${parts.join("&")}` : "";
+}
+
+// The browser's Back and Forward, between searches with photos of the index.
+async function travel({state}) {
+  if (!state) return;  // a link; see hashchange
+  const fragment = location.hash;
+  done = Math.min(state.done, items.length);
+  if (fragment === await fragmentOf()) changed();
+  else await restore();
 }
 
 const saved = item => item.points ? item : isCover(item) ? {

@@ -39,6 +39,18 @@ def unfinished_options(folder):
     return content if has_fields(content, UNFINISHED_OPTIONS) and content["folders"] else None
 
 
+def first_run_progress(folder):
+    """(photos computed so far, photos in all) of an unfinished first run in `folder`; None without one."""
+    options = unfinished_options(folder) or {}
+    total, width = options.get("photos"), options.get("width")
+    if not all(isinstance(each, int) and each > 0 for each in (total, width)):
+        return None
+    try:
+        return min((folder / FEATURES_FILE).stat().st_size // (4 * width), total), total
+    except OSError:
+        return 0, total
+
+
 class ComputedPhoto(NamedTuple):
     """A photo of a PartialIndex."""
 
@@ -101,10 +113,14 @@ class PartialIndex:
             self.end, length = end, length + len(line)
         return length
 
-    def record_options(self, content):
-        """Record the UNFINISHED_OPTIONS in `content`, with which the first run of an index can be continued."""
+    def record_options(self, content, photos):
+        """Record the UNFINISHED_OPTIONS in `content`, with which the first run of an index can be continued.
+
+        photos: how many it finds.
+        """
+        options = {name: content[name] for name in UNFINISHED_OPTIONS}
         with write_errors_as_input_errors(self.folder):
-            write_json(self.folder / OPTIONS_FILE, {name: content[name] for name in UNFINISHED_OPTIONS})
+            write_json(self.folder / OPTIONS_FILE, options | {"width": self.width, "photos": photos})
 
     def add(self, files, rows, digests, thumbnails, unreadable):
         """Add a batch: PhotoFiles, their features (n, width), digests, thumbnails, and unreadable {PhotoFile: why}."""

@@ -10,6 +10,7 @@ import sys
 import threading
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -24,7 +25,9 @@ from starlette.routing import Route
 from photo_search.access import LOOPBACK, AccessMiddleware, content_security_policy, read_body, refusal
 from photo_search.clean_sketch import clean_up
 from photo_search.encoder import share_cores
-from photo_search.index import INDEX_FILE, Folder, readable
+from photo_search.file_manager import has_desktop, show_in_folder
+from photo_search.index import INDEX_FILE, Folder, is_index, readable
+from photo_search.partial_index import first_run_progress
 from photo_search.photos import MAX_UPLOAD_BYTES, open_photo, read_drawing
 from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, Searcher, check_drawn, open_index_at, open_searcher
 from utils.cli import InputError
@@ -41,6 +44,13 @@ UPLOAD_TIMEOUT_S = 15
 CHUNK = 1 << 16
 
 
+class FirstRunError(InputError):
+    """The photos of an index are still being computed."""
+
+    def __init__(self, location, done, total):
+        super().__init__(f"{location}: the photos are being indexed, {done:,} of {total:,}")
+
+
 class OpenIndex(NamedTuple):
     """A version of the index."""
 
@@ -52,25 +62,31 @@ class OpenIndex(NamedTuple):
 class ReloadingIndex:
     """The index at a location, a folder or a photo_search.milvus.Server; reopened after a writer has replaced it.
 
-    Safe to use from several threads. Raises InputError as `open_searcher` does.
+    Safe to use from several threads. Raises InputError as `open_searcher` does, but not while the first run that makes
+    the index is unfinished.
     """
 
     def __init__(self, location, checkpoint=None, device=None):
         self.location, self.checkpoint, self.device = location, checkpoint, device
-        self.lock = threading.Lock()
-        version, searcher = _version_at(location), open_searcher(location, checkpoint, device)
-        self.opened = OpenIndex(version, searcher, searcher.index.folders())
+        self.lock, self.opened = threading.Lock(), None
+        with suppress(FirstRunError):
+            self.latest()
 
     def latest(self):
-        """The latest OpenIndex. Raises InputError if it cannot be opened."""
+        """The latest OpenIndex. Raises InputError if it cannot be opened, FirstRunError if there is none yet."""
         with self.lock:
             version = _version_at(self.location)
-            if version != self.opened.version:
+            if self.opened is None or version != self.opened.version:
                 searcher = self._reopen()
                 self.opened = OpenIndex(version, searcher, searcher.index.folders())
             return self.opened
 
     def _reopen(self):
+        if self.opened is None:
+            is_local = isinstance(self.location, str | os.PathLike)
+            if is_local and not is_index(self.location) and (progress := first_run_progress(Path(self.location))):
+                raise FirstRunError(self.location, *progress)
+            return open_searcher(self.location, self.checkpoint, self.device)
         index, old = open_index_at(self.location), self.opened.searcher
         if any(index.metadata[name] != old.index.metadata[name] for name in ("sha256", "model", "input_size", "width")):
             return open_searcher(self.location, self.checkpoint, self.device)
@@ -89,14 +105,15 @@ def _version_at(location):
 class Page:
     """The routes of the page, over a ReloadingIndex. Searches run in threads, MAX_PARALLEL_SEARCHES at a time."""
 
-    def __init__(self, reloading, timeout=UPLOAD_TIMEOUT_S):
-        self.reloading, self.timeout = reloading, timeout
+    def __init__(self, reloading, timeout=UPLOAD_TIMEOUT_S, show=None):
+        self.reloading, self.timeout, self.show_file = reloading, timeout, show
         self.html = page_html()
         self.turns, self.waiting = asyncio.Semaphore(MAX_PARALLEL_SEARCHES), 0
-        checkpoint = reloading.opened.searcher.encoder.metadata["checkpoint"]
-        self.threads = ThreadPoolExecutor(
-            MAX_PARALLEL_SEARCHES, "search", share_cores, (checkpoint, MAX_PARALLEL_SEARCHES)
-        )
+        self.threads = ThreadPoolExecutor(MAX_PARALLEL_SEARCHES, "search", self._share_cores)
+
+    def _share_cores(self):
+        if opened := self.reloading.opened:
+            share_cores(opened.searcher.encoder.metadata["checkpoint"], MAX_PARALLEL_SEARCHES)
 
     async def home(self, request):
         return HTMLResponse(self.html)
@@ -107,7 +124,7 @@ class Page:
         index = opened.searcher.index
         return JSONResponse({
             "index": opened.version, "photos": len(index), "matchings": MATCHINGS if index.clusters else MATCHINGS[:1],
-            "cluster_weight": DEFAULT_CLUSTER_WEIGHT if index.clusters else 0,
+            "cluster_weight": DEFAULT_CLUSTER_WEIGHT if index.clusters else 0, "show": self.show_file is not None,
             "folders": [
                 {"name": folder.name, "depth": folder.depth, "photos": folder.last - folder.first}
                 for folder in opened.folders
@@ -144,6 +161,16 @@ class Page:
         index, row = self._index_and_row(request.path_params)
         keep = {"Cache-Control": "private, max-age=86400, immutable"}
         return Response(index.thumbnail(row), media_type="image/jpeg", headers=keep)
+
+    def show(self, request):
+        """Show a photo in the file manager of this machine."""
+        index, row = self._index_and_row(request.path_params)
+        path = index.path(row)
+        if not os.path.isfile(path):
+            raise HTTPException(404, "this photo does not exist any more; index again to remove it")
+        if not self.show_file(path):
+            raise HTTPException(501, "no file manager can be started here")
+        return Response(status_code=204)
 
     async def _run_in_thread(self, function, *arguments):
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
@@ -201,6 +228,8 @@ class Page:
         """The latest OpenIndex. Raises HTTPException if its version, and with it all row numbers, is another one."""
         try:
             opened = self.reloading.latest()
+        except FirstRunError as error:
+            raise HTTPException(503, str(error), {"Retry-After": "2"}) from None
         except InputError as error:
             raise HTTPException(503, str(error)) from None
         if version not in (None, opened.version):
@@ -208,13 +237,19 @@ class Page:
         return opened
 
 
-def create_app(reloading, port, token=None, timeout=UPLOAD_TIMEOUT_S):
-    """The page of a ReloadingIndex as an ASGI application; port, token: see AccessMiddleware; timeout: of an upload."""
-    page = Page(reloading, timeout)
+def create_app(reloading, port, token=None, timeout=UPLOAD_TIMEOUT_S, show=None):
+    """The page of a ReloadingIndex as an ASGI application.
+
+    port, token: see AccessMiddleware; timeout: of an upload; show: a function that shows the file at a path in a file
+    manager and returns whether that worked, None if clients may not ask for it.
+    """
+    page = Page(reloading, timeout, show)
     routes = [
         Route("/", page.home), Route("/about", page.about), Route("/find", page.find, methods=["POST"]),
         Route("/thumbnail/{index}/{row}", page.thumbnail), Route("/photo/{index}/{row}", page.photo),
     ]  # fmt: skip
+    if show:
+        routes.append(Route("/show/{index}/{row}", page.show, methods=["POST"]))
     handlers = {
         HTTPException: lambda request, error: refusal(error.status_code, error.detail, error.headers),
         InputError: lambda request, error: refusal(400, str(error)),
@@ -288,21 +323,27 @@ def serve(location, checkpoint=None, device=None, host="127.0.0.1", port=8000, t
     with _listen(host, port) as listener:
         reloading = ReloadingIndex(location, checkpoint, device)
         port = listener.getsockname()[1]
-        server = uvicorn.Server(_config(create_app(reloading, port, token)))
-        own, index = f"[{host}]" if ":" in host else host, reloading.opened.searcher.index
-        shown = f"/?token={token}" if token else "/"
+        show = show_in_folder if has_desktop() and not token else None  # with a token, the browser may be elsewhere
+        server = uvicorn.Server(_config(create_app(reloading, port, token, show=show)))
+        own, shown = f"[{host}]" if ":" in host else host, f"/?token={token}" if token else "/"
         address = f"http://{own}:{port}{shown}"
-        print(f"{index.name}: {len(index):,} photos; draw at {address}", flush=True)
+        print(f"{_described(reloading)}; draw at {address}", flush=True)
         if open_page and not _open_browser(address):
             print("note: no browser can be opened here; open the address yourself", file=sys.stderr)
         server.run(sockets=[listener])
 
 
+def _described(reloading):
+    try:
+        index = reloading.latest().searcher.index
+    except FirstRunError as error:
+        return error
+    return f"{index.name}: {len(index):,} photos"
+
+
 def _open_browser(address):
     """Open `address` in a browser with a window, if there is one. Returns whether that worked."""
-    # Without a display, webbrowser would start a browser in this terminal.
-    has_display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    return bool(has_display) and webbrowser.open(address)
+    return has_desktop() and webbrowser.open(address)
 
 
 def _config(app):

@@ -88,7 +88,7 @@ def _update(folder, encoder, fit, options, add):
     if old is None:
         _check_clusters(options.clusters, len(files))
 
-    partial = _open_partial_index(folder, old, metadata, options)
+    partial = _open_partial_index(folder, old, metadata, options, len(files))
     known = KnownPhotos(old, partial)
     missing, known_rows = _split_by_known(files, known)
     kept, notes = photos_to_keep(known, dict.fromkeys(files) | known_rows, unlisted, options)
@@ -135,7 +135,7 @@ def _metadata_of(old, options):
     return metadata | ({"checkpoint": options.checkpoint} if options.checkpoint else {})
 
 
-def _open_partial_index(folder, old, metadata, options):
+def _open_partial_index(folder, old, metadata, options, photos):
     """The PartialIndex in `folder`, with what an interrupted run has computed."""
     thumbnails = folder / (old.metadata["thumbnails"] if old else "thumbnails-1.bin")
     remove_old_generations(folder, [thumbnails.name])
@@ -143,7 +143,8 @@ def _open_partial_index(folder, old, metadata, options):
     source = {name: metadata[name] for name in FEATURE_KEYS}
     partial = PartialIndex(folder, source, metadata["width"], (thumbnails, used))
     if old is None:
-        partial.record_options(metadata | {"folders": list(options.folders), "exclude": list(options.exclude)})
+        options = metadata | {"folders": list(options.folders), "exclude": list(options.exclude)}
+        partial.record_options(options, photos)
     if partial.photos:
         log_rank0(f"note: continuing an interrupted run, which has computed {len(partial.photos):,} photos")
     return partial

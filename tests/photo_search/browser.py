@@ -113,15 +113,19 @@ class Visit:
     def open(self, address=None, width=1200, height=850, dark=False, scale=1, remembered=False):
         """Open an address, of this page unless another is given, with nothing that earlier visits left."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self.colours(dark)
         if not remembered and self.driver.current_url.startswith("http"):
             self.run("sessionStorage.clear(); localStorage.clear()")
         self.driver.get("about:blank")
         self.driver.get(address or self.address)
         self.driver.execute_async_script("ready.then(arguments[0])")
         return self
+
+    def colours(self, dark):
+        """What the browser prefers: light or dark."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
 
     def reload(self):
         """Open the same address again, in the same tab."""

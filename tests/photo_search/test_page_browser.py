@@ -181,6 +181,21 @@ def test_more_like_this_is_shown_left_out_and_mixed_with_strokes(visit):
     assert visit.wait().click("back").names == names and visit.paper == bell
 
 
+def test_back_and_forward_of_the_browser_go_from_search_to_search(visit):
+    bell, first = visit.example("bell").paper, visit.names
+    visit.run("list.querySelectorAll('.more')[2].click()")
+    second = visit.wait().names
+    visit.run("list.querySelectorAll('.more')[1].click()")
+    third, link = visit.wait().stroke().wait().names, visit.driver.current_url
+    for by, found in ((-1, second), (-1, first), (1, second), (1, third)):
+        visit.run("window.before = turn; history.go(arguments[0])", by)
+        visit.until("return turn > before")
+        assert visit.wait().names == found
+    assert visit.driver.current_url == link
+    visit.click("back").click("back")
+    assert visit.paper == bell and not visit.get("back").is_displayed()
+
+
 def test_copies_are_one_card(visit):
     visit.example("fish").set("folder", "album/fish")
     (card,) = [each for each in visit.driver.find_elements(By.CLASS_NAME, "photo") if "copies" in each.accessible_name]

@@ -331,3 +331,22 @@ def test_a_browser_is_opened_only_where_it_has_a_window(monkeypatch):
     assert not pages._open_browser("http://127.0.0.1:8000/") and not opened
     monkeypatch.setenv("DISPLAY", ":0")
     assert pages._open_browser("http://127.0.0.1:8000/") and opened == ["http://127.0.0.1:8000/"]
+
+
+def test_the_page_waits_for_the_first_run_of_an_index(album, tmp_path, monkeypatch):
+    folder, progress = tmp_path / "index", []
+
+    class WatchedEncoder(FakeEncoder):
+        def embed(self, images):
+            reloading = reloading_index_of(folder, monkeypatch)
+            answer = visitor(reloading).get("/about")
+            progress.append((answer.status_code, answer.headers["retry-after"], answer.json()["error"]))
+            self.waiting = self.waiting if self.seen else visitor(reloading)
+            return super().embed(images)
+
+    network = WatchedEncoder()
+    update(folder, network, album, batch_size=10)
+    said = f"{folder}: the photos are being indexed, {{}} of 24"
+    assert progress == [(503, "2", said.format(done)) for done in (0, 10, 20)]
+    assert network.waiting.get("/about").json()["photos"] == 24
+    assert find(network.waiting, drawing(), k=3)["found"]
