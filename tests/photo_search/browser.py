@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pages import EXAMPLES
+from pages import packed
 from PIL import Image
 
 import search_photos
@@ -35,7 +35,7 @@ from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 NAMES, SIZE = ("bell", "bicycle", "fish", "umbrella"), 48
 SKETCHES, PHOTOS = 30, 14  # of each
-NESTED = "Summer سمكة"
+NESTED = "Summer سمكة " + "of a name of two hundred letters " * 6
 HARMFUL = "<img src=x onerror=document.title='owned'>.jpg"
 
 
@@ -127,6 +127,11 @@ class Visit:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
 
+    def online(self, on):
+        speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.driver.execute_cdp_cmd("Network.enable", {})
+        self.driver.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": not on, **speed})
+
     def reload(self):
         """Open the same address again, in the same tab."""
         self.until("return kept === 0 || sessionStorage.getItem('page') !== null")
@@ -160,8 +165,8 @@ class Visit:
         return self.wait()
 
     def example(self, name="bell"):
-        """Begin with the drawing of a category that the page offers."""
-        self.run("document.querySelectorAll('#examples button')[arguments[0]].click()", EXAMPLES.index(name))
+        """Begin with the drawing of a category, as a tap on one that the page offers does."""
+        self.run("act(...unpack(decode(arguments[0])))", packed(name))
         return self.wait()
 
     def draw(self, name="bell", kind="mouse"):

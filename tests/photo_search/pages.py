@@ -83,7 +83,7 @@ def drawing(form="PNG", side=80, mode="RGB"):
     return file.getvalue()
 
 
-EXAMPLES = ("bell", "bicycle", "fish", "umbrella", "butterfly", "sailboat")  # of the page, to begin with
+EXAMPLES = ("bicycle", "cup", "flower", "house", "sailboat", "umbrella")  # of the page, to begin with
 
 
 def packed(name, width=18):
