@@ -7,7 +7,11 @@ Sec-Fetch-Site, which identify such requests. A token gives access to other mach
 import base64
 import hashlib
 import hmac
+import os
 import re
+import secrets
+import time
+from collections import deque
 
 import anyio
 from starlette.datastructures import MutableHeaders
@@ -15,21 +19,55 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import JSONResponse, RedirectResponse
 
+from utils.cli import InputError
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+DEFAULT_PORTS = {"http": 80, "https": 443}  # browsers leave them out of Host and Origin
+MIN_TOKEN_LENGTH = 8
+AUTO, TOKEN_VARIABLE = "auto", "PAGE_TOKEN"  # the --token that the program makes; the environment variable instead
+MAX_WRONG_TOKENS, WRONG_TOKENS_PERIOD_S = 10, 60  # in this time; after them no token is compared until it is over
+
+
+def choose_token(given):
+    """(token, what the printed address shows of it), or (None, None) without one.
+
+    given: --token; AUTO for a new one; None for that of the environment variable TOKEN_VARIABLE, which neither the list
+    of processes nor the printed address shows. Raises InputError if it could be guessed, or is no part of an address.
+    """
+    name, token = "--token", given
+    if given == AUTO:
+        token = secrets.token_urlsafe(18)
+    elif given is None:
+        name, token = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)
+    if token is None:
+        return None, None
+    if re.search("[^A-Za-z0-9_-]", token):
+        raise InputError(f"{name}: only letters, digits, - and _ can be part of it")
+    if len(token) < MIN_TOKEN_LENGTH:
+        raise InputError(f"{name}: shorter ones can be guessed; give at least {MIN_TOKEN_LENGTH} letters and digits")
+    return token, f"<{TOKEN_VARIABLE}>" if name == TOKEN_VARIABLE else token
+
+
+class BrokenResponse(Exception):
+    """The rest of a response cannot be sent: the client sees that it is not whole."""
 
 
 class AccessMiddleware:
     """Wraps an ASGI application.
 
     port: of the page; token: gives access by any Host, None for this machine only; policy: the Content-Security-Policy
-    of every response.
+    of every response; clock: returns seconds.
     """
 
-    def __init__(self, app, port, token, policy):
-        self.app, self.port = app, port
-        self.cookie, self.key = f"page{port}", token and _digest(token)
-        names = (name if ":" not in name else f"[{name}]" for name in LOOPBACK)
+    def __init__(self, app, port, token, policy, clock=time.monotonic):
+        self.app, self.port, self.clock = app, port, clock
+        self.token = token and _digest(token)
+        # Its value does not follow from the token: guesses in a cookie would not be counted.
+        self.cookie, self.session = f"page{port}", secrets.token_hex(32)
+        self.wrong_tokens = deque(maxlen=MAX_WRONG_TOKENS)  # when they came
+        names = [name if ":" not in name else f"[{name}]" for name in LOOPBACK]
         self.hosts = {f"{name}:{port}" for name in names}
+        self.hosts |= set(names) if port in DEFAULT_PORTS.values() else set()
         self.headers = {
             "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
             "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
@@ -52,32 +90,48 @@ class AccessMiddleware:
 
         connection = HTTPConnection(scope)
         answer = self._cross_site_refusal(scope, connection.headers) or self._login_answer(connection) or self.app
-        await answer(scope, receive, send_with_headers)
+        try:
+            await answer(scope, receive, send_with_headers)
+        except BrokenResponse:
+            return  # the server closes the connection
 
     def _cross_site_refusal(self, scope, headers):
         """421 or 403 for cross-site requests (CSRF, DNS rebinding); None if the request may pass."""
         hosts = headers.getlist("host")
-        if len(hosts) != 1 or (not self.key and hosts[0].lower() not in self.hosts):
+        if len(hosts) != 1 or (not self.token and hosts[0].lower() not in self.hosts):
             return refusal(421, f"this page is at http://{LOOPBACK[0]}:{self.port} alone")
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-        own = origin in (None, f"http://{hosts[0]}", f"https://{hosts[0]}")
+        own = origin is None or any(
+            origin in (f"{scheme}://{hosts[0]}", f"{scheme}://{hosts[0].removesuffix(f':{port}')}")
+            for scheme, port in DEFAULT_PORTS.items()
+        )
         if site not in ("same-origin", "none") and not (scope["path"] == "/" and scope["method"] == "GET"):
             own = False
         return None if own else refusal(403, "another page asked for this, and only this page may")
 
     def _login_answer(self, connection):
-        """401, or the login redirect, if a token is set and the cookie is missing; None if authorised."""
-        if not self.key:
+        """401, 429 or the login redirect if a token is set and the cookie is missing; None if authorised."""
+        path, given = connection.scope["path"], connection.query_params.get("token")
+        if not self.token or path == "/health":
             return None
-        if connection.scope["path"] == "/" and _same(_digest(connection.query_params.get("token", "")), self.key):
-            answer = RedirectResponse("./", 303)  # relative, for a page that a proxy serves under a path
-            answer.set_cookie(
-                self.cookie, self.key, httponly=True, samesite="lax"
-            )  # a link in a message opens it; requests of other pages are refused
-            return answer
-        if _same(connection.cookies.get(self.cookie, ""), self.key):
+        if path == "/" and given is not None:
+            if self._are_too_many_wrong():
+                return refusal(429, "too many wrong tokens; try again in a minute", {"Retry-After": "60"})
+            if _same(_digest(given), self.token):
+                answer = RedirectResponse("./", 303)  # relative, for a page that a proxy serves under a path
+                # Without a path of its own: browsers send it below the address of the page alone. With "lax" a link
+                # in a message opens the page; requests of other pages are refused.
+                answer.set_cookie(self.cookie, self.session, path=None, httponly=True, samesite="lax")
+                return answer
+            self.wrong_tokens.append(self.clock())
+        if _same(connection.cookies.get(self.cookie, ""), self.session):
             return None
         return refusal(401, "this page needs its token: open it as /?token=... once")
+
+    def _are_too_many_wrong(self):
+        """Whether MAX_WRONG_TOKENS came within WRONG_TOKENS_PERIOD_S. Right ones are refused then, too."""
+        wrong = self.wrong_tokens
+        return len(wrong) == MAX_WRONG_TOKENS and self.clock() - wrong[0] < WRONG_TOKENS_PERIOD_S
 
 
 def refusal(status, why, headers=None):
@@ -124,7 +178,7 @@ def _source(page, name):
 
 
 def _digest(token):
-    """The value of the cookie, which does not reveal the token."""
+    """What tokens are compared by: any two have the same length."""
     return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
 
 

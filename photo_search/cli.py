@@ -107,7 +107,12 @@ def create_parser():
     add = page.add_argument
     add("--port", type=number_type(int, 0, 65535, "a port from 0 to 65535"), default=8000, help="0 for any free port")
     add("--host", default="127.0.0.1", help="address to listen on; any but the loopback addresses needs --token")
-    add("--token", metavar="TEXT", help="secret that clients must send, at the end of the address: /?token=TEXT")
+    add("--token", metavar="TEXT", help="secret that clients must send, at the end of the address: /?token=TEXT; auto "
+        "makes one and prints it (default: the environment variable PAGE_TOKEN, which the list of processes does not "
+        "show)")  # fmt: skip
+    add("--watch", nargs="?", const=10, type=number_type(int, 1, 86400, "a whole number of seconds up to a day"),
+        metavar="SECONDS", help="index new and changed photos while the page runs; their folders are scanned every "
+        "SECONDS (without a number: 10)")  # fmt: skip
     add("--open", action="store_true", help="open the page in the browser")
     return parser
 
@@ -354,9 +359,8 @@ def run_page(options):
     except ImportError as error:
         raise InputError(f"the page needs {error.name}; pip install -r requirements-search.txt") from None
     _check_backend(options)
-    serve(
-        _location(options), options.checkpoint, options.device, options.host, options.port, options.token, options.open
-    )
+    own = (options.host, options.port, options.token, options.open, options.watch)
+    serve(_location(options), options.checkpoint, options.device, *own)
 
 
 def _check_backend(options):

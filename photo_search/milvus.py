@@ -75,6 +75,11 @@ class Server:
         token = os.environ.get("MILVUS_TOKEN", "")
         self.client = self._call(MilvusClient, uri, token=token, timeout=REQUEST_TIMEOUT_S, grpc_options=_CONNECTIONS)
 
+    @property
+    def is_file(self):
+        """Whether milvus-lite serves it in this process, on a port of this machine, to whoever asks."""
+        return _is_file(self.uri)
+
     def call(self, method, *arguments, **more):
         """Call a fast method of MilvusClient, with a timeout."""
         return self._call(getattr(self.client, method), *arguments, timeout=REQUEST_TIMEOUT_S, **more)

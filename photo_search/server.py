@@ -2,15 +2,17 @@
 
 import asyncio
 import errno
+import logging
 import mimetypes
 import os
 import re
 import socket
 import sys
 import threading
+import time
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -22,7 +24,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from photo_search.access import LOOPBACK, AccessMiddleware, content_security_policy, read_body, refusal
+from photo_search.access import (
+    AUTO,
+    LOOPBACK,
+    AccessMiddleware,
+    BrokenResponse,
+    choose_token,
+    content_security_policy,
+    read_body,
+    refusal,
+)
 from photo_search.clean_sketch import clean_up
 from photo_search.encoder import share_cores
 from photo_search.file_manager import has_desktop, show_in_folder
@@ -30,9 +41,9 @@ from photo_search.index import INDEX_FILE, Folder, is_index, readable
 from photo_search.partial_index import first_run_progress
 from photo_search.photos import MAX_UPLOAD_BYTES, open_photo, read_drawing
 from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, Searcher, check_drawn, open_index_at, open_searcher
-from utils.cli import InputError
+from photo_search.watch import Watcher
+from utils.cli import InputError, sigterm_as_exception
 
-MIN_TOKEN_LENGTH = 8
 MAX_CONNECTIONS = 256
 HTML = Path(__file__).with_name("page.html")
 # Inlined into the page in this order, so that it is one file with one Content-Security-Policy.
@@ -42,6 +53,7 @@ MAX_PARALLEL_SEARCHES = 2
 MAX_WAITING_REQUESTS = 32  # each with a picture in memory
 UPLOAD_TIMEOUT_S = 15
 CHUNK = 1 << 16
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 class FirstRunError(InputError):
@@ -118,6 +130,14 @@ class Page:
     async def home(self, request):
         return HTMLResponse(self.html)
 
+    def health(self, request):
+        """200 if the index can be opened, else 503; needs no token, and says nothing of the index."""
+        try:
+            self._opened_index()
+        except HTTPException:
+            raise HTTPException(503, "the index cannot be opened") from None
+        return JSONResponse({"status": "ok"})
+
     def about(self, request):
         """Number of photos, matchings and folders of the index."""
         opened = self._opened_index()
@@ -154,7 +174,7 @@ class Page:
             "Content-Length": str(size),
             "Content-Disposition": f"inline; filename*=UTF-8''{quote(name, safe='')}",
         }
-        return StreamingResponse(_chunks(file), media_type=kind, headers=headers)
+        return StreamingResponse(_chunks(file, size), media_type=kind, headers=headers)
 
     def thumbnail(self, request):
         """A photo as a small JPEG."""
@@ -214,7 +234,8 @@ class Page:
             kind, file = open_photo(index, row)
             name = readable(os.path.basename(index.path(row)))
             return kind, file, name if kind == _kind_of(name) else f"{name}.{kind.removeprefix('image/')}"
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            _refuse_without_files(error)
             raise HTTPException(404, "this photo does not exist any more; index again to remove it") from None
         except InputError as error:
             raise HTTPException(404, f"this photo cannot be shown: {error}") from None
@@ -231,6 +252,7 @@ class Page:
         except FirstRunError as error:
             raise HTTPException(503, str(error), {"Retry-After": "2"}) from None
         except InputError as error:
+            _refuse_without_files(error)
             raise HTTPException(503, str(error)) from None
         if version not in (None, opened.version):
             raise HTTPException(410, "the photos were indexed again; search again")
@@ -245,7 +267,8 @@ def create_app(reloading, port, token=None, timeout=UPLOAD_TIMEOUT_S, show=None)
     """
     page = Page(reloading, timeout, show)
     routes = [
-        Route("/", page.home), Route("/about", page.about), Route("/find", page.find, methods=["POST"]),
+        Route("/", page.home), Route("/about", page.about), Route("/health", page.health),
+        Route("/find", page.find, methods=["POST"]),
         Route("/thumbnail/{index}/{row}", page.thumbnail), Route("/photo/{index}/{row}", page.photo),
     ]  # fmt: skip
     if show:
@@ -301,36 +324,74 @@ def _as_json(hit, digest=None):
     }  # fmt: skip
 
 
-def _chunks(file):
+def _chunks(file, size):
+    """The first `size` bytes of a file. Raises BrokenResponse if it has become shorter."""
     with file:
-        while chunk := file.read(CHUNK):
+        while size:
+            if not (chunk := file.read(min(CHUNK, size))):
+                raise BrokenResponse
+            size -= len(chunk)
             yield chunk
 
 
-def serve(location, checkpoint=None, device=None, host="127.0.0.1", port=8000, token=None, open_page=False):
+def _refuse_without_files(error):
+    """Raise HTTPException 503 if `error` was raised since too many files are open, which is no fault of the index."""
+    if isinstance(error.__cause__, OSError) and error.__cause__.errno in OUT_OF_FILES:
+        raise HTTPException(503, "too many files are open at once; try again") from None
+
+
+def serve(location, checkpoint=None, device=None, host="127.0.0.1", port=8000, token=None, open_page=False, watch=None):
     """Serve the page of an index, see search.open_index_at, until Ctrl-C, which raises KeyboardInterrupt.
 
-    token: required from clients, and for access from other machines. port: 0 for a free one. open_page: whether the
-    browser is opened.
+    token: required from clients, and for access from other machines; see `choose_token`. port: 0 for a free one.
+    open_page: whether the browser is opened. watch: seconds from one scan for new photos to the next; None for none.
     Raises InputError as `open_searcher` does, for a host that is not an address of this machine, and for a port in use.
     """
+    token, shown_token = choose_token(token)
     if host not in LOOPBACK and not token:
-        raise InputError(f"--host {host}: others could see your photos there; guard them with --token")
-    if token is not None and not re.fullmatch(rf"[A-Za-z0-9_-]{{{MIN_TOKEN_LENGTH},}}", token):
-        raise InputError(
-            f"--token: shorter ones can be guessed; give at least {MIN_TOKEN_LENGTH} letters, digits, - and _"
-        )
-    with _listen(host, port) as listener:
+        raise InputError(f"--host {host}: others could see your photos there; guard them with --token {AUTO}")
+    is_folder = isinstance(location, str | os.PathLike)
+    if watch and not is_folder:
+        raise InputError("--watch: only an index on disk can be watched; index into Milvus in a process of its own")
+    if token and not is_folder and location.is_file:
+        print(f"note: {location.address}: other users of this machine can read it without the token", file=sys.stderr)
+    with _listen(host, port) as listener, sigterm_as_exception():
         reloading = ReloadingIndex(location, checkpoint, device)
         port = listener.getsockname()[1]
         show = show_in_folder if has_desktop() and not token else None  # with a token, the browser may be elsewhere
-        server = uvicorn.Server(_config(create_app(reloading, port, token, show=show)))
-        own, shown = f"[{host}]" if ":" in host else host, f"/?token={token}" if token else "/"
-        address = f"http://{own}:{port}{shown}"
-        print(f"{_described(reloading)}; draw at {address}", flush=True)
-        if open_page and not _open_browser(address):
+        server = PageServer(_config(create_app(reloading, port, token, show=show)))
+        own = f"[{host}]" if ":" in host else host
+        address = f"http://{own}:{port}/"
+        shown = f"{address}?token={shown_token}" if token else address
+        print(f"{_described(reloading)}; draw at {shown}", flush=True)
+        if open_page and not _open_browser(f"{address}?token={token}" if token else address):
             print("note: no browser can be opened here; open the address yourself", file=sys.stderr)
-        server.run(sockets=[listener])
+        with Watcher(reloading, watch, checkpoint, device) if watch else nullcontext():
+            server.run(sockets=[listener])
+
+
+class PageServer(uvicorn.Server):
+    """A uvicorn.Server that prints a line where asyncio prints a traceback for every connection it cannot take."""
+
+    async def startup(self, sockets=None):
+        """As that of uvicorn.Server."""
+        asyncio.get_running_loop().set_exception_handler(OutOfFilesHandler())
+        await super().startup(sockets)
+
+
+class OutOfFilesHandler:
+    """An exception handler of event loops: prints at most one line in `period` seconds if too many files are open."""
+
+    def __init__(self, clock=time.monotonic, period=60):
+        self.clock, self.period, self.printed = clock, period, -float("inf")
+
+    def __call__(self, loop, context):
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in OUT_OF_FILES):
+            loop.default_exception_handler(context)
+        elif self.clock() - self.printed >= self.period:
+            self.printed = self.clock()
+            print("note: connections wait, too many files are open; `ulimit -n` allows more", file=sys.stderr)
 
 
 def _described(reloading):
@@ -347,10 +408,16 @@ def _open_browser(address):
 
 
 def _config(app):
+    # A photo that becomes shorter while it is sent is no error of the program.
+    logging.getLogger("uvicorn.error").addFilter(_is_not_broken_response)
     return uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", http="h11", ws="none",
         limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=2, h11_max_incomplete_event_size=1 << 14,
     )  # fmt: skip
+
+
+def _is_not_broken_response(record):
+    return "without completing response" not in str(record.msg)
 
 
 def _listen(host, port):
@@ -360,6 +427,8 @@ def _listen(host, port):
         return socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
     except socket.gaierror as error:
         raise InputError(f"--host {host}: not an address of this machine ({error.strerror})") from None
+    except UnicodeError:
+        raise InputError(f"--host {host}: not a name of a machine") from None
     except OSError as error:
         why = os.strerror(error.errno)
         if error.errno == errno.EADDRNOTAVAIL:

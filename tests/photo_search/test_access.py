@@ -1,5 +1,6 @@
 """What other pages, other machines, torn pictures and tampered indexes can do to the page: nothing."""
 
+import hashlib
 import io
 import json
 import os
@@ -13,8 +14,11 @@ import pytest
 from albums import FakeEncoder, update, write_album, write_photo
 from pages import PORT, drawing, reloading_index_of, say, served, visitor
 from PIL import Image
+from starlette.testclient import TestClient
 
+from photo_search.access import MAX_WRONG_TOKENS, WRONG_TOKENS_PERIOD_S
 from photo_search.photos import MAX_UPLOAD_BYTES
+from photo_search.server import create_app
 
 TOKEN = "abcdefgh-123"
 PATIENCE = 0.3  # seconds, where a test waits for it to run out
@@ -83,6 +87,20 @@ def test_the_names_of_this_machine_are_its_hosts(client, host):
     assert client.post("/find", content=drawing(), headers=headers).status_code == 200
 
 
+@pytest.mark.parametrize("port", [80, 443])
+def test_browsers_leave_out_the_port_of_the_scheme(reloading, port):
+    client = TestClient(create_app(reloading, port))
+    for host in ("127.0.0.1", "localhost", "[::1]", f"127.0.0.1:{port}"):
+        for origin in ("http://", "https://"):
+            name = host.removesuffix(f":{port}") if (origin, port) in (("http://", 80), ("https://", 443)) else host
+            headers = {"Host": host, "Origin": origin + name, "Sec-Fetch-Site": "same-origin"}
+            assert client.post("/find", content=drawing(), headers=headers).status_code == 200, headers
+        for origin in ("http://evil.example", f"http://{host}:8000", "null", "http://", f"http://127.0.0.1:{port}1"):
+            refused(client.post("/find", content=drawing(), headers={"Host": host, "Origin": origin}), 403)
+    for host in ("evil.example", "127.0.0.1:8000", f"evil.example:{port}"):
+        refused(client.get("/", headers={"Host": host}), 421)
+
+
 def test_two_hosts_or_none_are_refused(reloading):
     with served(reloading) as port:
         own = f"Host: 127.0.0.1:{port}\r\n"
@@ -133,12 +151,40 @@ def test_with_a_token_whoever_shows_it_comes_in(reloading):
     assert (answer.status_code, answer.headers["location"]) == (303, "./")
     cookie = answer.headers["set-cookie"]
     assert "HttpOnly" in cookie and "SameSite=lax" in cookie and TOKEN not in cookie
+    assert "path=" not in cookie.lower()  # the folder of the page, where a proxy serves it under a path
+    assert hashlib.sha256(TOKEN.encode()).hexdigest() not in cookie
     assert client.get("/about").json()["photos"] == 6
     own = {"Origin": "http://album.example:9000", "Sec-Fetch-Site": "same-origin"}
     assert client.post("/find", content=drawing(), headers=own).status_code == 200
     refused(client.post("/find", content=drawing(), headers={"Origin": "http://evil.example"}), 403)
     for value in ("", TOKEN, "é", "0" * 64):
         refused(visitor(reloading, token=TOKEN).get("/about", headers={"Cookie": f"page{PORT}={value}".encode()}), 401)
+
+
+def test_wrong_tokens_are_slowed_down(reloading):
+    app, now = create_app(reloading, PORT, TOKEN), [1000.0]
+    app.clock = lambda: now[0]
+    own, guessing = (TestClient(app, base_url="http://x", follow_redirects=False) for _ in range(2))
+    assert own.get(f"/?token={TOKEN}").status_code == 303
+    guessed = 0
+    for second in range(600):
+        now[0] += 1
+        for guess in range(3):
+            answer = guessing.get(f"/?token=guess-{second}-{guess}")
+            guessed += answer.status_code == 401
+            assert answer.status_code in (401, 429)
+    assert guessed == 600 / WRONG_TOKENS_PERIOD_S * MAX_WRONG_TOKENS
+    assert "try again in a minute" in refused(guessing.get(f"/?token={TOKEN}"), 429)  # else it would be found
+    assert own.get("/about").status_code == 200
+    now[0] += WRONG_TOKENS_PERIOD_S
+    assert guessing.get(f"/?token={TOKEN}").status_code == 303
+
+
+def test_a_cookie_ends_with_the_process_that_gave_it(reloading):
+    before, after = (TestClient(create_app(reloading, PORT, TOKEN), base_url="http://x") for _ in range(2))
+    assert before.get(f"/?token={TOKEN}").status_code == 200
+    after.cookies = before.cookies
+    refused(after.get("/about"), 401)
 
 
 def chunk(kind, content):

@@ -1,6 +1,7 @@
 """The page answers with what a Searcher finds, and follows an index that changes."""
 
 import base64
+import errno
 import hashlib
 import io
 import os
@@ -9,11 +10,12 @@ import shutil
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from albums import FakeEncoder, update, write_album, write_photo
-from pages import drawing, reloading_index_of, visitor
+from pages import drawing, reloading_index_of, say, served, visitor
 from PIL import Image
 
 import search_photos
@@ -22,6 +24,7 @@ from photo_search.clean_sketch import clean_up
 from photo_search.index import folders_of, open_index
 from photo_search.photos import MAX_UPLOAD_BYTES, open_photo, read_drawing
 from photo_search.search import DEFAULT_CLUSTER_WEIGHT
+from utils.cli import InputError
 
 
 @pytest.fixture
@@ -297,10 +300,20 @@ def test_the_command_is_refused_in_one_line(index, fails, monkeypatch):
             search_photos.main, *own, "--port", port
         )
     assert "guard them with --token" in fails(search_photos.main, *own, "--host", "0.0.0.0")
-    for token in ("short", "", "with spaces in it"):
+    for token in ("short", ""):
         assert "--token: shorter ones" in fails(search_photos.main, *own, "--token", token)
+    for token in ("with spaces in it", "späť-späť", "a/b/c/d/e"):
+        assert "--token: only letters, digits, - and _" in fails(search_photos.main, *own, "--token", token)
+    for token in ("short", ""):
+        monkeypatch.setenv("PAGE_TOKEN", token)
+        assert "PAGE_TOKEN: shorter ones" in fails(search_photos.main, *own)
+    monkeypatch.delenv("PAGE_TOKEN")
     other = ["--host", "192.0.2.1", "--token", "longenough"]
     assert "--host 192.0.2.1: not an address of this machine" in fails(search_photos.main, *own, *other)
+    for host in ("a..b", "x" * 70):
+        assert f"--host {host}: not " in fails(search_photos.main, *own, "--host", host, "--token", "longenough")
+    for seconds in ("0", "x"):
+        assert "argument --watch" in fails(search_photos.main, *own, "--watch", seconds)
     assert "argument --port: '65536' is not a port" in fails(search_photos.main, *own, "--port", "65536")
     assert "no index of photos" in fails(search_photos.main, "page", "--index", index / "x", "--port", "0")
     assert "the checkpoint of the index does not exist" in fails(search_photos.main, *own, "--port", "0")
@@ -350,3 +363,118 @@ def test_the_page_waits_for_the_first_run_of_an_index(album, tmp_path, monkeypat
     assert progress == [(503, "2", said.format(done)) for done in (0, 10, 20)]
     assert network.waiting.get("/about").json()["photos"] == 24
     assert find(network.waiting, drawing(), k=3)["found"]
+
+
+def test_a_token_is_given_made_or_in_the_environment(monkeypatch):
+    monkeypatch.delenv("PAGE_TOKEN", raising=False)
+    assert pages.choose_token(None) == (None, None)
+    assert pages.choose_token("abcdefgh") == ("abcdefgh", "abcdefgh")
+    made = {pages.choose_token("auto") for _ in range(9)}
+    assert len(made) == 9 and all(token == shown and len(token) >= 24 for token, shown in made)
+    monkeypatch.setenv("PAGE_TOKEN", "secret-secret")
+    assert pages.choose_token(None) == ("secret-secret", "<PAGE_TOKEN>")  # a log does not show it
+    assert pages.choose_token("abcdefgh") == ("abcdefgh", "abcdefgh")
+
+
+class FakeServer:
+    """Stands for PageServer, which would serve until Ctrl-C."""
+
+    def __init__(self, config):
+        self.app = config.app
+
+    def run(self, sockets):
+        self.port = sockets[0].getsockname()[1]
+
+
+@pytest.mark.parametrize(("given", "shown"), [("auto", r"\?token=[\w-]{24}"), (None, "\\?token=<PAGE_TOKEN>")])
+def test_the_address_shows_a_token_that_is_made_and_no_other_secret(index, monkeypatch, capsys, given, shown):
+    monkeypatch.setenv("PAGE_TOKEN", "secret-secret")
+    monkeypatch.setattr(pages, "PageServer", FakeServer)
+    reloading_index_of(index, monkeypatch)
+    pages.serve(index, host="127.0.0.1", port=0, token=given)
+    printed = capsys.readouterr().out
+    assert re.fullmatch(rf".*: 24 photos; draw at http://127\.0\.0\.1:\d+/{shown}\n", printed)
+    assert "secret-secret" not in printed
+
+
+def test_a_database_that_others_can_read_is_named(monkeypatch, capsys):
+    server = SimpleNamespace(address="photo_index at photos.db", is_file=True)
+    monkeypatch.setattr(pages, "_listen", lambda *_: 1 / 0)
+    for token, said in (
+        ("longenough", "photo_index at photos.db: other users of this machine can read it"),
+        (None, ""),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            pages.serve(server, token=token)
+        assert said in capsys.readouterr().err
+    with pytest.raises(InputError, match="--watch: only an index on disk"):
+        pages.serve(server, watch=5)
+
+
+def test_health_needs_no_token_and_says_nothing(reloading, index):
+    client = visitor(reloading, host="album.example", token="longenough")
+    assert (client.get("/health").status_code, client.get("/health").json()) == (200, {"status": "ok"})
+    (index / "index.json").write_text("{")
+    answer = client.get("/health")
+    assert (answer.status_code, answer.json()) == (503, {"error": "the index cannot be opened"})
+    assert visitor(reloading, host="album.example").get("/health").status_code == 421
+
+
+def test_a_page_leaves_its_index_as_it_is(client, reloading, index):
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in index.iterdir()}
+    version = reloading.latest().version
+    find(client, drawing())
+    for path in ("/", "/about", "/health", f"/thumbnail/{version}/1", f"/photo/{version}/1"):
+        assert client.get(path).status_code == 200
+    assert before == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in index.iterdir()}
+
+
+class ChangingFile(io.BytesIO):
+    """A file that has `now` bytes once its size was asked for."""
+
+    def __init__(self, before, now):
+        super().__init__(bytes(before))
+        self.now = now
+
+    def seek(self, *arguments):
+        size = super().seek(*arguments)
+        if arguments == (0, os.SEEK_END):
+            self.truncate(self.now)
+            self.write(bytes(max(0, self.now - size)))
+        return size
+
+
+@pytest.mark.parametrize("now", [0, 100, 70_000, 200_000])
+def test_a_photo_that_changes_while_it_is_sent_leaves_no_traceback(reloading, monkeypatch, capfd, now):
+    monkeypatch.setattr(pages, "open_photo", lambda *_: ("image/png", ChangingFile(150_000, now)))
+    with served(reloading) as port:
+        request = (
+            f"GET /photo/{reloading.latest().version}/3 HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n"
+        )
+        head, body = say(port, [request.encode()]).split(b"\r\n\r\n", 1)
+        assert b"content-length: 150000" in head.lower() and len(body) == min(now, 150_000)
+        assert say(port, [request.encode().replace(b"/photo", b"/nowhere")]).startswith(b"HTTP/1.1 404 ")
+    assert capfd.readouterr().err == ""
+
+
+def test_too_many_open_files_are_one_line_a_minute_and_no_fault_of_the_index(client, reloading, monkeypatch, capsys):
+    now, loop, passed = [0.0], SimpleNamespace(default_exception_handler=lambda context: passed.append(context)), []
+    handler = pages.OutOfFilesHandler(clock=lambda: now[0])
+    for _ in range(1000):
+        handler(loop, {"message": "accept", "exception": OSError(errno.EMFILE, "Too many open files")})
+        now[0] += 0.1
+    assert capsys.readouterr().err.count("\n") == 2 and not passed
+    handler(loop, {"message": "a bug", "exception": ValueError()})
+    assert len(passed) == 1
+    version = reloading.opened.version
+    for name, found in (("open_photo", version), ("open_index_at", "another")):
+        with monkeypatch.context() as broken:
+            broken.setattr(pages, name, without_files)
+            broken.setattr(pages, "_version_at", {reloading.location: found}.get)
+            answer = client.get(f"/photo/{version}/3")
+            assert answer.status_code == 503 and "too many files are open" in answer.json()["error"]
+
+
+def without_files(*_):
+    why = FileNotFoundError() if len(_) == 2 else InputError("damaged index; delete the folder")
+    raise why from OSError(errno.EMFILE, "Too many open files")
