@@ -21,6 +21,7 @@ from models.eval.report import QUERIES
 from models.run_record import TEST_RESULT_OPTIONS, effective_options
 from utils.cli import InputError, OneLineParser, number_type, one_line_errors, seed_type
 from utils.files import atomic_write, check_writable
+from utils.pictures import draw_or_note, save_png
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,8 @@ def main(argv=None):
     _write(options.out / "comparison.tex", latex(table, names, metric))
     _write(options.out / "comparison.json", json.dumps({"metric": metric, "rows": table}, indent=1) + "\n")
     print(markdown(table, names, metric), end="")
-    try:
-        draw(options.out / "comparison.png", table, names, metric)
-        print(f"tables and figure: {options.out}")
-    except ImportError:
-        print(f"tables: {options.out}; no figure, matplotlib is not installed")
+    has_figure = draw_or_note(draw, options.out / "comparison.png", table, names, metric)
+    print(f"{'tables and figure' if has_figure else 'tables'}: {options.out}")
 
 
 def create_parser():
@@ -313,8 +311,7 @@ def draw(path, table, names, metric):
     axis.grid(axis="x", alpha=0.3)
     for text in axis.legend(fontsize=8).get_texts():
         text.set_parse_math(False)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_png(figure, path, dpi=120)
 
 
 def _write(path, text):

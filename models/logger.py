@@ -9,6 +9,7 @@ from models.losses import LOSSES
 from models.train_step import LOGGED
 from utils.distributed import bar_disabled, log_rank0
 from utils.files import atomic_write, open_own
+from utils.pictures import draw_or_note, save_png
 
 
 class Log:
@@ -23,7 +24,7 @@ class Log:
         kept = [line for line in _lines(self.path) if _is_before(line, epochs_done, step_done)]
         with atomic_write(self.path) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in kept)
-        self.board = _open_board(savedir, epochs_done * steps + step_done)
+        self.board, self.has_curves = _open_board(savedir, epochs_done * steps + step_done), True
 
     def write(self, line):
         """Append a line, a dict as above."""
@@ -83,11 +84,8 @@ def print_epoch(entry, epochs):
 def show_epoch(history, epochs, log):
     """Print and log the last entry of `history`, and redraw curves.png."""
     log.write({name: value for name, value in history[-1].items() if name != "kept"})
-    try:
-        draw_curves(log.path.with_name("curves.png"), history)
-    except ImportError:
-        if len(history) == 1:
-            log_rank0("note: no curves.png, matplotlib is not installed")
+    if log.has_curves:  # after a failure it is not tried again
+        log.has_curves = draw_or_note(draw_curves, log.path.with_name("curves.png"), history)
     print_epoch(history[-1], epochs)
 
 
@@ -116,8 +114,7 @@ def draw_curves(path, history):
         if first is not None and first > 0:
             axes.axvline(first + 0.5, color="grey", linestyle=":", label="bidirectional from here")
         axes.legend(fontsize="small")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_png(figure, path, dpi=110)
 
 
 def _line(axes, history, name, scale=1):

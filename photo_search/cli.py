@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import json
 import os
 from pathlib import Path
 
@@ -18,18 +19,35 @@ from photo_search.encoder import (
     fit_index_codebook,
     load_encoder,
 )
-from photo_search.find_picture import MAX_DRAWN_PHOTOS, draw_found
+from photo_search.find_picture import draw_found
+from photo_search.find_results import (
+    OWN_JSON,
+    OWN_PICTURE,
+    notes_of,
+    print_table,
+    results_to_json,
+    rows_to_draw,
+)
 from photo_search.index import is_index, open_index
 from photo_search.partial_index import unfinished_options
-from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, ONE_TO_ONE, is_missing, open_searcher, read_sketch
-from utils.cli import InputError, OneLineParser, image_side, number_type, one_line_errors, positive_int
+from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, ONE_TO_ONE, open_searcher, read_sketch
+from utils.cli import (
+    InputError,
+    OneLineParser,
+    existing_text,
+    image_side,
+    number_type,
+    one_line_errors,
+    path_type,
+    positive_int,
+    printable,
+)
 from utils.distributed import get_rank, get_world_size, log_rank0, should_print
-from utils.files import write_json
+from utils.files import STDOUT, check_output, write_json
 from utils.memory import keep_freed_memory
 from utils.process_pool import available_cores
 
 LOCAL, MILVUS = ENGINES = ("local", "milvus")
-MAX_LISTED_UNREADABLE = 10  # unreadable files that are named
 
 
 @one_line_errors(should_print=should_print)
@@ -48,7 +66,7 @@ def create_parser():
         added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         added.set_defaults(run=run)
         added.add_argument(
-            "--index", type=_path, default=Path("photo_index"), metavar="DIR", help="folder of the index"
+            "--index", type=path_type, default=Path("photo_index"), metavar="DIR", help="folder of the index"
         )
         added.add_argument("--engine", choices=ENGINES, default=LOCAL,
             help="search in the index on disk, or in a copy of it in Milvus")  # fmt: skip
@@ -56,7 +74,7 @@ def create_parser():
             "--uri", metavar="ADDRESS", help="address of Milvus: http://HOST:PORT, or a path that ends in .db"
         )
         added.add_argument("--collection", metavar="NAME", help="collection in Milvus (default: photo_index)")
-        added.add_argument("--checkpoint", type=_path, metavar="FILE",
+        added.add_argument("--checkpoint", type=path_type, metavar="FILE",
             help="checkpoint of a train script, ours or the authors', or .onnx of models.export (default: "
             "that of the index; for a new one, the network that comes with the project)")  # fmt: skip
         added.add_argument("--backend", choices=BACKENDS, help="torch for checkpoints, onnx for exported "
@@ -66,13 +84,22 @@ def create_parser():
 
     index = command("index", run_index, "index folders of photos, or bring their index up to date")
     add = index.add_argument
-    add("folders", nargs="*", type=_folder, metavar="folder", help="folders of photos to add to those of the index")
-    add("--remove", action="append", type=_folder, default=[], metavar="FOLDER", help="remove a folder from the index; "
-        "may be given several times")  # fmt: skip
+    add(
+        "folders",
+        nargs="*",
+        type=existing_text,
+        metavar="folder",
+        help="folders of photos to add to those of the index",
+    )
+    add("--remove", action="append", type=existing_text, default=[], metavar="FOLDER",
+        help="remove a folder from the index; may be given several times")  # fmt: skip
     add("--only", action="store_true", help="remove what is not found in the folders that are named (default: those "
         "of the index)")  # fmt: skip
     add("--exclude", action="append", metavar="GLOB", help="exclude files and folders with this name, or this path "
         "inside a folder; may be given several times")  # fmt: skip
+    add("--hidden", action=argparse.BooleanOptionalAction, help="take hidden files and folders, and those of systems "
+        "such as @eaDir and #recycle (default: as in the index; no in a new one)")  # fmt: skip
+    add("--truncated", action="store_true", help="take files that are cut off, as far as they can be decoded")
     add("--model", help="timm model, for a checkpoint that does not record it (default: convnextv2_tiny)")
     add("--input_size", type=image_side,
         help="side of an input image, in pixels (default: what the checkpoint was trained with, else 224)")  # fmt: skip
@@ -91,7 +118,7 @@ def create_parser():
 
     find = command("find", run_find, "find the photos of an index that look like sketches")
     add = find.add_argument
-    add("sketches", nargs="+", metavar="sketch", help="image file of a sketch")
+    add("sketches", nargs="+", type=existing_text, metavar="sketch", help="image file of a sketch")
     add("-k", type=positive_int, default=20, help="how many photos to show")
     add("--as_drawn", action="store_true", help="do not clean up sketches (default: normalise paper, size and lines "
         "to those of the training sketches)")  # fmt: skip
@@ -99,9 +126,9 @@ def create_parser():
     add("--cluster_weight", type=number_type(float, 0, 1, "a number from 0 to 1"), metavar="W",
         help="weight of the cluster distance in one-to-many matching, 0 to 1; the paper's is 0.8 "
         f"(default: {DEFAULT_CLUSTER_WEIGHT})")  # fmt: skip
-    add("--json", type=_path, metavar="FILE", help="write the results to FILE")
-    add("--picture", type=_path, metavar="FILE", help="write the picture to FILE (default: found.png in the index, or "
-        "in the current folder with Milvus)")  # fmt: skip
+    add("--json", type=path_type, metavar="FILE", help="write the results to FILE; - prints them, and nothing else")
+    add("--picture", type=path_type, metavar="FILE", help="write the picture to FILE (default: found.png in the index "
+        "where that can be written, or in the current folder with Milvus)")  # fmt: skip
 
     page = command("page", run_page, "serve a page for the browser: draw, and see the photos of an index")
     add = page.add_argument
@@ -135,7 +162,7 @@ def run_index(options):
     fit = functools.partial(fit_index_codebook, checkpoint or old["checkpoint"])
     with keep_freed_memory(), _feature_computation() as add:
         stats = update.update_index(options.index, encoder, fit, _index_options(options, recorded, checkpoint), add)
-    _print_stats(options.index, stats)
+    _print_stats(options.index, stats, options.exclude)
     if publish:
         publish()
     return stats
@@ -188,6 +215,7 @@ def _load_encoder(options, old):
 def _index_options(options, old, checkpoint):
     """update.IndexOptions; what the command line leaves out stays as it is in an index with the metadata `old`."""
     exclude = old["exclude"] if old and options.exclude is None else options.exclude or []
+    hidden = bool(old and old.get("hidden")) if options.hidden is None else options.hidden
     return update.IndexOptions(
         folders=_folders(options, old["folders"] if old else []),
         exclude=exclude,
@@ -198,6 +226,8 @@ def _index_options(options, old, checkpoint):
         workers=options.workers,
         checkpoint=checkpoint,
         only=options.only,
+        hidden=hidden,
+        truncated=options.truncated,
     )
 
 
@@ -265,17 +295,15 @@ def _milvus(options):
     return milvus
 
 
-def _print_stats(folder, stats):
-    for line in stats.unreadable[:MAX_LISTED_UNREADABLE]:
-        log_rank0(f"note: not indexed: {line}")
-    if len(stats.unreadable) > MAX_LISTED_UNREADABLE:
-        log_rank0(f"note: not indexed: {len(stats.unreadable) - MAX_LISTED_UNREADABLE:,} more that cannot be read")
+def _print_stats(folder, stats, exclude):
+    for line in notes_of(stats, exclude):
+        log_rank0(f"note: {line}")
     index = open_index(folder)
     kinds = ("new", "changed", "moved", "removed")
     parts = [f"{getattr(stats, kind):,} {kind}" for kind in kinds] + [f"{len(stats.unreadable):,} unreadable"]
     rate = f", {stats.extracted / stats.seconds:.1f} photos a second" if stats.extracted else ""
     clusters = "M {}, K {}".format(*index.clusters) if index.clusters else "one-to-one matching alone"
-    print(f"{folder}: {stats.photos:,} photos ({', '.join(parts)}), {clusters}; {stats.seconds:.1f} s{rate}")
+    print(f"{printable(folder)}: {stats.photos:,} photos ({', '.join(parts)}), {clusters}; {stats.seconds:.1f} s{rate}")
     if not index.clusters:
         log_rank0(f"note: clusters are fitted from {update.MIN_PHOTOS_FOR_CLUSTERS} photos on, or with --clusters")
     if index.share_new > update.REFIT_SHARE:
@@ -287,6 +315,7 @@ def _print_stats(folder, stats):
 def run_find(options):
     """Find photos; returns what --json writes."""
     _check_backend(options)
+    json_path, picture = _outputs(options)
     sketches = [read_sketch(path) for path in options.sketches]
     if not options.as_drawn:
         sketches = [clean_up(sketch, path) for sketch, path in zip(sketches, options.sketches, strict=True)]
@@ -295,29 +324,30 @@ def run_find(options):
         searcher.matching(options.matching),
         searcher.cluster_weight(options.matching, options.cluster_weight),
     )
+    picture = picture or _default_picture(options)
     if matching != options.matching and matching == ONE_TO_ONE:
         log_rank0(f"note: {searcher.index.name} has no clusters, so matching is one-to-one")
     if options.k > len(searcher.index):
         log_rank0(f"note: the index has only {len(searcher.index):,} photos; all are shown")
-    found = []
+    found, missing = [], set()
     for path, features in zip(options.sketches, _features(searcher.encoder, sketches), strict=True):
-        hits = searcher.find_features(features, options.k, matching, weight=weight)
-        _print_table(path, matching, hits)
+        hits, gone = searcher.find_present(features, options.k, matching, weight)
+        missing.update(gone)
+        if options.json != STDOUT:
+            print_table(path, matching, hits)
         found.append(hits)
-    if gone := len({hit.path for hits in found for hit in hits if is_missing(hit)}):
-        log_rank0(f"note: {gone:,} of the photos found do not exist any more; index again")
-    result = [
-        {
-            "sketch": path,
-            "matching": matching,
-            "cluster_weight": weight,
-            "found": [_as_json(hit) for hit in hits],
-        }
-        for path, hits in zip(options.sketches, found, strict=True)
-    ]
-    if options.json:
-        write_json(options.json, result)
-    _draw(options, searcher, sketches, found)
+    if missing:
+        log_rank0(f"note: {len(missing):,} photos that would be shown do not exist now; index again to remove them")
+    result = results_to_json(options.sketches, matching, weight, found)
+    if options.json == STDOUT:
+        print(json.dumps(result, indent=2))
+    elif json_path:
+        write_json(json_path, result)
+    rows = rows_to_draw(options.sketches, sketches, found, searcher.index) if picture else []
+    if picture:
+        draw_found(picture, rows)
+    if picture and options.json != STDOUT:
+        print(f"picture: {options.picture or picture}")
     return result
 
 
@@ -326,30 +356,25 @@ def _features(network, sketches, batch_size=64):
         yield from network.features(sketches[start : start + batch_size])
 
 
-def _as_json(hit):
-    return {
-        "photo": hit.path, "score": hit.score, "distance": hit.distance,
-        "cluster_distance": hit.cluster_distance,
-    }  # fmt: skip
+def _outputs(options):
+    """(path of the JSON, path of the picture); None for those that the user does not name. Raises InputError."""
+    json_path = None if options.json in (None, STDOUT) else check_output(options.json, "--json", OWN_JSON)
+    picture = options.picture and check_output(options.picture, "--picture", OWN_PICTURE)
+    if json_path and json_path == picture:
+        raise InputError(f"--picture {options.picture}: is the file of --json; choose another")
+    return json_path, picture
 
 
-def _print_table(path, matching, hits):
-    print(f"{path} ({matching})")
-    print("       score  distance  cluster distance  photo")
-    for location, hit in enumerate(hits, 1):
-        cluster = "-" if hit.cluster_distance is None else f"{hit.cluster_distance:.4f}"
-        print(f"{location:5d} {hit.score:6.4f}  {hit.distance:8.4f}  {cluster:>16}  {hit.path}")
-
-
-def _draw(options, searcher, sketches, found):
-    path = options.picture or (options.index if options.engine == LOCAL else Path()) / "found.png"
-    rows = []
-    for name, sketch, hits in zip(options.sketches, sketches, found, strict=True):
-        thumbnails = searcher.index.thumbnails_of([hit.row for hit in hits[:MAX_DRAWN_PHOTOS]])
-        scores = [hit.score for hit in hits]
-        rows.append((os.path.basename(name), sketch, list(zip(thumbnails, scores, strict=False))))
-    draw_found(path, rows)
-    print(f"picture: {path}")
+def _default_picture(options):
+    """found.png in the index; None, with a note, where that cannot be written or holds another picture."""
+    if options.json == STDOUT:
+        return None
+    path = (options.index if options.engine == LOCAL else Path()) / "found.png"
+    try:
+        return check_output(path, "found.png:", OWN_PICTURE)
+    except InputError as error:
+        log_rank0(f"note: no {str(error).split('; ')[0]}; --picture FILE names another place")
+        return None
 
 
 def run_page(options):
@@ -376,13 +401,3 @@ def _check_backend(options):
             f"--backend {options.backend}: does not compute with {checkpoint}; name with --checkpoint "
             f"{wanted[options.backend]}"
         )
-
-
-def _path(text):
-    return Path(_folder(text))
-
-
-def _folder(text):
-    if not text.strip():
-        raise argparse.ArgumentTypeError("an empty string is not a file or folder")
-    return text

@@ -13,11 +13,11 @@ from utils.cli import InputError, RankError
 from utils.distributed import get_rank, get_world_size
 
 
-def add_photos(encoder, metadata, photos, partial_index, batch_size=64, workers=0):
+def add_photos(encoder, metadata, photos, partial_index, batch_size=64, workers=0, truncated=False):
     """As photo_search.encoder.add_photos, on rank 0, while the other ranks are in `follow`."""
     distributed.init_process_group("cpu")
-    distributed.broadcast_object((metadata, photos, batch_size))
-    _compute(encoder, metadata, photos, partial_index, batch_size, workers)
+    distributed.broadcast_object((metadata, photos, batch_size, truncated))
+    _compute(encoder, metadata, photos, partial_index, batch_size, workers, truncated)
 
 
 @contextmanager
@@ -40,20 +40,21 @@ def follow(checkpoint=None, device=None, workers=0):
     distributed.init_process_group("cpu")
     try:
         if task := distributed.broadcast_object(None):
-            metadata, photos, batch_size = task
+            metadata, photos, batch_size, truncated = task
             encoder = functools.cache(lambda: local.encoder_of(metadata, checkpoint, device))
-            _compute(encoder, metadata, photos, None, batch_size, workers)
+            _compute(encoder, metadata, photos, None, batch_size, workers, truncated)
     except InputError as error:
         raise RankError(str(error)) from error
     finally:
         distributed.destroy_process_group()
 
 
-def _compute(encoder, metadata, photos, partial_index, batch_size, workers):
+def _compute(encoder, metadata, photos, partial_index, batch_size, workers, truncated):
     batches = [photos[start : start + batch_size] for start in range(0, len(photos), batch_size)]
     own = batches[get_rank() :: get_world_size()]
     gathering = _GatheringIndex(partial_index)
-    local.add_photos(encoder, metadata, [each for batch in own for each in batch], gathering, batch_size, workers)
+    photos = [each for batch in own for each in batch]
+    local.add_photos(encoder, metadata, photos, gathering, batch_size, workers, truncated)
     if len(own) < -(-len(batches) // get_world_size()):
         gathering.add()  # other ranks have one more batch
 

@@ -16,7 +16,7 @@ from datasets.images import resize, stack
 from models.export import INSTALL, onnx_session, read_onnx_metadata
 from photo_search.photos import read_photo, thumbnail
 from utils.cli import InputError
-from utils.distributed import bar_disabled, local_device
+from utils.distributed import bar_disabled, local_device, log_rank0
 from utils.files import sha256_of
 from utils.process_pool import available_cores, parallel_map
 
@@ -169,28 +169,37 @@ def share_cores(checkpoint, threads):
         torch.set_num_threads(max(1, available_cores() // threads))
 
 
-def add_photos(encoder, metadata, photos, partial_index, batch_size=64, workers=0):
+def add_photos(encoder, metadata, photos, partial_index, batch_size=64, workers=0, truncated=False):
     """Compute the features of PhotoFiles, and add them to a PartialIndex batch by batch.
 
     encoder: a function that returns the Encoder, called once a photo can be read; metadata: of that Encoder.
-    workers: processes that decode; with 0 the calling process decodes.
+    workers: processes that decode; with 0 the calling process decodes. truncated: take files that are cut off, with a
+    note.
     """
-    decode = partial(_decode, size=metadata["input_size"])
+    decode, cut_off = partial(_decode, size=metadata["input_size"], truncated=truncated), 0
     decoded = parallel_map(decode, photos, "photos", workers, -(-batch_size // max(workers, 1)), bar_disabled())
     while items := list(islice(decoded, batch_size)):
         batch, photos = list(zip(photos[: len(items)], items, strict=True)), photos[len(items) :]
         unreadable = {photo: item for photo, item in batch if isinstance(item, str)}
         readable = [(photo, *item) for photo, item in batch if not isinstance(item, str)]
-        files, images, thumbnails, digests = zip(*readable, strict=True) if readable else ((), (), (), ())
+        files, images, thumbnails, digests, are_cut_off = zip(*readable, strict=True) if readable else ((),) * 5
         rows = encoder().embed(stack(images)) if readable else np.empty((0, metadata["width"]), np.float32)
         partial_index.add(files, rows, digests, thumbnails, unreadable)
+        cut_off += sum(are_cut_off)
+    if cut_off:
+        log_rank0(f"note: {cut_off:,} photos are cut off; what is there of them is indexed")
 
 
-def _decode(photo, size):
-    """A PhotoFile decoded: (pixels (3, size, size) uint8, thumbnail, digest), or why it cannot be read."""
+def _decode(photo, size, truncated):
+    """A PhotoFile decoded: (pixels (3, size, size) uint8, thumbnail, digest, is cut off), or why it cannot be read."""
     try:
-        image = read_photo(photo.path, size)
-        return resize(image, size), thumbnail(image), sha256_of(photo.path)
+        try:
+            image, is_cut_off = read_photo(photo.path, size), False
+        except InputError as error:
+            if not (truncated and "(cut off" in str(error)):
+                raise
+            image, is_cut_off = read_photo(photo.path, size, truncated=True), True
+        return resize(image, size), thumbnail(image), sha256_of(photo.path), is_cut_off
     except InputError as error:
         return str(error)
     except OSError as error:

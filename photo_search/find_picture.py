@@ -3,6 +3,7 @@
 import io
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from utils.files import atomic_write
 
@@ -28,8 +29,10 @@ def draw_found(path, rows):
                 sheet.paste(picture, (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2))
             caption = _fitting(caption, font)
             draw.text((left + (CELL - font.getlength(caption)) / 2, top + CELL), caption, "black", font)
+    program = PngInfo()
+    program.add_text("Software", "SBKA")  # find_results.OWN_PICTURE
     with atomic_write(path) as file:
-        sheet.save(file, "PNG", compress_level=1)
+        sheet.save(file, "PNG", compress_level=1, pnginfo=program)
 
 
 def _lines(name, sketch, photos):
@@ -38,7 +41,7 @@ def _lines(name, sketch, photos):
         (_decoded(photo), f"{number}:  {score:.3f}")
         for number, (photo, score) in enumerate(photos[:MAX_DRAWN_PHOTOS], 1)
     ]
-    parts = [shown[start : start + COLUMNS] for start in range(0, len(shown), COLUMNS)]
+    parts = [shown[start : start + COLUMNS] for start in range(0, len(shown), COLUMNS)] or [[]]
     return [((sketch.copy(), name) if number == 0 else (None, ""), part) for number, part in enumerate(parts)]
 
 

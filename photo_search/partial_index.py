@@ -118,7 +118,7 @@ class PartialIndex:
 
         photos: how many it finds.
         """
-        options = {name: content[name] for name in UNFINISHED_OPTIONS}
+        options = {name: content[name] for name in (*UNFINISHED_OPTIONS, "hidden")}
         with write_errors_as_input_errors(self.folder):
             write_json(self.folder / OPTIONS_FILE, options | {"width": self.width, "photos": photos})
 

@@ -6,15 +6,22 @@ Paths are strings of Python's os module, so bytes that are not UTF-8 are preserv
 import fnmatch
 import io
 import os
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from PIL import Image
-
-from datasets.images import decode_image, suffixes_of_formats
+from datasets.images import decode_image, suffixes_of_formats, why_unreadable
+from datasets.unreadable import HEIF_ADVICE
 from utils.cli import InputError
 
-MAX_PIXELS = 100_000_000  # pixels that are decoded: 0.3 GB
-
+# What photos are in that are not decoded, and what reads them.
+_RAW_ADVICE = "save them as JPEG in the program that reads them"
+UNREAD_SUFFIXES = dict.fromkeys((".heic", ".heif", ".hif"), HEIF_ADVICE) | dict.fromkeys(
+    (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".x3f", ".jxl"), _RAW_ADVICE
+)
+# Folders of systems and of network storage for thumbnails and deleted files; hidden names start with a dot.
+_SYSTEM_FOLDERS = {"@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"}
+_MAX_TIME = (1 << 63) - 1  # nanoseconds, in the year 2262; file systems know later ones
 
 MAX_UPLOAD_BYTES, MAX_UPLOAD_SIDE = 4 << 20, 4096  # of an uploaded picture
 
@@ -29,22 +36,37 @@ class PhotoFile(NamedTuple):
     mtime: int  # nanoseconds
 
 
-class FoundPhotos(NamedTuple):
+@dataclass
+class FoundPhotos:
     """What find_photos finds."""
 
-    files: list[PhotoFile]  # sorted by the bytes of their paths
-    unlisted: dict[str, str]  # {folder: why it cannot be listed}
+    files: list[PhotoFile] = field(default_factory=list)  # sorted by the bytes of their paths
+    unlisted: dict[str, str] = field(default_factory=dict)  # {folder: why it cannot be listed}
+    unread: Counter = field(default_factory=Counter)  # numbers of files by the one of UNREAD_SUFFIXES that they have
+    hidden: int = 0  # photos and folders that are hidden
+    excluded: set[str] = field(default_factory=set)  # patterns that excluded something
 
 
-def find_photos(folders, exclude=(), may_be_missing=(), index=None):
+class Rules(NamedTuple):
+    """Which files find_photos takes."""
+
+    suffixes: frozenset[str]
+    exclude: tuple[str, ...]
+    hidden: bool
+    own: str | None  # the folder of the index
+
+
+def find_photos(folders, exclude=(), may_be_missing=(), index=None, hidden=False):
     """The FoundPhotos in folders. Symbolic links inside the folders are not followed.
 
     exclude: glob patterns such as "*.gif", "private" or "2019/raw/*", matched with the name of a file or folder, and
     with its path inside its folder. may_be_missing: those of `folders` that need not exist. index: a folder that is
-    left out, since the pictures in it are not photos of the user.
+    left out, since the pictures in it are not photos of the user. hidden: take hidden files and folders as well, and
+    those of systems, such as @eaDir.
     Raises InputError for any other folder that does not exist or cannot be read.
     """
-    suffixes, found, unlisted = frozenset(suffixes_of_formats()), {}, {}
+    rules = Rules(frozenset(suffixes_of_formats()), tuple(exclude), hidden, index and os.path.realpath(index))
+    result, found = FoundPhotos(), {}
     for folder in folders:
         root = os.path.realpath(folder)
         try:
@@ -52,66 +74,70 @@ def find_photos(folders, exclude=(), may_be_missing=(), index=None):
         except OSError as error:
             if folder not in may_be_missing:
                 raise InputError(f"{folder}: cannot be searched for photos ({error.strerror}); name a folder") from None
-            unlisted[folder] = error.strerror
+            result.unlisted[folder] = error.strerror
             continue
-        rest, own = [root], index and os.path.realpath(index)
+        rest = [root]
         while rest:
-            subfolders = _look_into(rest.pop(), root, (suffixes, exclude), found, unlisted)
-            rest += [each for each in subfolders if each != own]
-    return FoundPhotos([found[path] for path in sorted(found, key=os.fsencode)], unlisted)
+            rest += _look_into(rest.pop(), root, rules, found, result)
+    result.files = [found[path] for path in sorted(found, key=os.fsencode)]
+    return result
 
 
-def _look_into(folder, root, rules, found, unlisted):
-    """Add the photos of a folder to `found`, or the folder to `unlisted`; returns its subfolders."""
-    (suffixes, exclude), folders = rules, []
+def _look_into(folder, root, rules, found, result):
+    """Add the photos of a folder to `found`, all else to the FoundPhotos `result`; returns its subfolders."""
+    folders = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if _is_excluded(os.path.relpath(entry.path, root) if exclude else "", exclude):
+                is_folder = entry.is_dir(follow_symlinks=False)
+                suffix = os.path.splitext(entry.name)[1].lower()
+                if not is_folder and (suffix not in rules.suffixes and suffix not in UNREAD_SUFFIXES):
                     continue
-                if entry.is_dir(follow_symlinks=False):
+                if not (is_folder or entry.is_file(follow_symlinks=False)) or entry.path == rules.own:
+                    continue
+                if pattern := _excluding(os.path.relpath(entry.path, root) if rules.exclude else "", rules.exclude):
+                    result.excluded.add(pattern)
+                elif not rules.hidden and (entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FOLDERS):
+                    result.hidden += 1
+                elif is_folder:
                     folders.append(entry.path)
-                elif entry.is_file(follow_symlinks=False) and os.path.splitext(entry.name)[1].lower() in suffixes:
+                elif suffix in rules.suffixes:
                     about = entry.stat(follow_symlinks=False)
-                    found[entry.path] = PhotoFile(entry.path, about.st_size, about.st_mtime_ns)
+                    time = max(-_MAX_TIME, min(about.st_mtime_ns, _MAX_TIME))
+                    found[entry.path] = PhotoFile(entry.path, about.st_size, time)
+                else:
+                    result.unread[suffix] += 1
     except OSError as error:  # a folder without permission, or one that has just gone
-        unlisted[folder] = error.strerror
+        result.unlisted[folder] = error.strerror
     return folders
 
 
 def is_excluded_below(path, root, patterns):
     """Whether patterns exclude a path in the folder `root`, or one of the folders between."""
     parts = os.path.relpath(path, root).split(os.sep)
-    return any(_is_excluded(os.path.join(*parts[:end]), patterns) for end in range(1, len(parts) + 1))
+    return any(_excluding(os.path.join(*parts[:end]), patterns) for end in range(1, len(parts) + 1))
 
 
-def _is_excluded(path, patterns):
-    return any(
-        fnmatch.fnmatchcase(each, pattern.rstrip("/"))
-        for pattern in patterns
-        for each in (path, os.path.basename(path))
-    )
+def _excluding(path, patterns):
+    """The first of `patterns` that excludes a path inside its folder; None if none does."""
+    names = path, os.path.basename(path)
+    return next((each for each in patterns if any(fnmatch.fnmatchcase(name, each.rstrip("/")) for name in names)), None)
 
 
-def read_photo(path, side):
+def read_photo(path, side, truncated=False):
     """Decode a photo upright as 8-bit RGB (PIL.Image); of an animation its first frame.
 
     side: of the square that the photo is resized to later. A large JPEG is decoded at a reduced scale of at least four
-    times that, which is much faster. Raises InputError, with only the reason, if it cannot be decoded.
+    times that, which is much faster. truncated: of a file that is cut off, decode what is there.
+    Raises InputError, with only the reason, if it cannot be decoded.
     """
     try:
-        return decode_image(
-            path,
-            exif_transpose=True,
-            draft_side=max(4 * side, THUMBNAIL_SIDE),
-            max_pixels=MAX_PIXELS,
-        )
+        draft_side = max(4 * side, THUMBNAIL_SIDE)
+        return decode_image(path, exif_transpose=True, draft_side=draft_side, truncated=truncated)
     except InputError:
         raise
-    except OSError as error:
-        raise InputError(error.strerror or "not a readable image") from None
     except Exception as error:  # a damaged image can fail in any way
-        raise InputError(f"not a readable image, {type(error).__name__}") from error
+        raise InputError(f"not a readable image ({why_unreadable(path, error)})") from error
 
 
 def thumbnail(image):
@@ -131,8 +157,8 @@ def read_drawing(content):
     """Decode an uploaded picture (bytes) upright as RGB PIL.Image. Raises InputError if unreadable or too large."""
     try:
         return decode_image(io.BytesIO(content), formats=UPLOAD_FORMATS, exif_transpose=True, max_side=MAX_UPLOAD_SIDE)
-    except (InputError, Image.DecompressionBombError):
-        raise InputError(f"the picture is too large; at most {MAX_UPLOAD_SIDE} pixels a side work") from None
+    except InputError as error:
+        raise InputError(f"the picture is too large ({error}); at most {MAX_UPLOAD_SIDE} pixels a side work") from None
     except Exception as error:  # a damaged image can fail in any way
         raise InputError("this is not a readable PNG, JPEG, WebP or GIF picture; choose another") from error
 

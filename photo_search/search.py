@@ -13,6 +13,7 @@ from utils.cli import InputError
 
 ONE_TO_ONE, ONE_TO_MANY = MATCHINGS = ("one-to-one", "one-to-many")
 DEFAULT_CLUSTER_WEIGHT = 0.2  # the paper's 0.8 ranks fewer relevant photos first in photo collections of users
+MIN_REDUCED_SIDE = 2048  # pixels of a photo of a sketch that is decoded at a reduced scale
 MIN_CONTRAST = 24  # grey levels; a drawing with less counts as blank
 
 
@@ -24,6 +25,7 @@ class SearchHit(NamedTuple):
     score: float
     distance: float  # d
     cluster_distance: float | None  # D; None in an index without clusters
+    copies: tuple[str, ...] = ()  # paths of other photos with the same content, see Searcher.find_present
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,22 @@ class Searcher:
         )
         return SearchResult(hits, self.index)
 
+    def find_present(self, features, k=20, matching=None, weight=None):
+        """As `find_features`, of photos that exist now, copies of one photo as one hit: (hits, missing paths)."""
+        asked, count = k + 1, len(self.index)
+        while True:
+            hits = self.find_features(features, min(asked, count), matching, weight=weight)
+            missing = {hit.path for hit in hits if is_missing(hit)}
+            groups = {}
+            for hit, digest in zip(hits, self.index.digests_of([hit.row for hit in hits]), strict=True):
+                if hit.path not in missing:
+                    groups.setdefault(digest or hit.path, []).append(hit)
+            if len(groups) > k or asked >= count:  # a hit more, so that no copy of the k-th is left out
+                break
+            asked *= 2
+        present = [first._replace(copies=tuple(hit.path for hit in rest)) for first, *rest in groups.values()]
+        return present[:k], missing
+
 
 def open_searcher(location, checkpoint=None, device=None):
     """The Searcher of an index; location: see open_index_at; the others: see encoder.encoder_of. Raises InputError."""
@@ -102,11 +120,8 @@ def open_index_at(location):
 
 
 def read_sketch(path):
-    """Read a sketch as RGB PIL.Image. Raises InputError if it cannot be read, or is blank."""
-    try:
-        image = read_rgb(path, exif_transpose=True)
-    except InputError as error:
-        raise InputError(str(error).split("; ")[0] + "; name a picture of your sketch") from None
+    """Read a sketch upright as RGB PIL.Image. Raises InputError if it cannot be read, or is blank."""
+    image = read_rgb(path, exif_transpose=True, draft_side=MIN_REDUCED_SIDE, way_out="name a picture of your sketch")
     check_drawn(image, path)
     return image
 

@@ -5,6 +5,7 @@ A partial_index.PartialIndex keeps what an interrupted run has computed.
 
 import os
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from photo_search.encoder import add_photos
 from photo_search.index import RECORD, is_index, open_index, remove_old_generations, write_index
 from photo_search.partial_index import PartialIndex, write_errors_as_input_errors
-from photo_search.photos import PhotoFile, find_photos
+from photo_search.photos import UNREAD_SUFFIXES, PhotoFile, find_photos
 from photo_search.retention import photos_to_keep
 from utils.cli import InputError
 from utils.distributed import log_rank0
@@ -41,6 +42,8 @@ class IndexOptions(NamedTuple):
     workers: int = 0
     checkpoint: str | None = None  # present path of the checkpoint, if the index records another one
     only: bool = False  # remove every photo that is not found, see retention.photos_to_keep
+    hidden: bool = False  # take hidden files and folders as well
+    truncated: bool = False  # take files that are cut off
 
 
 @dataclass
@@ -54,6 +57,9 @@ class UpdateStats:
     removed: int = 0
     unreadable: list[str] = field(default_factory=list)  # "path: why"
     extracted: int = 0  # photos whose features were computed
+    unread: Counter = field(default_factory=Counter)  # see photos.FoundPhotos, as the next two
+    hidden: int = 0
+    excluded: set[str] = field(default_factory=set)
     seconds: float = 0.0
 
 
@@ -83,8 +89,9 @@ def _update(folder, encoder, fit, options, add):
     metadata = _metadata_of(old, options) if old else encoder().metadata
     _check_subspaces(options.subspaces, metadata["width"])
     may_be_missing = old.metadata["folders"] if old and not options.only else ()
-    files, unlisted = find_photos(options.folders, options.exclude, may_be_missing, folder)
-    _check_contains_photos([each for each in options.folders if each not in may_be_missing], files)
+    found = find_photos(options.folders, options.exclude, may_be_missing, folder, options.hidden)
+    files, unlisted = found.files, found.unlisted
+    _check_contains_photos([each for each in options.folders if each not in may_be_missing], files, found)
     if old is None:
         _check_clusters(options.clusters, len(files))
 
@@ -95,11 +102,11 @@ def _update(folder, encoder, fit, options, add):
     for note in notes:
         log_rank0(f"note: {note}")
     files = sorted([*files, *kept], key=lambda file: os.fsencode(file.path))
-    _check_contains_photos(options.folders, files)
+    _check_contains_photos(options.folders, files, found)
     known_rows |= {file: known.exact[file] for file in kept}
     before = len(partial.photos)
     if missing:
-        add(encoder, metadata, missing, partial, options.batch_size, options.workers)
+        add(encoder, metadata, missing, partial, options.batch_size, options.workers, options.truncated)
     rows = _rows_of_readable(files, known_rows, partial, known.first)
     if not rows:
         raise InputError(f"{options.folders[0]}: none of {len(files):,} photos can be read; give another folder")
@@ -107,12 +114,13 @@ def _update(folder, encoder, fit, options, add):
 
     stats = _count_changes(rows, known)
     stats.photos, stats.extracted = len(rows), len(partial.photos) - before
+    stats.unread, stats.hidden, stats.excluded = found.unread, found.hidden, found.excluded
     in_folders = set(files)
     unreadable = {file.path: why for file, why in partial.unreadable.items() if file in in_folders}
     unlisted = {path: why for path, why in sorted(unlisted.items()) if path not in may_be_missing}
     stats.unreadable = [f"{path}: {why}" for path, why in (unlisted | unreadable).items()]
     codebook, is_changed = _choose_codebook(rows, known, fit, options, metadata["width"])
-    metadata = metadata | {"folders": list(options.folders), "exclude": list(options.exclude)}
+    metadata = metadata | _walk_metadata(options)
     if is_changed or _is_outdated(old, rows, known, metadata):
         with write_errors_as_input_errors(folder):
             _write(folder, metadata, rows, known, codebook, is_refitted=is_changed)
@@ -122,11 +130,29 @@ def _update(folder, encoder, fit, options, add):
     return stats
 
 
-def _check_contains_photos(folders, files):
-    """Raise InputError if none of the PhotoFiles lies in one of `folders`, unless there are no folders."""
+def _walk_metadata(options):
+    """What an index records about the files that it is made of."""
+    return {"folders": list(options.folders), "exclude": list(options.exclude), "hidden": options.hidden}
+
+
+def _check_contains_photos(folders, files, found):
+    """Raise InputError if none of the PhotoFiles lies in one of `folders`, unless there are no folders.
+
+    found: the FoundPhotos, which say why.
+    """
     roots = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
-    if roots and not any(file.path.startswith(roots) for file in files):
-        raise InputError(f"{folders[0]}: contains no photos; give a folder with photos")
+    if not roots or any(file.path.startswith(roots) for file in files):
+        return
+    if found.unread:
+        suffix, count = found.unread.most_common(1)[0]
+        reason, way_out = f"contains no photos that are read, but {count:,} {suffix} files", UNREAD_SUFFIXES[suffix]
+    elif found.excluded:
+        reason, way_out = f"contains no photos beside those of --exclude {min(found.excluded)}", "correct the pattern"
+    elif found.hidden:
+        reason, way_out = "contains no photos that are not hidden", "--hidden takes them"
+    else:
+        reason, way_out = "contains no photos", "give a folder with photos"
+    raise InputError(f"{folders[0]}: {reason}; {way_out}")
 
 
 def _metadata_of(old, options):
@@ -143,8 +169,7 @@ def _open_partial_index(folder, old, metadata, options, photos):
     source = {name: metadata[name] for name in FEATURE_KEYS}
     partial = PartialIndex(folder, source, metadata["width"], (thumbnails, used))
     if old is None:
-        options = metadata | {"folders": list(options.folders), "exclude": list(options.exclude)}
-        partial.record_options(options, photos)
+        partial.record_options(metadata | _walk_metadata(options), photos)
     if partial.photos:
         log_rank0(f"note: continuing an interrupted run, which has computed {len(partial.photos):,} photos")
     return partial
@@ -214,7 +239,7 @@ def _is_outdated(old, rows, known, metadata):
     """Whether the index must be written though its codebook has not changed."""
     if old is None or len(rows) != len(old) or not rows.keys() <= known.exact.keys():
         return True
-    return any(old.metadata[name] != value for name, value in metadata.items())
+    return any(old.metadata.get(name) != value for name, value in metadata.items())
 
 
 def _write(folder, metadata, rows, known, codebook, is_refitted):

@@ -373,7 +373,7 @@ def test_a_missing_extra_gives_a_note(miniature, tmp_path, monkeypatch, capsys):
     test_sketchy_ext_zeroshot.main(
         [*MODEL, "--mode", "1", "--data_root", str(miniature), "--resume_dir", str(tmp_path)]
     )
-    assert "note: no figures, matplotlib is not installed\n" in capsys.readouterr().err
+    assert "note: no precision_recall.png, matplotlib is not installed\n" in capsys.readouterr().err
     assert not (tmp_path / "retrievals.png").exists() and not (tmp_path / "curves").exists()
 
 

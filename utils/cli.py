@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
+from pathlib import Path
 
 from utils import numpy_sort
 
@@ -45,6 +46,19 @@ def run_command(module, *arguments):
         print(f"error: {error.name} is not installed; {way_out}; or pip install -r requirements.txt", file=sys.stderr)
         raise SystemExit(2) from None
     return command(*arguments)
+
+
+# Control characters, line separators, marks of the direction of writing, and bytes of names that are not UTF-8.
+_ACTING = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text):
+    """A text with escapes for all that would act on a terminal or break a line, such as file names may contain.
+
+    >>> printable("new\\nline \\x1b[2J")
+    'new\\\\nline \\\\x1b[2J'
+    """
+    return _ACTING.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 class InputError(ValueError):
@@ -117,6 +131,18 @@ def number_type(kind, low, high, wanted):
     return parse
 
 
+def existing_text(text):
+    """An argparse type: the name of a file or folder. An empty text, as of an unset variable, is none."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError("an empty string is not a file or folder")
+    return text
+
+
+def path_type(text):
+    """An argparse type: the Path of a file or folder, see `existing_text`."""
+    return Path(existing_text(text))
+
+
 seed_type = number_type(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
 positive_int = number_type(int, 1, 10**6, "a whole number from 1 to a million")
 image_side = number_type(int, 32, 4096, "a whole number of pixels from 32 to 4096")
@@ -141,7 +167,8 @@ def one_line_errors(should_print=lambda: True):
     def decorate(command):
         @functools.wraps(command)
         def wrapped(*args, **kwargs):
-            _escape_unprintable(sys.stdout)
+            for stream in (sys.stdout, sys.stderr):
+                _escape_unprintable(stream)
             try:
                 try:
                     result = command(*args, **kwargs)
@@ -164,7 +191,7 @@ def one_line_errors(should_print=lambda: True):
                     raise SystemExit(141) from None
                 message, status, is_own = f"error: {message}", 2, isinstance(error, RankError)
             if should_print() or is_own:
-                print(message, file=sys.stderr)
+                print(printable(message), file=sys.stderr)
             elif status == 2:
                 exit_quietly()
             raise SystemExit(status)
@@ -235,8 +262,9 @@ _MACHINE_LIMITS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno
 def _user_message(error):
     """The message for an error that a user can cause; None for a bug."""
     if isinstance(error, InputError):
-        # A worker of a DataLoader puts a traceback before the message; the last line is the message.
-        return re.sub(r"^[\w.]*InputError: ", "", str(error).strip().split("\n")[-1])
+        text = str(error)
+        # A worker of a DataLoader puts a traceback before the message.
+        return text.rpartition("InputError: ")[2].strip() if text.startswith("Caught ") else text
     if isinstance(error, PermissionError) and error.filename:
         return f"{error.filename}: {error.strerror}; change its permissions, or choose another"
     if is_dead_worker(error) and _raised_in(error, "torch.utils.data", "multiprocessing"):

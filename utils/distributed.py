@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import contextmanager, nullcontext
 
-from utils.cli import InputError, RankError, exit_quietly
+from utils.cli import InputError, RankError, exit_quietly, printable
 from utils.files import folder_lock
 
 _UNSET = "unset these variables, or start the command with torchrun, which sets them"
@@ -54,7 +54,7 @@ def _environment_number(name):
 def log_rank0(message):
     """Print a line to standard error on rank 0."""
     if get_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 def bar_disabled():

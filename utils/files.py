@@ -6,12 +6,15 @@ import json
 import os
 import pickle
 import platform
+import re
 import stat
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 from utils.cli import InputError
+
+STDOUT = Path("-")  # in the place of a file for results: standard output
 
 
 def open_regular(path, mode="rb"):
@@ -91,6 +94,31 @@ def atomic_write(path):
     finally:
         if beside is not None:
             beside.unlink(missing_ok=True)
+
+
+def check_output(path, option, ours):
+    """The path of a file for the results that a user names; of a link, the file that it leads to. Makes its folder.
+
+    option: how messages begin; ours: a regular expression (bytes) for the beginning of what this program writes there.
+    Raises InputError unless there is no such file yet, or an empty or regular one that begins so, and if the folder
+    cannot be written: before any work is done.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        with open_regular(target) as file:
+            start = file.read(1000)
+    except FileNotFoundError:
+        start = b""
+    except NotADirectoryError as error:
+        raise InputError(f"{option} {path}: cannot be written ({error.strerror}); choose another folder") from None
+    except PermissionError as error:
+        raise InputError(f"{option} {path}: {error.strerror}; choose another file") from None
+    except OSError:
+        raise InputError(f"{option} {path}: is not a file but a folder, a FIFO or a device; choose a file") from None
+    if start and not re.match(ours, start):
+        raise InputError(f"{option} {path}: holds something that this command did not write; choose another file")
+    check_writable(target.parent)
+    return target
 
 
 def _umask():

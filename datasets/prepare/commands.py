@@ -1,5 +1,6 @@
 """The commands of `python -m datasets.prepare` and their options."""
 
+import json
 import os
 import sys
 from contextlib import ExitStack, suppress
@@ -23,8 +24,10 @@ from datasets.prepare.make_lists import lists_from_class_folders, lists_from_ima
 from datasets.prepare.miniature import SEEN_CATEGORIES, UNSEEN_CATEGORIES, write_miniature
 from datasets.protocols import PROTOCOLS
 from utils import cli
-from utils.cli import InputError, signals_blocked
-from utils.files import atomic_write, check_writable, write_json
+from utils.cli import InputError, path_type, printable, signals_blocked
+from utils.files import STDOUT, atomic_write, check_output, check_writable, write_json
+
+_FINDINGS = rb'\s*\{\s*"(title|rows)":'  # how the JSON of `check` begins
 
 
 @cli.one_line_errors()
@@ -45,7 +48,7 @@ def create_parser():
     def command(name, run, text):
         added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         added.set_defaults(run=run)
-        added.add_argument("root", type=Path, help="folder of the data set")
+        added.add_argument("root", type=path_type, help="folder of the data set")
         return added
 
     _add_lists_options(command("lists", make_lists, "write the lists of a benchmark from its image folders, from the "
@@ -54,8 +57,8 @@ def create_parser():
     mask = command("mask", make_mask, "compute the semantic mask of the seen classes from WordNet 3.0")
     _add_protocol(mask)
     _add_zero_version(mask, "that of the protocol")
-    mask.add_argument("--wordnet", type=Path, metavar="DIR", help="folder with the database files of WordNet 3.0, or "
-        "NLTK's data folder (default: the places where Debian's wordnet-base and NLTK install them)")  # fmt: skip
+    mask.add_argument("--wordnet", type=path_type, metavar="DIR", help="folder with the database files of WordNet 3.0, "
+        "or NLTK's data folder (default: the places where Debian's wordnet-base and NLTK install them)")  # fmt: skip
     mask.add_argument("--force", action="store_true", help="replace an existing mask")
 
     checked = command("check", check, "check whether a benchmark folder is ready; report faults with file and line")
@@ -66,12 +69,16 @@ def create_parser():
     checked.add_argument("--test_only", action="store_true", help="check only what a zero-shot test reads: class names "
         "and the lists of unseen classes")  # fmt: skip
     checked.add_argument("--images", action="store_true", help="also decode every image, on all cores")
-    checked.add_argument("--json", type=Path, metavar="FILE", help="write all findings to FILE; a link is followed")
+    checked.add_argument("--json", type=path_type, metavar="FILE", help="write findings to FILE; a link is followed; "
+        "- prints them, and nothing else")  # fmt: skip
 
     summary = command("summary", make_summary, "write a page: classes, counts, sample images, oddities")
     _add_zero_version(summary, "the first one found")
     summary.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for summary.html and summary.png (default: the folder of lists)"
+        "--out",
+        type=path_type,
+        metavar="DIR",
+        help="folder for summary.html and summary.png (default: the folder of lists)",
     )
 
     miniature = command("miniature", make_miniature, "draw the built-in miniature benchmark into a new or empty folder")
@@ -99,15 +106,15 @@ def _add_lists_options(parser):
     add("--hold_out_photos", type=_photos_of_a_class, metavar="SHARE|N",
         help="hold back a share of the training photos of each seen class, such as 0.1, or N of each: the list "
         "'test' of photos, for generalised retrieval")  # fmt: skip
-    add("--out", type=Path, metavar="NAME|DIR/NAME",
+    add("--out", type=path_type, metavar="NAME|DIR/NAME",
         help="folder of the new lists; in another DIR, links to the image folders are made beside it (default: "
         "<zero_version>_held_out_<seed>, or _held_back_<seed> without held-out classes)")  # fmt: skip
     add = parser.add_argument_group("lists of a benchmark of your own (--custom)").add_argument
     add("--sketches", nargs="+", metavar="DIR", help="folders of class folders, inside the data set (default: sketch, "
         "or train/sketch and val/sketch)")  # fmt: skip
     add("--photos", nargs="+", metavar="DIR", help="the same for photos")
-    add("--unseen", type=Path, metavar="FILE", help="names of the unseen classes, one a line (default: the classes of "
-        "val/)")  # fmt: skip
+    add("--unseen", type=path_type, metavar="FILE", help="names of the unseen classes, one a line (default: the "
+        "classes of val/)")  # fmt: skip
     add("--unseen_classes", type=cli.positive_int, metavar="N", help="or their number; --seed chooses them")
 
 
@@ -279,33 +286,21 @@ def _published(protocol, name):
 
 def check(options):
     """Print a table of the lists and all findings; raise InputError if there is a fault."""
-    target = _findings_file(options.json) if options.json else None
+    target = check_output(options.json, "--json", _FINDINGS) if options.json not in (None, STDOUT) else None
     checked = check_benchmark(options.root, options.protocol, options.zero_version, options.images, options.test_only)
-    print_check_result(checked)
+    if options.json == STDOUT:
+        print(json.dumps(check_result_to_json(checked), indent=2))
+    else:
+        print_check_result(checked)
     if target:
         write_json(target, check_result_to_json(checked))
-        print(f"findings: {options.json}")
+        print(f"findings: {printable(options.json)}")
     if count := sum(map(len, checked.findings.faults.values())):
         faults = "a fault" if count == 1 else f"{count:,} faults"
         raise InputError(f"{options.root}: not ready, {faults} (see above); correct this, and check again")
     ready = "ready for tests" if options.test_only else "ready"
-    print(ready if options.images else f"{ready}, but no image was decoded; --images decodes them all")
-
-
-def _findings_file(path):
-    """The file that --json `path` writes. If `path` is a link, that is the file it leads to.
-
-    Raises InputError if that file is a folder or a device, has other content than findings, or cannot be written.
-    """
-    target = Path(os.path.realpath(path))
-    if os.path.lexists(target):
-        if not target.is_file():
-            raise InputError(f"--json {path}: is not a file (a folder, a device or a broken link); choose a file")
-        with open(target, "rb") as file:
-            if file.read(1) not in (b"", b"{"):
-                raise InputError(f"--json {path}: holds something other than findings; choose another file")
-    check_writable(target.parent)
-    return target
+    if options.json != STDOUT:
+        print(ready if options.images else f"{ready}, but no image was decoded; --images decodes them all")
 
 
 def make_mask(options):
@@ -344,11 +339,8 @@ def make_summary(options):
     odd = list(checked.findings.lines())
     if not checked.lists:
         raise InputError(f"{checked.benchmark.lists}: no list holds an image; see python -m datasets.prepare check")
-    pages = write_summary(checked.benchmark, checked.lists, options.out or benchmark.lists, odd)
-    for path in pages:
+    for path in write_summary(checked.benchmark, checked.lists, options.out or benchmark.lists, odd):
         print(f"page: {path}")
-    if len(pages) == 1:
-        print("note: no summary.png, matplotlib is not installed", file=sys.stderr)
 
 
 def make_miniature(options):

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.images import no_pillow_warnings
 from datasets.lists import LIST_DESCRIPTIONS
 from datasets.prepare.statistics import KIND_PLURALS, THUMBNAIL_PX, collect_statistics, evenly_sampled
 from utils.files import atomic_write, check_writable
+from utils.pictures import draw_or_note, save_png
 
 SPLITS = {"train": "training", "test": "validation", "zero": "unseen"}
 
@@ -35,13 +35,10 @@ def write_summary(benchmark, lists, folder, odd=()):
     odd = list(dict.fromkeys(_printable(line) for line in [*odd, *statistics.odd]))
     with atomic_write(page) as file:
         file.write(_page_html(statistics, odd).encode())
-    try:
-        with no_pillow_warnings():  # matplotlib warns of letters that its font lacks; the HTML shows them
-            _draw_png(picture, statistics, odd)
-    except ImportError:
-        picture.unlink(missing_ok=True)
-        return [page]
-    return [page, picture]
+    if draw_or_note(_draw_png, picture, statistics, odd):
+        return [page, picture]
+    picture.unlink(missing_ok=True)
+    return [page]
 
 
 def _page_title(statistics):
@@ -263,8 +260,7 @@ def _draw_png(path, statistics, odd, unseen=30, seen=10, each=4):
     _draw_counts(charts, list(_ranks(statistics)))
     for part, (heading, rows) in zip(parts, shown, strict=True):
         _draw_classes(part, heading, rows, each)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_png(figure, path, dpi=110)
 
 
 def _wrapped(odd, lines):

@@ -1,6 +1,6 @@
 """Figures of a test: precision-recall curves, sketches with their retrieved photos, and a t-SNE of the unseen classes.
 
-All raise ImportError without matplotlib.
+All raise ImportError without matplotlib; see utils.pictures.draw_or_note.
 """
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from datasets.images import read_rgb
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import RECALL_LEVELS
-from utils.files import atomic_write
+from utils.pictures import save_png
 from utils.sampling import evenly_spaced
 
 
@@ -42,8 +42,7 @@ def draw_precision_recall(path, results):
     axis.set_title(f"{results['benchmark']}: {results['classes']} unseen classes", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=130)
+    save_png(figure, path, dpi=130)
 
 
 def draw_tsne(path, features, title, max_per_class=60):
@@ -78,8 +77,7 @@ def draw_tsne(path, features, title, max_per_class=60):
     axis.legend(fontsize=8)
     axis.set(xticks=[], yticks=[])
     axis.set_title(f"{title}: t-SNE of unseen classes, {len(query):,} sketches, {len(gallery):,} photos", fontsize=10)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_png(figure, path, dpi=110)
 
 
 def _evenly_per_class(labels, max_per_class):
@@ -139,8 +137,7 @@ def draw_retrievals(path, groups, title):
                 axis.set(xticks=[], yticks=[])
                 frame = dict(color="tab:green", linestyle="-") if relevant else dict(color="tab:red", linestyle="--")
                 axis.spines[:].set(linewidth=3, **frame)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_png(figure, path, dpi=110)
 
 
 def pick_queries(average_precision, labels, count):

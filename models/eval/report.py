@@ -15,6 +15,7 @@ from models.eval.metrics import STANDARD
 from utils.cli import InputError
 from utils.distributed import log_rank0
 from utils.files import atomic_write, write_json
+from utils.pictures import draw_or_note
 
 QUERIES = "per_query.npz"
 
@@ -88,21 +89,20 @@ def write_report(folder, results, features, result, images, count=4):
     print(f"results: {folder / 'results.json'}")
     write_queries(folder / QUERIES, features, result.per_query, images and images.query.paths)
     print(f"each sketch: {folder / QUERIES}")
+    path = folder / "precision_recall.png"
+    if draw_or_note(draw_precision_recall, path, results):
+        print(f"figure: {path}")
+    path = folder / "tsne.png"
+    if results["options"].get("tsne") and draw_or_note(draw_tsne, path, features, results["benchmark"]):
+        print(f"figure: {path}")
+    if images is None:
+        return
+    path, title = folder / "retrievals.png", f"{results['benchmark']}, {matching_name(result.shown)}"
     try:
-        draw_precision_recall(folder / "precision_recall.png", results)
-        print(f"figure: {folder / 'precision_recall.png'}")
-        if results["options"].get("tsne"):
-            draw_tsne(folder / "tsne.png", features, results["benchmark"])
-            print(f"figure: {folder / 'tsne.png'}")
-        if images is None:
-            return
         images.check()
         groups = retrieval_groups(features, result, results["metrics"][0], images, count)
-        title = f"{results['benchmark']}, {matching_name(result.shown)}"
-        draw_retrievals(folder / "retrievals.png", groups, title)
-        print(f"picture: {folder / 'retrievals.png'}")
-    except ImportError:
-        log_rank0("note: no figures, matplotlib is not installed")
+        if draw_or_note(draw_retrievals, path, groups, title):
+            print(f"picture: {path}")
     except InputError as error:
         log_rank0(f"note: no retrievals.png, {error}")
 

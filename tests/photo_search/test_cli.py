@@ -166,8 +166,8 @@ def test_photos_that_are_gone_are_told(photos, checkpoint, sketch, capsys, tmp_p
     os.remove("album/3.png")
     capsys.readouterr()
     found = run("find", sketch, *HERE)[0]
-    assert found["matching"] == "one-to-many" and len(found["found"]) == 5
-    assert "note: 1 of the photos found do not exist any more; index again" in capsys.readouterr().err
+    assert found["matching"] == "one-to-many" and len(found["found"]) == 4
+    assert "note: 1 photos that would be shown do not exist now; index again" in capsys.readouterr().err
     for photo in found["found"]:
         score = 0.2 * photo["cluster_distance"] + 0.8 * photo["distance"]
         assert photo["score"] == pytest.approx(score, abs=1e-12)
@@ -244,8 +244,8 @@ def bad_sketches(folder):
     ("find sketch.png --matching one-to-one --cluster_weight 0.5", "one-to-one has no cluster distance"),
     ("find sketch.png --cluster_weight 1.1", "'1.1' is not a number from 0 to 1"),
     ("find sketch.png --device abacus", "--device abacus: there is no such device"),
-    ("find sketch.png --json sketch.png/x.json", "x.json cannot be written"),
-    ("find sketch.png --json empty", "empty cannot be written (Is a directory); choose another name or folder"),
+    ("find sketch.png --json sketch.png/x.json", "--json sketch.png/x.json: cannot be written"),
+    ("find sketch.png --json empty", "--json empty: is not a file but a folder"),
     ("find sketch.png --collection cats", "--collection cats: only for --engine milvus"),
     ("index --index new", "a new one needs a folder of photos"),
     ("index none --index new --checkpoint {}", "none: cannot be searched for photos"),
@@ -258,7 +258,7 @@ def bad_sketches(folder):
     ("index photos --index new --checkpoint {} --subspaces 7", "--subspaces 7: features of 320 values"),
     ("index photos --index new --checkpoint {} --clusters 9", "--clusters 9: there are only 5 photos"),
     ("index photos --clusters 0", "argument --clusters"),
-    ("index photos --exclude *.png", "photos0: contains no photos"),
+    ("index photos --exclude *.png", "photos0: contains no photos beside those of --exclude *.png; correct"),
     ("index --remove empty", "--remove empty: not a folder of the index; its folders are "),
     ("index --remove photos", "--remove: no folder would be left; to delete the index, delete photo_index"),
     ("index --only empty", "empty: contains no photos"), ("index ", "an empty string is not a file or folder"),

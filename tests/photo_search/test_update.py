@@ -83,7 +83,7 @@ def test_only_what_changed_is_done_again(album, index, network):
     (album / "9.png").write_text("torn")
     totals = update(index, network, album)
     assert count(totals) == (2, 1, 0, 2, 1) and network.seen == totals.extracted == 2  # the copy is known
-    assert totals.unreadable == [f"{album}/9.png: not a readable image"]
+    assert totals.unreadable == [f"{album}/9.png: not a readable image (a text)"]
     # It is tried each time, and costs no loading of the network.
     assert count(update(index, lambda: pytest.fail("the network was loaded"), album)) == (0, 0, 0, 0, 1)
     fresh = index.with_name("fresh")

@@ -416,7 +416,7 @@ def test_findings_replace_only_findings_and_the_target_is_checked_first(benchmar
         patch.setattr(commands, "check_benchmark", lambda *_: pytest.fail("checked the benchmark first"))
         for target in (tmp_path, os.devnull, circle):
             assert f"--json {target}: is not a file" in fails(*command, target)
-        assert "mine.txt: holds something other than findings" in fails(*command, mine)
+        assert "mine.txt: holds something that this command did not write" in fails(*command, mine)
         assert "cannot be written" in fails(*command, mine / "found.json")
     link.symlink_to("found.json")
     for _ in range(2):  # the second time it replaces the findings of the first
