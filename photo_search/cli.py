@@ -337,7 +337,8 @@ def run_find(options):
             print_table(path, matching, hits)
         found.append(hits)
     if missing:
-        log_rank0(f"note: {len(missing):,} photos that would be shown do not exist now; index again to remove them")
+        photos = "1 photo that would be shown does" if len(missing) == 1 else f"{len(missing):,} photos found do"
+        log_rank0(f"note: {photos} not exist now; index again to remove them")
     result = results_to_json(options.sketches, matching, weight, found)
     if options.json == STDOUT:
         print(json.dumps(result, indent=2))
@@ -371,9 +372,9 @@ def _default_picture(options):
         return None
     path = (options.index if options.engine == LOCAL else Path()) / "found.png"
     try:
-        return check_output(path, "found.png:", OWN_PICTURE)
+        return check_output(path, "", OWN_PICTURE)
     except InputError as error:
-        log_rank0(f"note: no {str(error).split('; ')[0]}; --picture FILE names another place")
+        log_rank0(f"note: found.png is not drawn: {str(error).rpartition('; ')[0]}; --picture FILE names another place")
         return None
 
 

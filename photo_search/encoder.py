@@ -187,7 +187,8 @@ def add_photos(encoder, metadata, photos, partial_index, batch_size=64, workers=
         partial_index.add(files, rows, digests, thumbnails, unreadable)
         cut_off += sum(are_cut_off)
     if cut_off:
-        log_rank0(f"note: {cut_off:,} photos are cut off; what is there of them is indexed")
+        photos = "1 photo is" if cut_off == 1 else f"{cut_off:,} photos are"
+        log_rank0(f"note: {photos} cut off; what is there of {'it' if cut_off == 1 else 'them'} is indexed")
 
 
 def _decode(photo, size, truncated):

@@ -99,24 +99,25 @@ def atomic_write(path):
 def check_output(path, option, ours):
     """The path of a file for the results that a user names; of a link, the file that it leads to. Makes its folder.
 
-    option: how messages begin; ours: a regular expression (bytes) for the beginning of what this program writes there.
+    option: how messages begin, or an empty text; ours: a regular expression (bytes) for the beginning of what this
+    program writes there.
     Raises InputError unless there is no such file yet, or an empty or regular one that begins so, and if the folder
     cannot be written: before any work is done.
     """
-    target = Path(os.path.realpath(path))
+    target, option = Path(os.path.realpath(path)), f"{option} " if option else ""
     try:
         with open_regular(target) as file:
             start = file.read(1000)
     except FileNotFoundError:
         start = b""
     except NotADirectoryError as error:
-        raise InputError(f"{option} {path}: cannot be written ({error.strerror}); choose another folder") from None
+        raise InputError(f"{option}{path}: cannot be written ({error.strerror}); choose another folder") from None
     except PermissionError as error:
-        raise InputError(f"{option} {path}: {error.strerror}; choose another file") from None
+        raise InputError(f"{option}{path}: {error.strerror}; choose another file") from None
     except OSError:
-        raise InputError(f"{option} {path}: is not a file but a folder, a FIFO or a device; choose a file") from None
+        raise InputError(f"{option}{path}: is not a file but a folder, a FIFO or a device; choose a file") from None
     if start and not re.match(ours, start):
-        raise InputError(f"{option} {path}: holds something that this command did not write; choose another file")
+        raise InputError(f"{option}{path}: holds something that this command did not write; choose another file")
     check_writable(target.parent)
     return target
 

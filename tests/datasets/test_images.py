@@ -1,10 +1,11 @@
 import io
 import os
+import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, PngImagePlugin
 
 from datasets.images import (
     Augmentation,
@@ -174,3 +175,104 @@ def test_sixteen_bit_grey_is_rounded_to_eight(tmp_path):
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(values).save(tmp_path / "grey.png")
     assert np.array_equal(np.asarray(read_rgb(tmp_path / "grey.png"))[..., 0], (values / 257).round())
+
+
+def jpeg(width, height, scans=None, **options):
+    """A JPEG (bytes) of one grey; scans: how often its last one is repeated."""
+    file = io.BytesIO()
+    Image.new("L", (width, height), 128).save(file, "JPEG", quality=20, **options)
+    content = file.getvalue()
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * (scans or 1) + content[-2:]
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(tmp_path):
+    (tmp_path / "bomb.jpg").write_bytes(jpeg(64, 64, 3000, progressive=True))
+    for path in (tmp_path / "bomb.jpg", io.BytesIO(jpeg(64, 64, 3000))):
+        with pytest.raises(InputError, match="scans would take minutes to decode"):
+            decode_image(path)
+    film = jpeg(64, 64) + b"\xff\xda\x00\x00" * 3000  # behind the image, as in a photo with a film
+    assert decode_image(io.BytesIO(film)).size == (64, 64)
+    assert decode_image(io.BytesIO(jpeg(64, 64, progressive=True))).size == (64, 64)
+
+
+def test_the_limit_of_pixels_applies_to_what_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.images.DRAFT_PIXELS", 1000)
+    monkeypatch.setattr("datasets.images.MAX_PIXELS", 2000)
+    monkeypatch.setattr("datasets.images.MAX_REDUCED_PIXELS", 8000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # that of Pillow, exceeded by phones with 200 megapixels
+    photo = io.BytesIO(jpeg(80, 80))
+    assert decode_image(photo, draft_side=20).size == (20, 20)
+    for content, options in (
+        (jpeg(80, 80), {}),
+        (jpeg(160, 80), {"draft_side": 20}),
+        (jpeg(80, 80, progressive=True), {"draft_side": 20}),
+    ):
+        with pytest.raises(InputError, match="are too many"):
+            decode_image(io.BytesIO(content), **options)
+    file = io.BytesIO()
+    Image.new("L", (30, 30)).save(file, "PNG")
+    with pytest.raises(InputError, match="900 pixels are too many"):
+        decode_image(file)
+
+
+def test_a_png_with_a_long_text_or_colour_profile_is_read(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "x" * (3 << 20), zip=True)
+    Image.new("RGB", (30, 20), "teal").save(tmp_path / "text.png", pnginfo=text)
+    Image.new("RGB", (30, 20), "teal").save(tmp_path / "profile.png", icc_profile=b"x" * (2 << 20))
+    for name in ("text.png", "profile.png"):
+        assert read_rgb(tmp_path / name).getpixel((3, 3)) == (0, 128, 128)
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0, 65535.0, 1e6])
+def test_floats_and_integers_of_32_bits_are_scaled(tmp_path, white):
+    values = np.linspace(0, white, 20, dtype=np.float32).reshape(4, 5)
+    Image.fromarray(values).save(tmp_path / "float.tif")
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "int.tif")
+    expected = np.linspace(0, 255, 20).round().reshape(4, 5)
+    assert np.abs(np.asarray(read_rgb(tmp_path / "float.tif"))[..., 0] - expected).max() <= 1
+    if white > 1:
+        assert np.abs(np.asarray(read_rgb(tmp_path / "int.tif"))[..., 0] - expected).max() <= 1
+    values[0, 0] = np.nan
+    Image.fromarray(values).save(tmp_path / "float.tif")
+    assert read_rgb(tmp_path / "float.tif").getpixel((4, 3)) == (255, 255, 255)
+
+
+def test_damaged_exif_leaves_the_image_as_it_is(tmp_path, monkeypatch):
+    Image.new("RGB", (30, 20), "teal").save(tmp_path / "photo.jpg")
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", lambda image: 1 / 0)
+    assert read_rgb(tmp_path / "photo.jpg", exif_transpose=True).size == (30, 20)
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    (b"", "an empty file"), (bytes(5000), "zeros only"), (b"hello", "a text"), ("grüße".encode(), "a text"),
+    (b"\0\0\0\x18ftypmp42" + bytes(20), "a video"), (b"RIFF\1\2\3\4AVI LIST", "a video"), (b"%PDF-1.7\n\xff", "a PDF"),
+    (b"<?xml version='1.0'?>\n<svg/>", "SVG, which only browsers show"), (b"PK\3\4\xff", "an archive"),
+    (b"\0\5\26\7xxxx", "a file of attributes that macOS wrote"), (b"\x81\x82\x83 \xff", "of no known format"),
+])  # fmt: skip
+def test_what_an_unreadable_file_is_instead(tmp_path, content, reason):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_rgb(tmp_path / "a.jpg")
+    expected = f"{tmp_path}/a.jpg: not a readable image ({reason}); fetch it again, or take it out of its list"
+    assert str(error.value) == expected
+
+
+def test_how_much_of_a_truncated_image_is_there(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8))
+    for name in ("cut.jpg", "cut.png"):
+        noise.save(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(InputError, match=r"not a readable image \(cut off after (4\d|5[0-7]) %\)"):
+            read_rgb(tmp_path / name)
+        whole = decode_image(tmp_path / name, truncated=True)
+        assert whole.size == (200, 200) and not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_heic_is_named_where_its_reader_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    with pytest.raises(InputError, match=r"not a readable image \(HEIC; pip install pillow-heif"):
+        read_rgb(tmp_path / "a.jpg")

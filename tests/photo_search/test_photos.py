@@ -1,4 +1,5 @@
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -164,3 +165,32 @@ def test_the_folder_of_the_index_is_left_out(tmp_path):
     write_photo(album / "photo_index" / "found.png", 3)
     assert len(find_photos([album]).files) == 3
     assert [each.path for each in find_photos([album], index=album / "photo_index").files] == photos
+
+
+def test_hidden_files_and_folders_of_systems_are_left_out(tmp_path):
+    write_photo(tmp_path / "a.png", 0)
+    for name in (".Trash-1000/b.png", "@eaDir/c.png", "#recycle/d.png", "._a.png", "sub/.thumbnails/e.png"):
+        write_photo(tmp_path / name, 1)
+    found = find_photos([tmp_path])
+    assert names(tmp_path) == ["a.png"] and found.hidden == 5
+    assert len(names(tmp_path, hidden=True)) == 6
+    assert names(tmp_path / "@eaDir") == ["c.png"]  # a folder that is named is not hidden
+
+
+def test_files_that_are_not_decoded_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(
+        Image, "registered_extensions", lambda: {".jpg": "JPEG", ".png": "PNG"}
+    )  # which another test may have extended
+    for name in ("a.HEIC", "b.heic", "c.CR2", "d.mp4", "e.txt"):
+        (tmp_path / name).write_bytes(b"1")
+    photo = Image.new("RGB", (30, 20))
+    photo.save(tmp_path / "two.mpo", "MPO", save_all=True, append_images=[photo])
+    found = find_photos([tmp_path])
+    assert found.unread == {".heic": 2, ".cr2": 1} and names(tmp_path) == ["two.mpo"]
+    assert read_photo(tmp_path / "two.mpo", 32).size == (30, 20)
+
+
+def test_a_time_that_no_record_holds_is_the_last_one(tmp_path):
+    os.utime(write_photo(tmp_path / "a.png", 0), ns=(10**19, 10**19))  # in the year 2286
+    assert np.array([find_photos([tmp_path]).files[0].mtime], np.int64) == 2**63 - 1
