@@ -348,7 +348,7 @@ def collect(study, records):
     }
     rows, sweeps = [], []
     for split in study["splits"]:
-        base = None
+        base = untrained = None
         for variant, name in names.items():
             done = [
                 job
@@ -360,7 +360,8 @@ def collect(study, records):
             values = np.stack([records.queries[job.key] for job in done], axis=1).astype(np.float64)
             is_base = variant == study["base"]
             base = values if is_base else base
-            summary = _rows(values, None if is_base else base, records.queries[f"{split}/classes"])
+            summary = _rows(values, None if is_base else base, untrained, records.queries[f"{split}/classes"])
+            untrained = values if variant == "untrained" else untrained
             train, test = (" ".join(each) for each in commands(done[0], study))
             for row, numbers in zip(records.runs[done[0].key]["rows"], summary, strict=True):
                 about = {"split": split, "variant": name, "metric": records.runs[done[0].key]["metrics"][0]}
@@ -371,13 +372,16 @@ def collect(study, records):
     return {"base": names[study["base"]], **choice, "rows": rows, "sweeps": sweeps}
 
 
-def _rows(values, base, classes):
-    """For each row of values (rows, seeds, Q): its mean, deviation over seeds, and difference from base (shaped alike);
-    of rows after the first, which is one-to-one, also the gain over that."""
+def _rows(values, base, untrained, classes):
+    """For each row of values (rows, seeds, Q): its mean, deviation over seeds, and differences from base and untrained,
+    shaped alike but for the seeds, or None; of rows after the first, which is one-to-one, also the gain over that."""
     for number, row in enumerate(values):
         summary = over_seeds(row, classes)
         if base is not None:
             summary["difference"], summary["interval"] = difference_interval(row, base[number], classes)
+        if untrained is not None:
+            over = difference_interval(row, untrained[number], classes)
+            summary["over_untrained"], summary["over_untrained_interval"] = over
         if number:
             summary["gain"], summary["gain_interval"] = difference_interval(row, values[0], classes)
         yield summary

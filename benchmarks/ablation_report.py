@@ -13,14 +13,25 @@ def markdown(results):
     lines = _rates_table(results["rates"], results["chosen_by"])
     for split, rows in groupby(results["rows"], key=lambda row: row["split"]):
         rows = list(rows)
-        shown = list(dict.fromkeys(_matching(row) for row in rows))
         lines += ["", f"{split}, {rows[0]['metric']}, and its difference from {results['base']}:", ""]
-        lines += [f"| variant | seeds | {' | '.join(shown)} | gain over {shown[0]} |", "|---" * (len(shown) + 3) + "|"]
-        for variant, own in groupby(rows, key=lambda row: row["variant"]):
-            own = list(own)
-            cells = [*map(cell, own), "; ".join(signed(row["gain"], row["gain_interval"]) for row in own[1:])]
-            lines.append(f"| {variant} | {own[0]['seeds']} | {' | '.join(cells)} |")
+        lines += _table(rows, cell, lambda row: signed(row["gain"], row["gain_interval"]))
+        if trained := [row for row in rows if "over_untrained" in row]:
+            lines += ["", f"{split}, {rows[0]['metric']}: difference from no training:", ""]
+            lines += _table(trained, lambda row: signed(row["over_untrained"], row["over_untrained_interval"]))
     return "\n".join(lines)
+
+
+def _table(rows, show, gain=None):
+    """Lines of a table: a line a variant, a column a matching with the text show(row), and one of gains over the first
+    matching with the texts gain(row), joined."""
+    shown = list(dict.fromkeys(_matching(row) for row in rows))
+    heads = ["variant", "seeds", *shown] + ([f"gain over {shown[0]}"] if gain else [])
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for variant, own in groupby(rows, key=lambda row: row["variant"]):
+        own = list(own)
+        cells = [variant, str(own[0]["seeds"]), *map(show, own)] + (["; ".join(map(gain, own[1:]))] if gain else [])
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _rates_table(runs, chosen_by):

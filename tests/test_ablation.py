@@ -136,7 +136,9 @@ def test_differences_are_paired_and_commands_stand_beside_them(study):
         {"matching": "one-to-one", "M": None, "K": None, "mAP@all": 0.25},
         {"matching": "one-to-many", "M": 2, "K": 3, "mAP@all": 0.5},
     ]
-    for job in [studies.Job("zeroshot1", name, "2", seed) for name in ("cls", "method") for seed in (0, 1)]:
+    untrained = studies.Job("zeroshot1", "untrained", "0", 0)
+    trained = [studies.Job("zeroshot1", name, "2", seed) for name in ("cls", "method") for seed in (0, 1)]
+    for job in [untrained, *trained]:
         records.runs[job.key] = {"metrics": ["mAP@all"], "tested": 5.0, "accuracy": [5.0], "rows": rows}
         records.queries[job.key] = random.random((2, 6)).astype(np.float32)
     for rate in ("1", "3"):
@@ -147,8 +149,8 @@ def test_differences_are_paired_and_commands_stand_beside_them(study):
     results = studies.collect(content, records)
     method = [row for row in results["rows"] if row["variant"] == "the method"]
 
-    def mean(name, seed, row):
-        values = records.queries[f"zeroshot1/{name}/2/{seed}"][row].astype(float)
+    def mean(name, seed, row, rate=2):
+        values = records.queries[f"zeroshot1/{name}/{rate}/{seed}"][row].astype(float)
         return (values[:4].mean() + values[4:].mean()) / 2
 
     for number, row in enumerate(method):
@@ -156,6 +158,8 @@ def test_differences_are_paired_and_commands_stand_beside_them(study):
         assert row["mean"] == pytest.approx(np.mean(own)) and row["deviation"] == pytest.approx(np.std(own, ddof=1))
         assert row["difference"] == pytest.approx(np.mean(own) - np.mean(base))
         assert row["interval"][0] < row["difference"] < row["interval"][1]
+        assert row["over_untrained"] == pytest.approx(np.mean(own) - mean("untrained", 0, number, rate=0))
+        assert row["over_untrained_interval"][0] < row["over_untrained"] < row["over_untrained_interval"][1]
         assert "--lr 2 " in row["train"] and row["test"].startswith("test_sketchy_ext_zeroshot --data_root DIR")
     assert method[1]["gain"] == pytest.approx(method[1]["mean"] - method[0]["mean"]) and "gain" not in method[0]
     assert method[1]["gain_interval"][0] < method[1]["gain"] < method[1]["gain_interval"][1]
@@ -167,6 +171,9 @@ def test_differences_are_paired_and_commands_stand_beside_them(study):
         f"| the method | 2 | {method[0]['mean']:.3f} ± {method[0]['deviation']:.3f} ({method[0]['difference']:+.3f}"
         in table
     )
+    over = method[0]["over_untrained"]
+    assert "zeroshot1, mAP@all: difference from no training:\n\n| variant |" in table
+    assert f"| the method | 2 | {over:+.3f}, " in table and "| no training | 1 | " not in table.split("no training:")[1]
 
 
 def test_a_rate_is_chosen_then_trained_tested_swept_and_not_done_again(study, miniature, tmp_path, capsys, monkeypatch):
