@@ -27,7 +27,7 @@ from datasets.images import read_rgb, resize, stack
 from models.checkpoints import load_student
 from models.eval.codebooks import fit_codebook
 from models.eval.features import embed
-from models.eval.matching import cluster_distances, code_members, euclidean_distances, fused_scores, nearest_codes
+from models.eval.matching import cluster_distances, euclidean_distances, fused_scores, nearest_codes
 from models.eval.metrics import SameClass, average_precision, class_means, precision_at, rank
 
 WEIGHTS = (0, 0.1, 0.2, 0.3, 0.5, 0.8)
@@ -122,8 +122,7 @@ def matched(student, size, sketches, gallery, gallery_names):
     codebook, _ = fit_codebook(gallery, 2, clusters)
     query, gallery, codebook = map(torch.from_numpy, (query, gallery, codebook))
     near = euclidean_distances(query, gallery)
-    members = code_members(nearest_codes(gallery, codebook), clusters).to(gallery.dtype)
-    apart = cluster_distances(query, codebook, members)
+    apart = cluster_distances(query, codebook, nearest_codes(gallery, codebook))
     scores = {"one-to-one": near} | {f"{weight:g}": fused_scores(apart, near, weight) for weight in WEIGHTS if weight}
     return {name: (rank(each, SameClass(*labels)), query_names) for name, each in scores.items()}
 

@@ -16,7 +16,7 @@ from models.eval.codebooks import fit_codebooks
 from models.eval.matching import (
     CLUSTER_WEIGHT,
     cluster_distances,
-    code_members,
+    distinct_codes,
     euclidean_distances,
     fused_scores,
     nearest_codes,
@@ -237,32 +237,31 @@ class _Gallery:
                 self.rows.append((self._codes(codebook), []))
             self.rows[-1][1].append((key, weight))
             last = codebook
-        self.num_matrices = 3 if any(len(keys) > 1 for _, keys in self.rows) else 2
 
     def _codes(self, codebook):
-        """(codebook, members (M·K, N) of its codes) on the device, for cluster_distances; None for None."""
+        """(codebook, codes of its cells, cell of each photo) on the device, see `distinct_codes`; None for None."""
         if codebook is None:
             return None
         codebook = torch.from_numpy(codebook).to(self.photos)
-        return codebook, code_members(nearest_codes(self.photos, codebook), codebook.shape[1]).to(self.photos.dtype)
+        return codebook, *distinct_codes(nearest_codes(self.photos, codebook))
 
     def scores(self, query):
         """Yield (key, scores (Q, N)) for each row; the scores of one row are overwritten by those of the next."""
-        distances, *buffers = self._matrices(len(query))
+        distances, scores = self._matrices(len(query))
         euclidean_distances(query, self.photos, out=distances)
         for codes, keys in self.rows:
             if codes is None:
                 yield keys[0][0], distances
                 continue
-            cluster = cluster_distances(query, *codes, out=buffers[0])
-            for number, (key, weight) in enumerate(keys, 1):
-                out = cluster if number == len(keys) else buffers[1]  # the last weight may overwrite them in place
-                yield key, fused_scores(cluster, distances, weight, out=out)
+            *codebook_and_codes, cells = codes
+            cluster = cluster_distances(query, *codebook_and_codes)
+            for key, weight in keys:
+                yield key, fused_scores(cluster, distances, weight, cells, out=scores)
 
     def _matrices(self, count):
-        """Matrices (count, N) to write into; each thread reuses its own, as new ones cost page faults."""
+        """Two matrices (count, N) to write into; each thread reuses its own, as new ones cost page faults."""
         if len(getattr(self.local, "matrices", [[]])[0]) < count:
-            self.local.matrices = [self.photos.new_empty(count, len(self.photos)) for _ in range(self.num_matrices)]
+            self.local.matrices = [self.photos.new_empty(count, len(self.photos)) for _ in range(2)]
         return [matrix[:count] for matrix in self.local.matrices]
 
     def free(self):

@@ -27,10 +27,12 @@ def nearest_codes(gallery, codebook):
     return code_distances(gallery, codebook).argmin(dim=2)
 
 
-def code_members(codes, clusters):
-    """Codes (N, M) one-hot: (M·K, N) uint8, where row m·K + k marks the photos with code k in sub-space m."""
-    members = torch.zeros(codes.shape[1], clusters, len(codes), dtype=torch.uint8, device=codes.device)
-    return members.scatter_(1, codes.T[:, None], 1).flatten(0, 1)
+def distinct_codes(codes):
+    """The cells of codes (N, M), photos that share all codes: (codes of the cells (cells, M), cell of each photo (N,)).
+
+    Photos of a cell have the same cluster distances. There are far fewer cells than photos.
+    """
+    return codes.unique(dim=0, return_inverse=True)
 
 
 def code_distances(features, codebook):
@@ -40,22 +42,26 @@ def code_distances(features, codebook):
     return torch.baddbmm(squares, subspaces, codebook.transpose(1, 2), alpha=-2).clamp_(min=0).transpose(0, 1)
 
 
-def cluster_distances(query, codebook, members, out=None):
-    """D(q, g) = Σ_m ‖q_m − codeword_m(g)‖²: (Q, N), written to `out` if it is given.
+def cluster_distances(query, codebook, codes):
+    """D(q, g) = Σ_m ‖q_m − codeword_m(g)‖²: (Q, N).
 
-    query (Q, D), codebook (M, K, d), members (M·K, N) of code_members, in one dtype. A product with one-hot codes is
-    faster than indexing by codes, and rounds in the same way.
+    query (Q, D), codebook (M, K, d), codes (N, M) of nearest_codes or distinct_codes.
     """
-    return _product(code_distances(query, codebook).flatten(1), members, out)
+    first, *others = code_distances(query, codebook).unbind(dim=1)  # M of (Q, K)
+    distances = first.index_select(1, codes[:, 0])
+    for squares, column in zip(others, codes.T[1:], strict=True):
+        distances += squares.index_select(1, column)
+    return distances
 
 
-def fused_scores(cluster, euclidean, weight=CLUSTER_WEIGHT, out=None):
-    """weight · D + (1 − weight) · d. D is a squared distance and d is not, as in the release.
+def fused_scores(cluster, euclidean, weight=CLUSTER_WEIGHT, cells=None, out=None):
+    """weight · D + (1 − weight) · d: (Q, N). D is a squared distance and d is not, as in the release.
 
-    Written to `out` if it is given, which may be D itself.
+    cluster: (Q, N), or (Q, cells) with the cell (N,) of each photo; euclidean: (Q, N). Written to `out` if it is given.
     """
     rest = round(1 - weight, 12)  # 0.2 beside 0.8, not 0.19999999999999996
-    return torch.mul(cluster, weight, out=out).add_(euclidean, alpha=rest)
+    weighted = cluster * weight if cells is None else torch.index_select(cluster * weight, 1, cells, out=out)
+    return torch.add(weighted, euclidean, alpha=rest, out=weighted if out is None else out)
 
 
 def _product(a, b, out=None):

@@ -98,9 +98,18 @@ class Ranking:
     nearest: torch.Tensor | None = None  # (Q, k) int64, the k nearest photos in order, if they were asked for
 
     @cached_property
+    def precision(self):
+        """Precision at each hit: (Q, R) float64, 0 where hits are inf."""
+        return torch.arange(1, self.hits.shape[1] + 1, dtype=torch.float64, device=self.hits.device) / self.hits
+
+    @cached_property
     def best_precision(self):
         """Best precision at each hit or any later one: (Q, R) float64, 0 where hits are inf."""
-        return _best_precision(self.hits)
+        return _best_at_or_after(self.precision)
+
+    def precision_until(self, top):
+        """Precision at the hits among the first `top` ranks: (Q, at most `top`) float64, 0 at later hits."""
+        return torch.where(self.hits[:, :top] <= top, self.precision[:, :top], 0)
 
     def nearest_relevant(self):
         """Whether each of the nearest photos is relevant: (Q, k) bool."""
@@ -120,8 +129,10 @@ def rank(scores, relevance, nearest=0):
     if lowest != lowest:
         raise ValueError("a score is NaN, which has no rank")
     in_gallery, nearest = relevance.counts(), min(nearest, scores.shape[1])
-    by_keys = on_cpu and scores.dtype == torch.float32 and lowest >= 0
-    hits, near = (_rank_by_keys if by_keys else _rank_by_order)(scores, relevance, in_gallery, nearest)
+    if on_cpu and scores.dtype == torch.float32 and lowest >= 0:
+        hits, near = _rank_by_keys(scores.numpy(), relevance, in_gallery, nearest, lowest)
+    else:
+        hits, near = _rank_by_order(scores, relevance, in_gallery, nearest)
     return Ranking(hits, in_gallery, scores.shape[1], near if nearest else None)
 
 
@@ -135,27 +146,55 @@ def _rank_by_order(scores, relevance, in_gallery, nearest):
     return hits, order[:, :nearest]
 
 
-def _rank_by_keys(scores, relevance, in_gallery, nearest):
-    """(hits, nearest) of float32 scores of 0 or more by sorting integers, several times as fast on a CPU.
+def _rank_by_keys(scores, relevance, in_gallery, nearest, lowest):
+    """(hits, nearest) by sorting integers, many times as fast; scores: float32 array, `lowest` of which is 0 or more.
 
-    The bits of such scores, read as integers, have the same order. So a uint64 key, from its highest bit, is the score
-    without its sign (31 bits), the photo's index in the gallery, which breaks ties (32 bits), and 1 if the photo is not
-    relevant (1 bit).
+    The bits of such scores, read as integers, have the same order. So a key, from its highest bit, is the score, the
+    photo's index in the gallery, which breaks ties, and 1 if the photo is not relevant. Keys of 32 bits are sorted in
+    half the time of 64, but may hold only the upper bits of the index. Where that leaves a relevant photo tied with
+    another one, their keys differ by 1, and the query is ranked again with keys of 64 bits.
     """
-    scores, photos, counts = scores.numpy(), scores.shape[1], in_gallery.numpy()
-    hits = np.full((len(scores), counts.max()), np.inf)
-    near = np.empty((len(scores), nearest), np.int64)
-    block_size = max(1, SORT_BYTES // (8 * photos))
+    bits, counts = scores.view(np.uint32), in_gallery.numpy()
+    hits, near = np.full((len(bits), counts.max()), np.inf), np.empty((len(bits), nearest), np.int64)
+    photos = np.arange(bits.shape[1], dtype=np.uint64)
+    # Short keys have the score less the lowest one, and as much of the index as fits. Shifts drop the sign of -0.
+    lowest, highest = np.abs([lowest, scores.max()]).view(np.uint32)
+    score_bits = max(1, int(highest - lowest).bit_length())
+    index = (photos >> max(0, (len(photos) - 1).bit_length() + score_bits - 31)).astype(np.uint32)
     for queries, relevant in relevance.groups():
-        queries, count = queries.numpy(), counts[queries[0]]
-        low_bits = np.arange(photos, dtype=np.uint64) << 1 | ~relevant.numpy()
-        for block in np.split(queries, range(block_size, len(queries), block_size)):
-            keys = scores[block].view(np.uint32).astype(np.uint64) << 33 | low_bits
-            keys.sort(axis=1)
-            ranks = np.flatnonzero(keys & 1 == 0) % photos + 1
-            hits[block, :count] = ranks.reshape(len(block), -1)
-            near[block] = (keys[:, :nearest] >> 1).astype(np.uint32)
+        queries, irrelevant, count = queries.numpy(), ~relevant.numpy(), counts[queries[0]]
+        low_bits = index << 1 | irrelevant
+        for block in _blocks(queries, len(photos)) if count else ():
+            keys = bits[block] - lowest
+            keys <<= 32 - score_bits
+            keys |= low_bits
+            hits[block, :count], tied = _sort_keys(keys, count)
+            if tied.any():
+                keys = bits[block[tied]].astype(np.uint64) << 33 | photos << 1 | irrelevant
+                hits[block[tied], :count], _ = _sort_keys(keys, count)
+    for block in _blocks(np.arange(len(bits)), len(photos)) if nearest else ():
+        keys = np.partition(bits[block].astype(np.uint64) << 33 | photos, nearest - 1, axis=1)[:, :nearest]
+        near[block] = np.sort(keys, axis=1).astype(np.uint32)
     return torch.from_numpy(hits), torch.from_numpy(near)
+
+
+def _sort_keys(keys, count):
+    """Sort keys (Q, N), of which `count` in each row end in 0: (their ranks (Q, count), (Q,) whether one may be tied).
+
+    Such a key may be tied if the next key differs from it in the last bit alone.
+    """
+    keys.sort(axis=1)
+    keys, rows, photos = keys.ravel(), *keys.shape
+    positions = np.flatnonzero(keys & 1 == 0)
+    tied = keys.take(positions + 1, mode="clip") == keys[positions] + 1
+    ranks = positions.reshape(rows, count) - photos * np.arange(rows)[:, None] + 1
+    return ranks, tied.reshape(rows, count).any(axis=1)
+
+
+def _blocks(queries, photos):
+    """`queries` cut into blocks of which 32-bit keys have SORT_BYTES."""
+    size = max(1, SORT_BYTES // (4 * photos))
+    return np.split(queries, range(size, len(queries), size))
 
 
 def average_precision(ranking, top=None):
@@ -171,9 +210,8 @@ def average_precision(ranking, top=None):
     """
     if top is None:
         return ranking.best_precision.sum(dim=1) / ranking.in_gallery
-    hits = ranking.hits[:, :top]
-    hits = torch.where(hits <= top, hits, torch.inf)
-    return (_best_precision(hits) * (hits <= top)).sum(dim=1) / ranking.in_gallery.clamp(max=top)
+    best = _best_at_or_after(ranking.precision_until(top)) * (ranking.hits[:, :top] <= top)
+    return best.sum(dim=1) / ranking.in_gallery.clamp(max=top)
 
 
 def precision_at(ranking, k):
@@ -204,20 +242,21 @@ def plain_average_precision(ranking, top=None):
     Unlike `average_precision`, it divides by the relevant photos among those ranks. Returns (Q,) float64; 0 where
     there are none.
     """
-    hits = ranking.hits if top is None else torch.where(ranking.hits <= top, ranking.hits, torch.inf)
-    return _precision(hits).sum(dim=1) / hits.isfinite().sum(dim=1).clamp(min=1)
+    if top is None:
+        return ranking.precision.sum(dim=1) / ranking.in_gallery.clamp(min=1)
+    hits_until_top = (ranking.hits[:, :top] <= top).sum(dim=1)
+    return ranking.precision_until(top).sum(dim=1) / hits_until_top.clamp(min=1)
 
 
 def average_precision_over_k(ranking, k):
     """Sum of the precisions at the hits among the first k ranks, over min(k, N). Returns (Q,) float64."""
-    hits = ranking.hits
-    return (_precision(hits) * (hits <= k)).sum(dim=1) / min(k, ranking.gallery_size)
+    return ranking.precision_until(k).sum(dim=1) / min(k, ranking.gallery_size)
 
 
 def capped_precision_at(ranking, k):
     """Share of relevant photos among the first min(k, relevant in the gallery) ranks. Returns (Q,) float64."""
     cut = ranking.in_gallery.clamp(max=k)
-    return (ranking.hits <= cut[:, None]).sum(dim=1).double() / cut.clamp(min=1)
+    return (ranking.hits[:, :k] <= cut[:, None]).sum(dim=1).double() / cut.clamp(min=1)
 
 
 def class_means(values, labels):
@@ -323,12 +362,6 @@ def precision_at_recall(ranking):
     return ranking.best_precision.gather(1, (needed - 1).clamp(min=0))
 
 
-def _precision(hits):
-    """Precision at each hit."""
-    return torch.arange(1, hits.shape[1] + 1, dtype=torch.float64, device=hits.device) / hits
-
-
-def _best_precision(hits):
-    """Best precision at each hit or any later one."""
-    precision = _precision(hits)
-    return precision.flip(1).cummax(dim=1).values.flip(1) if hits.shape[1] else precision
+def _best_at_or_after(precision):
+    """Best precision (Q, R) at each hit or any later one."""
+    return precision.flip(1).cummax(dim=1).values.flip(1) if precision.shape[1] else precision

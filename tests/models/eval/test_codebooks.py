@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from models.eval import codebooks, gmm
 from models.eval.codebooks import CollapsedComponent, fit_codebook
-from models.eval.matching import cluster_distances, code_members, euclidean_distances, fused_scores, nearest_codes
+from models.eval.matching import cluster_distances, euclidean_distances, fused_scores, nearest_codes
 from models.eval.metrics import SameClass, average_precision, class_means, precision_at, rank
 
 
@@ -23,8 +23,8 @@ def test_own_codebooks_retrieve_as_well_as_golden_ones(golden, subspaces, cluste
     assert codebook.dtype == np.float32
     np.testing.assert_allclose(codebook, z[f"M{subspaces}K{clusters}_codebook"], rtol=0, atol=1e-4)
     query, gallery, means = z["query"].double(), z["gallery"].double(), torch.from_numpy(codebook).double()
-    members = code_members(nearest_codes(gallery, means), clusters).double()
-    scores = fused_scores(cluster_distances(query, means, members), euclidean_distances(query, gallery))
+    cluster = cluster_distances(query, means, nearest_codes(gallery, means))
+    scores = fused_scores(cluster, euclidean_distances(query, gallery))
     relevant = rank(scores, SameClass(z["query_labels"], z["gallery_labels"]))
     for name, values in (
         ("map_all", average_precision(relevant)),

@@ -5,7 +5,7 @@ import torch
 from models.eval import evaluate as evaluation
 from models.eval.evaluate import Grid, WeightedCodebook, class_relevance, evaluate_grid, evaluate_rows
 from models.eval.features import Features
-from models.eval.matching import cluster_distances, code_members, euclidean_distances, nearest_codes
+from models.eval.matching import cluster_distances, euclidean_distances, nearest_codes
 from models.eval.metrics import STANDARD, ListedPhotos, average_precision, precision_at, precision_at_recall, rank
 from utils.process_pool import thread_pool
 
@@ -49,7 +49,7 @@ def test_rows_of_several_weights_share_distances_and_equal_their_formula(feature
     rows = {weight: WeightedCodebook(book, weight) for weight in (0.0, 0.3, 0.8, 1.0)}
     measured = evaluate_rows(features, {None: None} | rows | {"other": codebooks[4, 7]}, dtype=torch.float64)
     query, gallery, means = (torch.from_numpy(each).double() for each in (features.query, features.gallery, book))
-    cluster = cluster_distances(query, means, code_members(nearest_codes(gallery, means), 5).double())
+    cluster = cluster_distances(query, means, nearest_codes(gallery, means))
     for weight in rows:
         scores = weight * cluster + (1 - weight) * euclidean_distances(query, gallery)
         expected = average_precision(rank(scores, class_relevance(features)))

@@ -4,7 +4,7 @@ import torch
 from models.eval.matching import (
     cluster_distances,
     code_distances,
-    code_members,
+    distinct_codes,
     euclidean_distances,
     fused_scores,
     nearest_codes,
@@ -44,7 +44,7 @@ def test_one_to_many_given_the_codebooks_equals_golden(z, subspaces, clusters):
     codes = nearest_codes(gallery, codebook)
     assert torch.equal(codes, row["codes"].long())
     close(code_distances(query, codebook), row["dtable"], 2e-6)
-    cluster = cluster_distances(query, codebook, code_members(codes, clusters).double())
+    cluster = cluster_distances(query, codebook, codes)
     close(cluster[z["row_queries"]], row["cluster_rows"], 2e-6)
     close(cluster.sum(dim=1), row["cluster_rowsum"], 1e-3)
     scores = fused_scores(cluster, euclidean_distances(query, gallery))
@@ -71,9 +71,7 @@ def test_distances_equal_plain_loops():
                 subspace = slice(2 * m, 2 * m + 2)
                 code = min(range(5), key=lambda k: (gallery[g, subspace] - codebook[m, k]).norm())
                 expected[q, g] += ((query[q, subspace] - codebook[m, code]) ** 2).sum()
-    members = code_members(nearest_codes(gallery, codebook), 5)
-    assert (members.sum(dim=0) == 3).all()
-    close(cluster_distances(query, codebook, members.double()), expected, 1e-12)
+    close(cluster_distances(query, codebook, nearest_codes(gallery, codebook)), expected, 1e-12)
     close(euclidean_distances(query, gallery), torch.cdist(query, gallery), 1e-12)
 
 
@@ -84,12 +82,14 @@ def test_the_nearest_photo_of_a_photo_is_itself():
 
 def test_results_are_written_to_out(z):
     query, gallery, codebook = z["query"], z["gallery"], z["M2K5_codebook"]
-    members = code_members(nearest_codes(gallery, codebook), 5).float()
+    codes = nearest_codes(gallery, codebook)
     out = torch.empty(2, len(query), len(gallery))
     euclidean = euclidean_distances(query, gallery, out=out[0])
-    cluster = cluster_distances(query, codebook, members, out=out[1])
-    expected = fused_scores(cluster, euclidean)
-    assert fused_scores(cluster, euclidean, out=out[1]).data_ptr() == out[1].data_ptr()
+    expected = fused_scores(cluster_distances(query, codebook, codes), euclidean)
+    cells = distinct_codes(codes)
+    assert len(cells[0]) < len(gallery)
+    cluster = cluster_distances(query, codebook, cells[0])
+    assert fused_scores(cluster, euclidean, cells=cells[1], out=out[1]).data_ptr() == out[1].data_ptr()
     assert torch.equal(out[0], euclidean_distances(query, gallery)) and torch.equal(out[1], expected)
 
 

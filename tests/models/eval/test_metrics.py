@@ -134,7 +134,7 @@ def test_precision_at_recall_by_hand():
 @pytest.mark.parametrize("shift", [0, -3])
 @pytest.mark.parametrize("rows", [1, 3, 100])
 def test_ranks_with_ties_equal_the_definition(dtype, levels, shift, rows, monkeypatch):
-    monkeypatch.setattr(metrics, "SORT_BYTES", rows * 90 * 8)
+    monkeypatch.setattr(metrics, "SORT_BYTES", rows * 90 * 4)
     generator = torch.Generator().manual_seed(levels)
     scores = (torch.randint(levels, (13, 90), generator=generator) / levels + shift).to(dtype)
     gallery_labels = torch.randint(4, (90,), generator=generator)
