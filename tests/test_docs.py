@@ -21,8 +21,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES += [ROOT / name / "README.md" for name in ("pretrained_model", "checkpoint", "tests/golden")]
 LINK = re.compile(r"\[([^]]*)\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-# Options of torchrun, milvus-lite, pytest and pip, and the one that CONTRIBUTING.md adds to a train script.
+# Options of torchrun, milvus-lite, pytest and pip, the one that CONTRIBUTING.md adds to a train script, and options of
+# docker and systemd-run.
 OTHERS = {"--nproc_per_node", "--standalone", "--data-dir", "--norm_weight", "--doctest-modules", "--no-deps"}
+OTHERS |= {"--rm", "--read-only", "--cap-drop", "--security-opt", "--user", "--shm-size", "--pty", "--uid"}
 
 
 def links(page):
