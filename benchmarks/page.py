@@ -3,9 +3,10 @@
     .venv/bin/python benchmarks/page.py                                              # the demo's network
     .venv/bin/python benchmarks/page.py --model convnextv2_tiny --input_size 224
     .venv/bin/python benchmarks/page.py --backend onnx
+    .venv/bin/python benchmarks/page.py --index photo_index                          # an index that is there
 
-Makes an index of --photos drawn photos with a network of random weights, serves it with search_photos.py page on a free
-port of this machine, and stops it at the end. The browser is headless chromium (Debian: chromium, chromium-driver):
+Makes an index of --photos drawn photos with a network of random weights, or takes --index, serves it with
+search_photos.py page on a free port of this machine, and stops it at the end. The browser is headless chromium (Debian: chromium, chromium-driver):
 strokes of a mouse, from the event that ends one to the moment when all its photos are decoded. "start to first answer"
 is from the start of the command to the answer to one sketch. Then --clients threads
 search for --seconds, each pausing --pause seconds between an answer and its next stroke. Memory is resident memory.
@@ -40,6 +41,8 @@ from datasets.prepare.miniature import draw_photo, draw_sketch  # noqa: E402
 from models import export  # noqa: E402
 from models.checkpoints import save_checkpoint  # noqa: E402
 from models.networks import Student, create_backbone  # noqa: E402
+from photo_search.encoder import backend_of  # noqa: E402
+from photo_search.index import open_index  # noqa: E402
 
 SHOWN = "return list.dataset.turn === String(turn) && list.ariaBusy === 'false'"
 TOOK = (
@@ -54,16 +57,19 @@ def main():
     add("--input_size", type=int, default=48)
     add("--backend", choices=("torch", "onnx"), default="torch")
     add("--photos", type=int, default=500)
+    add("--index", type=Path, help="an index, instead of --model, --input_size, --backend and --photos")
     add("--strokes", type=int, default=60, help="in the browser, after 10 to warm up")
     add("--clients", type=int, default=20)
     add("--seconds", type=float, default=60)
     add("--pause", type=float, default=1.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        index = make_index(Path(folder), options.model, options.input_size, options.photos, options.backend)
-        load = os.getloadavg()[0]
-        about = f"{options.model}, {options.input_size} pixels, {options.backend}"
-        print(f"{os.cpu_count()} cores, load {load:.1f}; {about}", flush=True)
+        index, load = options.index, os.getloadavg()[0]
+        if index is None:
+            index = make_index(Path(folder), options.model, options.input_size, options.photos, options.backend)
+        about = open_index(index).metadata
+        network = f"{about['model']}, {about['input_size']} pixels, {backend_of(about['checkpoint'])}"
+        print(f"{os.cpu_count()} cores, load {load:.1f}; {network}", flush=True)
         with Served(index) as served:
             print(f"start to first answer: {served.first_answer():.1f} s", flush=True)
             if shutil.which("chromedriver"):

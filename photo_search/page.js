@@ -65,8 +65,7 @@ at("back").onclick = () => {
 };
 at("as").onclick = () => {
   cover().photo = !cover().photo;
-  keep();
-  search();
+  changed();
 };
 at("details").onclick = () => {
   showNumbers(!document.body.classList.contains("numbers"));

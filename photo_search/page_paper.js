@@ -7,6 +7,7 @@ finished.width = finished.height = paper.width;
 const UNITS = 1023, ERASER = 3;  // coordinates go from 0 to UNITS; how much wider the eraser is than the pen
 const BEND = 24;  // units before and after a point that its curve takes; nearer points are joined by curves alone
 const DOT = 1.4;  // diameter of a dot, in widths of the pen
+const EDGE = 1.6;  // width of a line with its white edge on a photo, in widths of the pen
 const PALM = 500;  // milliseconds after the last sign of a pen in which touches are the hand that holds it
 const SENT = 448, BYTES = 4 << 20, SIDE = 4096, DECODED = ["image/png", "image/jpeg", "image/webp", "image/gif"];
 
@@ -29,7 +30,7 @@ let erased = false;  // whether the eraser left nothing
 function render() {
   const brush = finished.getContext("2d");
   blank(brush);
-  for (const item of visible()) item.points ? trace(brush, item) : item.picture && spread(brush, item.picture);
+  for (const item of visible()) item.points ? paint(brush, item) : item.picture && spread(brush, item.picture);
   erased = !cover() && visible().some(item => item.erase) && isBlank();
   refresh();
   at("undo").disabled = !done;
@@ -48,7 +49,7 @@ function isBlank() {
 // What is finished, with the stroke under way.
 function refresh() {
   ink.drawImage(finished, 0, 0);
-  if (stroke) trace(ink, stroke);
+  if (stroke) paint(ink, stroke);
   at("hint").hidden = Boolean(stroke) || !isEmpty();
   if (!at("mini").hidden) drawMini();
 }
@@ -65,6 +66,12 @@ function spread(brush, picture) {
 }
 
 const sizeOf = picture => [picture.naturalWidth || picture.width, picture.naturalHeight || picture.height];
+
+// A stroke; on a photo, which may be dark, a line has a white edge.
+function paint(brush, item) {
+  if (cover()?.photo && !item.erase) trace(brush, {...item, width: EDGE * item.width, erase: true});
+  trace(brush, item);
+}
 
 // A line through points, its corners rounded by quadratic curves; of points that are close by curves from midpoint to
 // midpoint. A pen's pressure makes it wider and narrower.

@@ -162,6 +162,11 @@ def test_a_photo_is_searched_as_it_is(visit, page_index):
     assert visit.click("as").names != as_photo and visit.status == "Photos that look like the drawing"
     assert visit.click("as").names == as_photo
     assert visit.reload().names[0] == "fish 5.jpg"
+    white = (pixels(visit.paper) == 255).sum()
+    visit.stroke().wait()
+    edge = (pixels(visit.paper) == 255).sum() - white
+    visit.click("as")  # a line on a drawing has no edge
+    assert edge > 5000 and abs((pixels(visit.paper) == 255).sum() - white) < 1000
 
 
 @pytest.mark.parametrize(("form", "type_", "side"), [("PNG", "image/png", 4100), ("BMP", "image/bmp", 100)])
