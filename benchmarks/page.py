@@ -6,9 +6,9 @@
     .venv/bin/python benchmarks/page.py --index photo_index                          # an index that is there
 
 Makes an index of --photos drawn photos with a network of random weights, or takes --index, serves it with
-search_photos.py page on a free port of this machine, and stops it at the end. The browser is headless chromium (Debian: chromium, chromium-driver):
-strokes of a mouse, from the event that ends one to the moment when all its photos are decoded. "start to first answer"
-is from the start of the command to the answer to one sketch. Then --clients threads
+search_photos.py page on a free port of this machine, and stops it at the end. The browser is headless chromium (Debian:
+chromium, chromium-driver): strokes of a mouse, from the event that ends one to the moment when all its photos are
+decoded. "start to first answer" is from the start of the command to the answer to one sketch. Then --clients threads
 search for --seconds, each pausing --pause seconds between an answer and its next stroke. Memory is resident memory.
 """
 
