@@ -4,9 +4,8 @@ import os
 import signal
 import threading
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import Pipe
 
 from utils.cli import signals_blocked
 
@@ -24,7 +23,10 @@ def parallel_map(function, items, title, workers=None, chunk=32, no_bar=None):
     With 0 workers this process computes them. Otherwise at most CHUNKS_AHEAD chunks per worker are computed ahead of
     the consumer, and the workers exit at once when this process is interrupted or killed. no_bar: tqdm's `disable`.
     """
-    from tqdm import tqdm  # `find` needs this module, and shows no bar
+    from concurrent.futures import ProcessPoolExecutor  # these three take long, and `find` imports this module
+    from multiprocessing import Pipe
+
+    from tqdm import tqdm
 
     bar = dict(desc=title, total=len(items), unit="image", leave=False, disable=no_bar)
     if workers == 0:
