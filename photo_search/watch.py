@@ -62,14 +62,16 @@ class Watcher(threading.Thread):
         try:
             metadata = self.reloading.latest().searcher.index.metadata
             folders = metadata["folders"]
-            found = find_photos(folders, metadata["exclude"], folders, self.reloading.location)
+            own = (self.reloading.location, bool(metadata.get("hidden")))
+            found = find_photos(folders, metadata["exclude"], folders, *own)
         except (InputError, OSError) as error:
             print(f"note: not watched: {error}", file=sys.stderr)
             self.failures += 1
             return
-        if found != self.indexed:
+        seen = (found.files, found.unlisted)
+        if seen != self.indexed:
             if self.update() == 0:
-                self.indexed, self.failures = found, 0
+                self.indexed, self.failures = seen, 0
             else:
                 self.failures += 1
 

@@ -52,6 +52,7 @@ def test_what_changes_is_indexed_and_nothing_else(watcher, reloading, tmp_path):
         assert len(watcher.updates) == number + 1
     assert client.get("/about").json()["photos"] == 8
     (tmp_path / "album/notes.txt").write_text("no photo")
+    write_photo(tmp_path / "album/.hidden.png", 60)
     (tmp_path / "index/found.png").write_bytes(b"")
     watcher.look()
     assert len(watcher.updates) == 5
