@@ -7,6 +7,7 @@ This project adds keys to the authors' (teacher, options, history, ...), so the 
 and the other way round. models.resume restores the state of a training run from one.
 """
 
+import functools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from models.train_step import LOGGED
 from models.weights import (
     fit_input_size,
     load_published,
+    match_published,
     other_split,
     published_state,
     student_of,
@@ -165,7 +167,10 @@ def load_student(path, model=None, input_size=None, imagenet_classes=None):
     checkpoint = read_checkpoint(path)
     metadata = student_metadata(path, checkpoint, model, input_size, imagenet_classes)
     seen_classes, source = metadata["seen_classes"], _source_of_model(checkpoint, path)
-    student = student_of(metadata["model"], seen_classes, metadata["imagenet_classes"], source=source)
+    build = functools.partial(student_of, metadata["model"], seen_classes, metadata["imagenet_classes"], source=source)
+    with torch.device("meta"):  # an option in a small file can name a network of any size
+        match_published(build(), checkpoint["state_dict"], path)
+    student = build()
     load_published(student, checkpoint["state_dict"], path)
     names = checkpoint.get("classes")
     fits = isinstance(names, list) and len(names) == seen_classes and all(isinstance(name, str) for name in names)
@@ -232,7 +237,9 @@ def _source_of_model(checkpoint, path):
 def _count_seen_classes(state, path):
     """Number of rows of `linear`, the classifier of the seen classes, in a state dict."""
     for name, value in without_prefixes(state).items():
-        if name == "linear.weight" and is_plain_tensor(value) and value.ndim == 2:
+        if name == "linear.weight" and isinstance(value, torch.Tensor) and value.ndim == 2:
+            if not is_plain_tensor(value):
+                raise InputError(f"{path}: linear.weight is no ordinary tensor; fetch the file again")
             return max(1, len(value))
     raise InputError(f"{path}: holds no classifier of seen classes; take a checkpoint that a train script wrote")
 

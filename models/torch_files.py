@@ -121,12 +121,16 @@ def _refuse_compressed(path):
 
 
 def is_plain_tensor(value):
-    """Whether a value from a file is a dense tensor of real floating-point numbers, not a meta or quantised one."""
+    """Whether a value from a file is a dense tensor of real floating-point numbers, not a meta or quantised one.
+
+    Its values are in the file: with a stride of 0, a few bytes would say that they are a tensor of any size.
+    """
     return (
         type(value) in (torch.Tensor, torch.nn.Parameter)
         and value.layout == torch.strided
         and value.is_floating_point()
         and not (value.is_meta or value.is_quantized or value.is_nested)
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
 
 

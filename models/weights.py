@@ -92,7 +92,17 @@ def load_published(module, state, source):
     state: names may have the prefix `module.` of DistributedDataParallel; a Student's may lack the whole ImageNet head,
     which features do not need, and the Student then keeps its own; source: its file, for messages.
     Raises InputError naming `source` and the first parameter that is missing, unexpected, not an ordinary tensor or of
-    another shape; the module is then unchanged.
+    another shape, or not finite; the module is then unchanged.
+    """
+    own = module.state_dict()
+    values = match_published(module, state, source)
+    module.load_state_dict({name: value.reshape(own[name].shape) for name, value in values.items()})
+
+
+def match_published(module, state, source):
+    """{name in the module: value} of a state dict as `load_published` loads it, with the errors that it raises.
+
+    The module may be on the meta device: then it takes no memory to find that a file holds another network.
     """
     expected = published_state(module)
     state = _with_published_names(state, expected, source)
@@ -116,7 +126,10 @@ def load_published(module, state, source):
         if names:
             more = f"{min(names)} and {len(names) - 1} more"
             raise InputError(f"{source}: holds another network, {word} {more}; see --model")
-    module.load_state_dict({name: value.reshape(own[name].shape) for name, value in renamed.items()})
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise InputError(f"{source}: its {name} is not finite; use another checkpoint")
+    return renamed
 
 
 def _with_published_names(state, expected, source):

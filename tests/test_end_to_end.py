@@ -358,7 +358,7 @@ def test_bad_input_to_a_test_ends_in_one_line(trained, miniature, tiny, tmp_path
     sick = torch.load(trained / "checkpoint.pth.tar")
     sick["state_dict"]["module.norm.weight"][:] = float("nan")
     torch.save(sick, tmp_path / "sick")
-    assert f"{tmp_path / 'sick'}: its features are not finite" in error(folder=tmp_path / "sick")
+    assert f"{tmp_path / 'sick'}: its norm.weight is not finite" in error(folder=tmp_path / "sick")
     torn = tmp_path / "torn"
     torn.write_bytes((trained / "checkpoint.pth.tar").read_bytes()[:10_000])
     assert f"{torn}: " in error(folder=torn)

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from models.checkpoints import load_student
+from models.networks import Student
 from models.torch_files import read_torch
+from models.weights import create_pair, published_state
+from utils.cli import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 # Reads each file as the scripts do, and prints what became of it before it goes on.
@@ -189,3 +193,38 @@ def test_scalars_of_numpy_become_numbers(tmp_path):
     kinds = ("f2", "f4", "f8", "i4", "i8", "u1", "b1")
     torch.save({kind: np.dtype(kind).type(1) for kind in kinds}, tmp_path / "f")
     assert read_torch(tmp_path / "f") == dict.fromkeys(kinds, 1)
+
+
+def test_a_tensor_whose_values_are_not_all_in_the_file_is_no_ordinary_one(tmp_path):
+    student = create_pair("convnextv2_atto", 3, "none", 5)[0]
+    state = published_state(student)
+    torch.save({"state_dict": state | {"linear.weight": torch.zeros(1, 1).expand(2_000_000, 320)}}, tmp_path / "a.pt")
+    torch.save({"state_dict": state | {"norm.weight": torch.zeros(1).expand(320)}}, tmp_path / "b.pt")
+    for name, parameter in (("a.pt", "linear.weight"), ("b.pt", "norm.weight")):
+        with pytest.raises(InputError, match=f"{name}: {parameter} is no ordinary tensor; fetch the file again"):
+            load_student(tmp_path / name, "convnextv2_atto", 32, 5)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = published_state(create_pair("convnextv2_atto", 3, "none", 5)[0])
+    for value in (torch.nan, torch.inf):
+        torch.save({"state_dict": state | {"norm.weight": torch.full((320,), value)}}, tmp_path / "a.pt")
+        with pytest.raises(InputError, match=r"a\.pt: its norm\.weight is not finite; use another checkpoint"):
+            load_student(tmp_path / "a.pt", "convnextv2_atto", 32, 5)
+
+
+@pytest.mark.parametrize("options", [{"imagenet_classes": 10**6}, {"model": "convnextv2_huge"}])
+def test_no_memory_is_taken_for_a_network_that_the_file_does_not_hold(tmp_path, options, monkeypatch):
+    state = published_state(create_pair("convnextv2_atto", 3, "none", 5)[0])
+    recorded = {"model": "convnextv2_atto", "input_size": 32, "imagenet_classes": 5} | options
+    torch.save({"state_dict": state, "options": recorded}, tmp_path / "a.pt")
+    devices, init = set(), Student.__init__
+
+    def watched(self, backbone, classes):
+        devices.update(value.device.type for value in backbone.parameters())
+        init(self, backbone, classes)
+
+    monkeypatch.setattr(Student, "__init__", watched)
+    with pytest.raises(InputError, match=r"a\.pt: "):
+        load_student(tmp_path / "a.pt")
+    assert devices == {"meta"}
