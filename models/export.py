@@ -12,8 +12,10 @@ as strings. Only writing needs PyTorch; reading does not.
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
+import mmap
 import os
 import warnings
 from pathlib import Path
@@ -21,10 +23,14 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import InputError, OneLineParser, image_side, one_line_errors, positive_int, run_command
-from utils.files import atomic_write
+from utils.files import atomic_write, check_output, open_regular, sha256_of
 
 EXPORT_FORMAT = "sbka student 1"  # value of the metadata entry "format"
 METADATA_TYPES = {"sha256": str, "model": str, "imagenet_classes": int, "input_size": int, "width": int}
+_BOUNDS = {"imagenet_classes": (1, 10**6), "input_size": (32, 4096), "width": (1, 10**5)}
+# Metadata at the end of an ONNX file: the length of what is before them, and its SHA-256. A safetensors file has the
+# SHA-256 of its values. Earlier versions wrote none.
+CONTENT_BYTES, CONTENT_SHA256 = "content_bytes", "content_sha256"
 MAX_DIFFERENCE = 1e-4  # between a value of a feature of ONNX Runtime and of PyTorch
 MAX_HALF_DIFFERENCE = 1e-3  # the same with --half
 MIN_HALF_SIZE = 30_000  # values of a matrix that --half stores in float16: smaller ones matter more, and save little
@@ -68,7 +74,9 @@ def read_onnx_metadata(path):
 
     "sha256" is that of the exported checkpoint. Raises OSError, ImportError, and InputError for any other file.
     """
-    open(path, "rb").close()  # raises the OSError, which ONNX Runtime would hide
+    with open_regular(path) as file:  # raises the OSError, which ONNX Runtime would hide
+        if name := _loop_in(file):
+            raise InputError(f"{path}: its graph contains {name}, as no exported student does; {WAY_OUT}")
     try:
         metadata = onnx_session(str(path), optimize=False).get_modelmeta().custom_metadata_map
     except ImportError:
@@ -78,9 +86,25 @@ def read_onnx_metadata(path):
     if metadata.get("format") != EXPORT_FORMAT:
         raise InputError(f"{path}: an ONNX file of another program, or of another version of this one; {WAY_OUT}")
     try:
-        return parse_metadata(metadata)
+        values = parse_metadata(metadata)
+        content = int(metadata.get(CONTENT_BYTES, 0)), metadata.get(CONTENT_SHA256)
     except (KeyError, ValueError):
+        values = None
+    if values is None or any(not low <= values[name] <= high for name, (low, high) in _BOUNDS.items()):
         raise InputError(f"{path}: its metadata do not describe a student; {WAY_OUT}") from None
+    if content[1] is not None and content[1] != sha256_of(path, length=content[0]):
+        raise InputError(f"{path}: damaged, its SHA-256 is another one; export it again")
+    return values
+
+
+def _loop_in(file):
+    """The name of an operator in an open ONNX file that could run without end; None if there is none."""
+    try:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            # The field op_type of a node: tag, length, text.
+            return next((name for name in ("Loop", "Scan") if content.find(b'"\x04' + name.encode()) >= 0), None)
+    except ValueError:  # an empty file
+        return None
 
 
 def parse_metadata(metadata):
@@ -122,6 +146,7 @@ def main(argv=None):
     options = create_parser().parse_args(argv)
     if all(map(os.path.exists, (options.to, options.checkpoint))) and os.path.samefile(options.to, options.checkpoint):
         raise InputError(f"--to {options.to}: is the checkpoint itself; choose another name")
+    target = check_output(options.to, "--to", EXPORT_FORMAT.encode())
     student, metadata, classes = load_student(
         options.checkpoint, options.model, options.input_size, options.imagenet_classes
     )
@@ -131,7 +156,7 @@ def main(argv=None):
         data = onnx_bytes(student, metadata, strings, options.half)
     else:
         data = safetensors_bytes(student, strings, options.half, options.no_head)
-    with atomic_write(options.to) as file:
+    with atomic_write(target) as file:
         file.write(data)
     size = metadata["input_size"]
     print(f"{options.to}: {metadata['model']} at {size} × {size}, features of {metadata['width']} values")
@@ -172,7 +197,9 @@ def safetensors_bytes(student, strings, half=False, no_head=False):
             name: value.half() if value.ndim > 1 and value.numel() >= MIN_HALF_SIZE else value
             for name, value in state.items()
         }
-    return save(state, strings)
+    data = save(state, strings)
+    values = data[8 + int.from_bytes(data[:8], "little") :]  # behind the length of the header and the header
+    return save(state, strings | {CONTENT_SHA256: hashlib.sha256(values).hexdigest()})
 
 
 def onnx_bytes(student, metadata, strings, half=False):
@@ -202,7 +229,7 @@ def onnx_bytes(student, metadata, strings, half=False):
             _store_in_half(model)
         onnx.helper.set_model_props(model, strings)
         onnx.checker.check_model(model, full_check=True)
-        data = model.SerializeToString()
+        data = _with_digest(model.SerializeToString())
         session = onnx_session(data)
         difference = max(_difference(session, student, images[:count]) for count in (1, 3))
     except Exception as error:  # torch.onnx or ONNX Runtime may not know an operator of the backbone
@@ -211,6 +238,15 @@ def onnx_bytes(student, metadata, strings, half=False):
     if not difference <= (MAX_HALF_DIFFERENCE if half else MAX_DIFFERENCE):
         raise InputError(f"{checkpoint}: its ONNX features differ by {difference:.1g}; use --to FILE.safetensors")
     return data
+
+
+def _with_digest(data):
+    """An ONNX file (bytes) with its length and SHA-256 as metadata behind it: concatenated messages are one."""
+    import onnx
+
+    end = onnx.ModelProto()
+    onnx.helper.set_model_props(end, {CONTENT_BYTES: str(len(data)), CONTENT_SHA256: hashlib.sha256(data).hexdigest()})
+    return data + end.SerializeToString()
 
 
 def _traced(student, images):

@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from models.export import CONTENT_SHA256, EXPORT_FORMAT
 from utils.cli import InputError
+from utils.files import open_regular, sha256_of
 
 
 class UnreadableFile(InputError):
@@ -63,7 +65,9 @@ def read_torch(path):
     anything else, and UnreadableFile if it is torn.
     """
     try:
+        open_regular(path).close()  # the libraries would wait for a FIFO
         if str(path).endswith(".safetensors"):
+            _check_digest(path)
             return load_file(path)
         _refuse_compressed(path)
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
@@ -73,8 +77,8 @@ def read_torch(path):
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except PermissionError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except pickle.UnpicklingError as error:
         harmless = "only tensors and plain data are read, nothing was run"
         if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
@@ -94,6 +98,17 @@ def safetensors_metadata(path):
     """The metadata of a safetensors file: {name: text}."""
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
+
+
+def _check_digest(path):
+    """Raise InputError if a safetensors file of models.export does not have the SHA-256 that it records."""
+    metadata = safetensors_metadata(path)
+    if metadata.get("format") != EXPORT_FORMAT or CONTENT_SHA256 not in metadata:
+        return
+    with open_regular(path) as file:
+        header = int.from_bytes(file.read(8), "little")
+    if sha256_of(path, start=8 + header) != metadata[CONTENT_SHA256]:
+        raise UnreadableFile(f"{path}: damaged, its SHA-256 is another one", "export it again")
 
 
 def zip_crc_ok(path):

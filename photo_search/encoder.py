@@ -96,10 +96,23 @@ def _load_onnx(path, model, input_size, imagenet_classes, device):
     if shapes != [[3, metadata["input_size"], metadata["input_size"]], [metadata["width"]]]:
         raise InputError(f"{path}: its network is not the one of its metadata; export it again")
 
-    def compute(images):
-        return session.run(["features"], {"images": np.ascontiguousarray(images)})[0]
+    return Encoder({"checkpoint": str(path), **metadata}, partial(_run, session, path, metadata["width"]))
 
-    return Encoder({"checkpoint": str(path), **metadata}, compute)
+
+def _run(session, path, width, images):
+    """Features (n, width) float32 of images (n, 3, size, size) uint8. Raises InputError for anything else.
+
+    What a file says about its graph need not be true of it, and a damaged one can fail when it runs.
+    """
+    try:
+        (rows,) = session.run(["features"], {"images": np.ascontiguousarray(images)})
+    except Exception as error:  # ONNX Runtime raises classes of its own
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise InputError(f"{path}: damaged, it fails when it runs ({reason}); export it again") from error
+    fits = isinstance(rows, np.ndarray) and rows.dtype == np.float32 and rows.shape == (len(images), width)
+    if not fits or (np.abs(np.linalg.norm(rows, axis=1) - 1) > 0.01).any():
+        raise InputError(f"{path}: damaged, it does not compute features as its metadata say; export it again")
+    return rows
 
 
 def _read_metadata(path):

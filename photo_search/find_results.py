@@ -7,8 +7,8 @@ from photo_search.find_picture import MAX_DRAWN_PHOTOS
 from photo_search.photos import UNREAD_SUFFIXES
 from utils.cli import printable
 
-OWN_JSON = rb'\s*\[\s*(\{\s*"sketch":|\])'  # how the JSON begins
-OWN_PICTURE = rb"(?s)\x89PNG.{1,200}?Software\0SBKA"
+OWN_JSON = rb'\A\s*\[\s*(\{\s*"sketch":|\])'  # how the JSON begins
+OWN_PICTURE = rb"(?s)\A\x89PNG.{1,200}?Software\0SBKA"
 
 
 def results_to_json(sketches, matching, weight, found):

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import platform
@@ -99,24 +100,26 @@ def atomic_write(path):
 def check_output(path, option, ours):
     """The path of a file for the results that a user names; of a link, the file that it leads to. Makes its folder.
 
-    option: how messages begin, or an empty text; ours: a regular expression (bytes) for the beginning of what this
-    program writes there.
-    Raises InputError unless there is no such file yet, or an empty or regular one that begins so, and if the folder
-    cannot be written: before any work is done.
+    option: how messages begin, or an empty text; ours: a regular expression (bytes) that is found in the first or last
+    64 KiB of what this program writes there.
+    Raises InputError unless there is no such file yet, or an empty or regular one in which that is found, and if the
+    folder cannot be written: before any work is done.
     """
     target, option = Path(os.path.realpath(path)), f"{option} " if option else ""
     try:
         with open_regular(target) as file:
-            start = file.read(1000)
+            start = file.read(1 << 16)
+            file.seek(max(file.tell(), file.seek(0, os.SEEK_END) - (1 << 16)))
+            content = start + file.read()
     except FileNotFoundError:
-        start = b""
+        content = b""
     except NotADirectoryError as error:
         raise InputError(f"{option}{path}: cannot be written ({error.strerror}); choose another folder") from None
     except PermissionError as error:
         raise InputError(f"{option}{path}: {error.strerror}; choose another file") from None
     except OSError:
         raise InputError(f"{option}{path}: is not a file but a folder, a FIFO or a device; choose a file") from None
-    if start and not re.match(ours, start):
+    if content and not re.search(ours, content):
         raise InputError(f"{option}{path}: holds something that this command did not write; choose another file")
     check_writable(target.parent)
     return target
@@ -193,12 +196,14 @@ def check_stat(path):
         raise InputError(f"{path}: cannot be read ({why}); correct its permissions or its link, or choose another")
 
 
-def sha256_of(path):
-    """SHA-256 of a file, in hex."""
+def sha256_of(path, start=0, length=math.inf):
+    """SHA-256 of a file, or of at most `length` bytes of it from `start` on, in hex."""
     sha256 = hashlib.sha256()
     with open_regular(path) as file:
-        while block := file.read(1 << 20):
+        file.seek(start)
+        while block := file.read(min(length, 1 << 20)):
             sha256.update(block)
+            length -= len(block)
     return sha256.hexdigest()
 
 

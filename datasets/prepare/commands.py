@@ -27,7 +27,7 @@ from utils import cli
 from utils.cli import InputError, path_type, printable, signals_blocked
 from utils.files import STDOUT, atomic_write, check_output, check_writable, write_json
 
-_FINDINGS = rb'\s*\{\s*"(title|rows)":'  # how the JSON of `check` begins
+_FINDINGS = rb'\A\s*\{\s*"(title|rows)":'  # how the JSON of `check` begins
 
 
 @cli.one_line_errors()

@@ -1,5 +1,6 @@
 """Exported students: read by the loaders of others, and computing what PyTorch computes."""
 
+import hashlib
 import json
 import sys
 
@@ -16,6 +17,7 @@ from models import export
 from models.checkpoints import load_student, read_checkpoint, save_checkpoint
 from models.export import EXPORT_FORMAT
 from models.networks import Student, create_backbone
+from models.torch_files import read_torch
 from models.weights import create_pair, load_published, published_state
 from utils.cli import InputError
 from utils.files import sha256_of
@@ -82,6 +84,8 @@ def test_onnx_features_are_those_of_pytorch(model, size):
         assert features.dtype == np.float32 and features.shape == (count, student.width)
         np.testing.assert_allclose(features, expected(student, images), rtol=0, atol=1e-4)
     metadata = session.get_modelmeta().custom_metadata_map
+    content = data[: int(metadata.pop("content_bytes"))]
+    assert metadata.pop("content_sha256") == hashlib.sha256(content).hexdigest() and len(data) - len(content) < 200
     assert metadata == {
         "format": "sbka student 1", "model": model, "imagenet_classes": "7", "input_size": str(size),
         "width": str(student.width), "sha256": "ab" * 32, "seen_classes": "4", "torch": torch.__version__,
@@ -167,7 +171,7 @@ def test_class_names_are_exported_only_if_there_is_one_for_each_class(classes, s
     ("c.pth.tar --to s.onnx --model resnet5", "--model resnet5: c.pth.tar was trained with convnextv2_atto; leave"),
     ("c.pth.tar --to s.onnx --imagenet_classes 9", "was trained with 7; leave --imagenet_classes out"),
     ("c.pth.tar --to s.onnx --input_size 7", "argument --input_size"),
-    ("c.pth.tar --to text/s.safetensors", "s.safetensors cannot be written"),
+    ("c.pth.tar --to text/s.safetensors", "--to text/s.safetensors: cannot be written"),
 ])  # fmt: skip
 def test_what_cannot_be_exported_ends_in_one_line(arguments, message, checkpoint, tmp_path, monkeypatch, fails):
     monkeypatch.chdir(tmp_path)
@@ -212,3 +216,22 @@ def test_missing_packages_are_named(package, checkpoint, tmp_path, monkeypatch, 
     monkeypatch.setitem(sys.modules, package, None)
     message = fails(export.main, checkpoint, "--to", tmp_path / "s.onnx")
     assert f"needs {package}; pip install -r requirements-onnx.txt" in message
+
+
+def test_only_files_of_this_command_are_replaced(checkpoint, tmp_path, fails):
+    (tmp_path / "other.onnx").write_bytes(b"weights of another program" * 9999)
+    (tmp_path / "link.safetensors").symlink_to("other.onnx")
+    for name in ("other.onnx", "link.safetensors"):
+        told = fails(export.main, checkpoint, "--to", tmp_path / name)
+        assert f"--to {tmp_path / name}: holds something that this command did not write" in told
+    for _ in range(2):
+        run(checkpoint, "--to", tmp_path / "s.safetensors")
+
+
+def test_a_safetensors_file_with_a_flipped_bit_is_refused(checkpoint, tmp_path):
+    path = run(checkpoint, "--to", tmp_path / "s.safetensors")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="damaged, its SHA-256 is another one; export it again"):
+        read_torch(path)

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import shutil
 import signal
@@ -169,17 +170,55 @@ def foreign_model():
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
 
 
+def failing_model(make, metadata):
+    """A model with inputs, outputs and metadata of an exported student, whose nodes make(helper) compute other things.
+
+    It gives ones (n, 320) but for what these nodes do.
+    """
+    helper, kinds = onnx.helper, onnx.TensorProto
+    images = helper.make_tensor_value_info("images", kinds.UINT8, ["n", 3, 32, 32])
+    features = helper.make_tensor_value_info("features", kinds.FLOAT, ["n", 320])
+    nodes, constants = make(helper)
+    initial = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "failing", [images], [features], initial)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    helper.set_model_props(model, metadata)
+    return model
+
+
+def repeated(value, shape):
+    """A function that makes nodes which give `value` in a shape, whatever the images are."""
+
+    def make(helper):
+        node = helper.make_node("Expand", ["value", "shape"], ["features"])
+        return [node], {"value": np.float32(value), "shape": np.array(shape)}
+
+    return make
+
+
+def failing(helper):
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=1),
+        helper.make_node("Reshape", ["floats", "shape"], ["features"]),
+    ]
+    return nodes, {"shape": np.array([7, 320])}
+
+
+FAILING = {"one_row": repeated(320**-0.5, (3, 320)), "long_rows": repeated(1, (5, 320)), "fails": failing}
+
+
 @pytest.fixture(scope="module")
 def bad_files(place, tmp_path_factory):
     folder, content = tmp_path_factory.mktemp("bad"), (place / "s.onnx").read_bytes()
     onnx.save(foreign_model(), folder / "foreign.onnx")
     stolen, model = foreign_model(), onnx.load_from_string(content)
-    stolen.metadata_props.extend(model.metadata_props)
+    metadata = {entry.key: entry.value for entry in model.metadata_props if not entry.key.startswith("content_")}
+    onnx.helper.set_model_props(stolen, metadata)
     onnx.save(stolen, folder / "stolen.onnx")
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
     for name, change in {
         "later": {"format": "sbka student 2"}, "unsized": {"input_size": "large"}, "other": {"sha256": "cd" * 32},
-        "small": {"input_size": "48"},
+        "small": {"input_size": "48"}, "tiny": {"input_size": "0"}, "giant": {"input_size": "20000"},
+        "unchecked": {},
     }.items():  # fmt: skip
         onnx.helper.set_model_props(model, metadata | change)
         onnx.save(model, folder / f"{name}.onnx")
@@ -187,9 +226,15 @@ def bad_files(place, tmp_path_factory):
     for name, damaged in {
         "torn": content[:-2000], "short": content[:3], "zeros": bytes(10**6), "text": b"no network " * 99, "empty": b"",
         "spoilt": content.replace(b"Conv", b"Cunv"), "encoding": content.replace(b"sbka student", b"sbka\xffstudent"),
-        "nan": content[:middle] + b"\xff" * 4000 + content[middle + 4000 :],
+        "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "looping": content.replace(b'"\x04Conv', b'"\x04Loop', 1),
     }.items():  # fmt: skip
         (folder / f"{name}.onnx").write_bytes(damaged)
+    content = (folder / "unchecked.onnx").read_bytes()  # as earlier versions wrote them
+    (folder / "nan.onnx").write_bytes(content[:middle] + b"\xff" * 4000 + content[middle + 4000 :])
+    for name, make in FAILING.items():
+        onnx.save(failing_model(make, metadata), folder / f"{name}.onnx")
+    os.mkfifo(folder / "fifo.onnx")
     (folder / "folder.onnx").mkdir()
     (folder / "s.bin").write_bytes(content)
     return folder
@@ -202,6 +247,10 @@ DAMAGED, OTHER = "damaged, or not an ONNX file", "its network is not the one of 
 BAD = [(f"{NEW} {name}.onnx", f"{name}.onnx: {message}") for name, message in [
     ("foreign", FOREIGN), ("later", FOREIGN), ("unsized", "its metadata do not describe a student"),
     ("stolen", OTHER), ("small", OTHER), *((name, DAMAGED) for name in WITHOUT_METADATA),
+    ("tiny", "its metadata do not describe"), ("giant", "its metadata do not describe"),
+    ("flipped", "damaged, its SHA-256 is another one"), ("looping", "its graph contains Loop, as no exported student"),
+    ("fifo", "cannot be read (not a regular file)"), ("fails", "damaged, it fails when it runs ("),
+    *((name, "damaged, it does not compute features as its metadata say") for name in ("one_row", "long_rows")),
     ("nan", "its features are not finite"), ("none", "cannot be read (No such file"),
     ("folder", "cannot be read (Is a directory)"),
 ]]  # fmt: skip
