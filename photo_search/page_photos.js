@@ -262,18 +262,22 @@ function apart({distance, cluster_distance}) {
 }
 
 // A photo of the index in the place of the drawing: its thumbnail at once, then the photo itself.
-async function similar(each, picture) {
+function similar(each, picture) {
   viewer.close();
   const item = {picture, like: {photo: each.photo, name: each.name, path: each.path}, photo: true};
   history.pushState({done: done + 1}, "");
   act(item);
   at("results").scrollIntoView({block: "start"});
   scrollTo({top: 0});
+  sharpen(item);
+}
+
+// The photo itself in the place of its thumbnail, which stays if the photo is gone, or no picture any more.
+async function sharpen(item) {
   try {
-    item.picture = await createImageBitmap(await ask(address("photo", each.photo)));
-    item.source = undefined;
+    item.picture = await createImageBitmap(await ask(address("photo", item.like.photo)));
   } catch {
-    return;  // it is gone, or no picture any more; the thumbnail stays
+    return;
   }
   if (visible().includes(item)) render();
 }

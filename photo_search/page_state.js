@@ -59,7 +59,7 @@ async function travel({state}) {
 }
 
 const saved = item => item.points ? item : isCover(item) ? {
-  photo: item.photo, like: item.like && {...item.like, index}, source: item.source ??= sourceOf(item.picture),
+  photo: item.photo, like: item.like && {...item.like, index}, source: item.file && (item.source ??= sourceOf(item.picture)),
 } : {};
 
 function sourceOf(picture) {
@@ -76,12 +76,16 @@ async function loaded(item) {
     if (!isStroke(item)) throw new RangeError("no stroke");
     return item;
   }
+  if (item.like) {
+    if (item.like.index !== index) return {};  // of an index that is no more
+    const again = {...item, picture: await pictureOf(item.like.photo)};
+    sharpen(again);
+    return again;
+  }
   if (!item.source) return {};
-  if (item.like && item.like.index !== index) return {};  // of an index that is no more
   const image = new Image();
   image.src = item.source;
   await image.decode();
-  if (item.like) return {...item, picture: image};
   return {...item, picture: image, file: await drawn(image, 1024)};
 }
 
@@ -129,6 +133,7 @@ async function restore() {
   items = [...base, ...strokes];
   done = items.length;
   changed();
+  base.forEach(sharpen);
   return true;
 }
 
