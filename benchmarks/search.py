@@ -43,6 +43,8 @@ def main():
     add("--queries", type=int, default=30)
     add("--clusters", type=int, default=100, metavar="K")
     add("--folder", type=Path, default=Path("search_benchmark"), help="where indexes go")
+    add("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    add("--records", type=Path, metavar="FILE", help="append what benchmarks/growth.py draws")
     add("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
@@ -56,8 +58,11 @@ def main():
             folder = options.folder / f"{kind}-{size}"
             try:
                 make(folder, KINDS[kind], size, options.clusters)
-                for job in JOBS:
-                    _tell(kind, size, job, _in_a_process(job, folder, options.queries))
+                for job in options.jobs:
+                    result = _in_a_process(job, folder, options.queries)
+                    _tell(kind, size, job, result)
+                    if options.records and result:
+                        _record(options.records, f"{job}, {kind}", size, result)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -74,6 +79,14 @@ def _tell(kind, size, job, result):
     shares = [f"{100 * result[name]:9.1f} %" if name in result else " " * 11 for name in ("scanned", "projected")]
     opened = f"{result['opened']:10.2f}" if "opened" in result else " " * 10
     print(f"{kind:14} {size:9,}  {job:12} {result['ms']:10.1f} {' '.join(shares)} {opened} {result['memory']:11.2f}")
+
+
+def _record(path, series, size, result):
+    records = [{"series": series, "photos": size, "seconds": result["ms"] / 1e3, "memory_gb": result["memory"]}]
+    if "opened" in result:
+        records.append({"series": "open", "photos": size, "seconds": result["opened"]})
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def clustered(rng, count):

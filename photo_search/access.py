@@ -101,10 +101,8 @@ class AccessMiddleware:
         if len(hosts) != 1 or (not self.token and hosts[0].lower() not in self.hosts):
             return refusal(421, f"this page is at http://{LOOPBACK[0]}:{self.port} alone")
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-        own = origin is None or any(
-            origin in (f"{scheme}://{hosts[0]}", f"{scheme}://{hosts[0].removesuffix(f':{port}')}")
-            for scheme, port in DEFAULT_PORTS.items()
-        )
+        # A browser that says so compared Origin with the address it asked for, also where a proxy has changed Host.
+        own = origin is None or site == "same-origin" or origin in _origins(hosts[0])
         if site not in ("same-origin", "none") and not (scope["path"] == "/" and scope["method"] == "GET"):
             own = False
         return None if own else refusal(403, "another page asked for this, and only this page may")
@@ -132,6 +130,12 @@ class AccessMiddleware:
         """Whether MAX_WRONG_TOKENS came within WRONG_TOKENS_PERIOD_S. Right ones are refused then, too."""
         wrong = self.wrong_tokens
         return len(wrong) == MAX_WRONG_TOKENS and self.clock() - wrong[0] < WRONG_TOKENS_PERIOD_S
+
+
+def _origins(host):
+    """Values of Origin of a page at this Host: with http or https, whose port browsers leave out."""
+    ports = DEFAULT_PORTS.items()
+    return {f"{scheme}://{name}" for scheme, port in ports for name in (host, host.removesuffix(f":{port}"))}
 
 
 def refusal(status, why, headers=None):

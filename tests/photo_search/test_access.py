@@ -124,6 +124,15 @@ def test_other_pages_may_not_search(client, headers):
     refused(client.get("/about", headers=headers), 403)
 
 
+def test_a_proxy_may_change_the_host(reloading):
+    client = visitor(reloading, token=TOKEN)
+    assert client.get(f"/?token={TOKEN}").status_code == 303
+    headers = {"Origin": "https://hub.example", "Sec-Fetch-Site": "same-origin"}
+    assert client.post("/find", content=drawing(), headers=headers).status_code == 200
+    for site in ("cross-site", "same-site", "none"):
+        refused(client.post("/find", content=drawing(), headers=headers | {"Sec-Fetch-Site": site}), 403)
+
+
 def test_a_link_from_another_page_opens_the_page(client):
     assert client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200
     refused(client.post("/", headers={"Sec-Fetch-Site": "cross-site"}), 403)
@@ -208,7 +217,8 @@ def gif_bomb():
 SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
 NO_DRAWINGS = {
     "empty": (b"", "not a readable PNG"), "text": (b"hello", "not a readable"), "SVG": (SVG, "not a readable"),
-    "a bomb": (png(65000, 65000), "too large; at most 4096 pixels a side"), "wide": (png(4097, 1), "at most 4096"),
+    "a bomb": (png(65000, 65000), "pixels are too many); at most 4096 pixels a side"),
+    "wide": (png(4097, 1), "at most 4096"),
     "a GIF bomb": (gif_bomb(), "at most 4096"), "no pixels": (png(0, 0), "not a readable"),
     "half": (drawing()[:100], "not a readable"), "half a JPEG": (drawing("JPEG")[:300], "not a readable"),
     "a bomb of text": (
