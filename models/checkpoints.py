@@ -23,6 +23,7 @@ from models.networks import Student
 from models.torch_files import first_sentence, is_plain_tensor, read_torch, safetensors_metadata
 from models.train_step import LOGGED
 from models.weights import (
+    find_state_dict,
     fit_input_size,
     load_published,
     match_published,
@@ -39,6 +40,7 @@ LAST, BEST, BEST_AFTER_WARMUP = "checkpoint.pth.tar", "model_best.pth.tar", "bes
 AUTHORS_MODEL = "convnextv2_tiny", 224, 1000  # model, input size and ImageNet classes of the authors' checkpoints
 PREVIOUS = "checkpoint.previous.pth.tar"  # the LAST before, in case LAST is torn
 NAMES = (LAST, PREVIOUS, BEST, BEST_AFTER_WARMUP)
+OPTIMIZERS = "optimizer", "optimizer_1"  # keys of the student's and the teacher's, if there is a teacher
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -90,8 +92,7 @@ class CheckpointSaver:
             "step": state.step,
             "sums": None if sums is None else dict(zip(LOGGED, sums.tolist(), strict=True)),
             "best_acc1": max((entry.get("accuracy", 0.0) for entry in state.history), default=0.0),
-            "optimizer": state.optimizers[0].state_dict(),
-            "optimizer_1": state.optimizers[1].state_dict(),
+            **{name: each.state_dict() for name, each in zip(OPTIMIZERS, state.optimizers, strict=False)},
             "history": state.history,
             **self.record,
         }
@@ -114,15 +115,17 @@ class CheckpointSaver:
 def read_checkpoint(path):
     """Content of a training checkpoint, ours or the authors', or {"state_dict"} of a file with a state dict alone.
 
+    Other programs' checkpoints have it under another of models.weights.STATE_KEYS.
     For a .safetensors file of models.export also "options" (model, input size, ImageNet classes) and "classes".
     Raises InputError if the file is neither, and UnreadableFile if it is torn.
     """
     checkpoint = read_torch(path)
     if isinstance(checkpoint, dict) and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         return {"state_dict": checkpoint, **_exported_with(path)}
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+    state = find_state_dict(checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or state is checkpoint:
         raise InputError(f"{path}: not a training checkpoint, it has no 'state_dict'")
-    return checkpoint
+    return checkpoint | {"state_dict": state}
 
 
 def _exported_with(path):
@@ -168,10 +171,12 @@ def load_student(path, model=None, input_size=None, imagenet_classes=None):
     metadata = student_metadata(path, checkpoint, model, input_size, imagenet_classes)
     seen_classes, source = metadata["seen_classes"], _source_of_model(checkpoint, path)
     build = functools.partial(student_of, metadata["model"], seen_classes, metadata["imagenet_classes"], source=source)
+    state = without_prefixes(checkpoint["state_dict"])
+    state = {name: value for name, value in state.items() if not str(name).startswith("added_head.")}
     with torch.device("meta"):  # an option in a small file can name a network of any size
-        match_published(build(), checkpoint["state_dict"], path)
+        match_published(build(), state, path)
     student = build()
-    load_published(student, checkpoint["state_dict"], path)
+    load_published(student, state, path)
     names = checkpoint.get("classes")
     fits = isinstance(names, list) and len(names) == seen_classes and all(isinstance(name, str) for name in names)
     return LoadedStudent(student.eval(), metadata | {"width": student.width}, names if fits else None)
@@ -191,7 +196,7 @@ def student_metadata(path, checkpoint=None, model=None, input_size=None, imagene
     recorded = trained_with(checkpoint)
     known = {
         "model": _recorded(recorded, "model", str),
-        "imagenet_classes": _recorded(recorded, "imagenet_classes", int),
+        "imagenet_classes": _recorded(recorded, "imagenet_classes", int, lowest=0),
         "input_size": _recorded(recorded, "input_size", int),
     }
     for name, given in (("model", model), ("imagenet_classes", imagenet_classes)):
@@ -206,7 +211,9 @@ def student_metadata(path, checkpoint=None, model=None, input_size=None, imagene
         "checkpoint": str(path),
         "sha256": sha256_of(path),
         "model": model,
-        "imagenet_classes": imagenet_classes or known["imagenet_classes"] or default_classes,
+        "imagenet_classes": next(
+            each for each in (imagenet_classes, known["imagenet_classes"], default_classes) if each is not None
+        ),
         "input_size": size,
         "seen_classes": _count_seen_classes(checkpoint["state_dict"], path),
     }
@@ -218,10 +225,10 @@ def check_seen_classes(path, found, expected):
         raise InputError(f"{path}: {other_split(found, expected)}")
 
 
-def _recorded(options, name, kind):
-    """The value of an option of a checkpoint; None where there is none, or not of its kind."""
+def _recorded(options, name, kind, lowest=1):
+    """The value of an option of a checkpoint; None where there is none, not of its kind, or a number below `lowest`."""
     value = options.get(name)
-    fits = type(value) is kind and (kind is str or 1 <= value <= 10**6)
+    fits = type(value) is kind and (kind is str or lowest <= value <= 10**6)
     return value if fits else None
 
 

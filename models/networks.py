@@ -1,4 +1,4 @@
-"""Student and teacher networks of SBKA (arXiv:2312.10320) on any image classifier of timm; precision of arithmetic.
+"""Student and teacher networks of SBKA (arXiv:2312.10320) on any image network of timm; precision of arithmetic.
 
 Uses no data and no options. models.weights translates between timm's and the published names of parameters.
 """
@@ -23,7 +23,7 @@ PRECISIONS = {"fp32": (False, False), "tf32": (True, False), "tf32_all": (True, 
 
 class StudentOutput(NamedTuple):
     seen_logits: torch.Tensor  # y (B, seen classes)
-    imagenet_logits: torch.Tensor  # g (B, ImageNet classes), aligned with the teacher's
+    imagenet_logits: torch.Tensor  # g (B, ImageNet classes), aligned with the teacher's; (B, 0) without ImageNet head
     features: torch.Tensor  # f (B, D), what retrieval compares
 
 
@@ -37,23 +37,26 @@ class Student(nn.Module):
 
     Features f are the pooled output of the backbone if its last layer is a LayerNorm or the like, as in ConvNeXt V2.
     For other backbones a LayerNorm without parameters follows; their ImageNet head gets the pooled output without it.
+    The pooled output of an image-text model, such as CLIP, is its projection.
     Raises ValueError for a backbone whose head is not one linear layer of pooled features.
     """
 
     def __init__(self, backbone, seen_classes):
         super().__init__()
-        self.needs_norm = not _ends_normalised(backbone)
-        self.backbone = backbone
+        width, ends_normalised = _pooled_output(backbone)
+        self.needs_norm = not ends_normalised
+        self.backbone, self.has_head = backbone, has_imagenet_head(backbone)
+        self.added_head = None  # see models.teacher_head, for a backbone without ImageNet head
         self.cosine_scale = 0.0  # above 0: seen-class logits are cosines times this scale, plus the bias
-        self.linear = nn.Linear(self.head.in_features, seen_classes)
+        self.linear = nn.Linear(width, seen_classes)
         nn.init.trunc_normal_(self.linear.weight, std=2e-5)
         nn.init.zeros_(self.linear.bias)
         self.train()
 
     @property
     def head(self):
-        """The ImageNet classifier."""
-        return self.backbone.get_classifier()
+        """The ImageNet classifier, a module of pooled features; None if there is none."""
+        return self.backbone.get_classifier() if self.has_head else self.added_head
 
     @property
     def width(self):
@@ -80,17 +83,18 @@ class Student(nn.Module):
 
     def features(self, images):
         """f (B, D): pooled, normalised features of normalised images (B, 3, H, W)."""
-        return _features(_pool(self.backbone, images), self.needs_norm)
+        return _features(_pool(self.backbone, images, self.has_head), self.needs_norm)
 
     def compile_features(self):
         """Compile `features` with torch.compile, which changes them by rounding at most."""
         self.features = torch.compile(self.features)
 
     def forward(self, images):
-        pooled = _pool(self.backbone, images)
+        pooled = _pool(self.backbone, images, self.has_head)
         features = _features(pooled, self.needs_norm)
+        imagenet_logits = self.head(pooled) if self.head is not None else pooled[:, :0]
         return StudentOutput(
-            seen_logits=self._seen_logits(features), imagenet_logits=self.head(pooled), features=features
+            seen_logits=self._seen_logits(features), imagenet_logits=imagenet_logits, features=features
         )
 
     def _seen_logits(self, features):
@@ -101,18 +105,22 @@ class Student(nn.Module):
 
 
 class Teacher(nn.Module):
-    """The network that the student is aligned with, in training only: its backbone is frozen, its head is trained."""
+    """The network that the student is aligned with, in training only: its backbone is frozen, its head is trained.
 
-    def __init__(self, backbone):
+    added_head: the ImageNet head of a backbone that has none, see models.teacher_head.
+    """
+
+    def __init__(self, backbone, added_head=None):
         super().__init__()
-        self.needs_norm = not _ends_normalised(backbone)
-        self.backbone = backbone.requires_grad_(False)
+        self.needs_norm = not _pooled_output(backbone)[1]
+        self.backbone, self.has_head = backbone.requires_grad_(False), has_imagenet_head(backbone)
+        self.added_head = added_head
         self.head.requires_grad_(True)
         self.train()
 
     @property
     def head(self):
-        return self.backbone.get_classifier()
+        return self.backbone.get_classifier() if self.has_head else self.added_head
 
     def train(self, mode=True):
         """Ignores `mode`: the frozen backbone is always in evaluation mode, and the head is the same in both."""
@@ -120,7 +128,7 @@ class Teacher(nn.Module):
 
     def forward(self, images):
         with torch.no_grad():
-            pooled = _pool(self.backbone, images)
+            pooled = _pool(self.backbone, images, self.has_head)
             features = _features(pooled, self.needs_norm)
         return TeacherOutput(imagenet_logits=self.head(pooled), features=features)
 
@@ -137,14 +145,14 @@ def _channels(values, device):
 
 
 def prepare_models(student, teacher, device, grad_checkpointing=False, compiled=False, precision="fp32"):
-    """Move both networks to `device`, in channels-last memory format, and prepare them for training.
+    """Move both networks, or the student if `teacher` is None, to `device` in channels-last format, for training.
 
     grad_checkpointing: recompute the student's activations in the backward pass instead of storing them; compiled:
     torch.compile both networks. Neither changes what they compute, but for rounding. precision: of the training, see
     `arithmetic`.
     Raises ValueError if timm's backbone does not support gradient checkpointing.
     """
-    for network in (student, teacher):
+    for network in (student, teacher) if teacher else (student,):
         network.to(device, memory_format=torch.channels_last)
         if precision == "bf16" and torch.device(device).type == "cpu":
             _keep_depthwise_in_float32(network)
@@ -155,27 +163,6 @@ def prepare_models(student, teacher, device, grad_checkpointing=False, compiled=
             student.backbone.set_grad_checkpointing()
         except (AssertionError, AttributeError):
             raise ValueError("this model does not support gradient checkpointing") from None
-
-
-def freeze_layers(backbone, count):
-    """Freeze the parameters of the first `count` groups of layers of a backbone: the stem, the first stage, ...
-
-    The groups are those of timm's layer-wise learning rates. Raises ValueError if there are fewer before the head, or
-    timm does not group the layers of this model.
-    """
-    if not count:
-        return
-    from timm.models import group_parameters
-
-    try:
-        groups = group_parameters(backbone, backbone.group_matcher(coarse=True))
-    except AttributeError:
-        raise ValueError("timm does not group the layers of this model") from None
-    if count >= len(groups):
-        raise ValueError(f"this model has {len(groups) - 1} groups of layers before its head")
-    for group in sorted(groups)[:count]:
-        for name in groups[group]:
-            backbone.get_parameter(name).requires_grad_(False)
 
 
 def _keep_depthwise_in_float32(network):
@@ -221,12 +208,12 @@ def arithmetic(precision, device):
 class TimmInfo(NamedTuple):
     """What timm records of a model, read without building it."""
 
-    imagenet_classes: int  # outputs of its pretrained head
+    imagenet_classes: int  # outputs of its pretrained ImageNet head; 0 if it has none
     input_size: int | None  # side of its images in pixels if that is fixed, else None
 
 
 def timm_info(model):
-    """TimmInfo of timm's `model`. Raises ValueError if timm has no model of that name, or it has no ImageNet head."""
+    """TimmInfo of timm's `model`. Raises ValueError if timm has no model of that name."""
     import timm  # takes seconds to import, and tests of stored features need no network
 
     if not timm.is_model(model):
@@ -236,9 +223,27 @@ def timm_info(model):
         config = timm.get_pretrained_cfg(model)
     except RuntimeError as error:  # no pretrained weights of that name
         raise ValueError(str(error)) from None
-    if not config.num_classes:
-        raise ValueError(f"{model} has no ImageNet head to align")
-    return TimmInfo(config.num_classes, config.input_size[-1] if config.fixed_input_size else None)
+    classes = 0 if _is_projection(config.num_classes) else config.num_classes
+    return TimmInfo(classes, config.input_size[-1] if config.fixed_input_size else None)
+
+
+def _is_projection(outputs):
+    """Whether the last layer of weights that timm publishes projects to a space shared with texts, as CLIP's does.
+
+    outputs: its width. timm's classifiers have ImageNet's 1,000 classes or more than 10,000, its projections 384 to
+    1,280 values, and networks without either have 0 outputs.
+    """
+    return 0 < outputs < 10_000 and outputs != 1000
+
+
+def projections_of(model, width):
+    """timm's names of weights of the architecture of `model` that end in a projection to `width` values."""
+    import timm
+
+    if not _is_projection(width):
+        return []
+    names = timm.list_models(f"{model.partition('.')[0]}.*", pretrained=True)
+    return [name for name in names if timm.get_pretrained_cfg(name).num_classes == width]
 
 
 class DownloadError(Exception):
@@ -262,9 +267,10 @@ def pretrained_tag(model):
 
 
 def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=False):
-    """Create timm's `model`, an image classifier; pretrained: with its ImageNet-1K weights, see pretrained_tag.
+    """Create timm's `model`; pretrained: with the weights that timm publishes, see pretrained_tag.
 
-    Raises ValueError for a model that timm does not have, that has no linear ImageNet head or does not support
+    imagenet_classes: outputs of its ImageNet head; without effect on a model that has none (DINOv2, SigLIP, CLIP, ...).
+    Raises ValueError for a model that timm does not have, whose ImageNet head is not linear, or that does not support
     drop_path, or has no published weights; DownloadError if these can be neither fetched nor read.
     """
     import timm
@@ -274,11 +280,13 @@ def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=Fals
         timm_info(model)  # raises ValueError
         model = pretrained_tag(model)
     classes = timm_info(model).imagenet_classes
-    if pretrained and classes != imagenet_classes:
+    if pretrained and classes not in (0, imagenet_classes):
         raise ValueError(f"the head of {model} has {classes} classes; set --imagenet_classes {classes}")
-    options = {"drop_path_rate": drop_path} if drop_path else {}
+    options = {"num_classes": imagenet_classes} if classes else {}
+    if drop_path:
+        options["drop_path_rate"] = drop_path
     try:
-        backbone = timm.create_model(model, pretrained=pretrained, num_classes=imagenet_classes, **options)
+        backbone = timm.create_model(model, pretrained=pretrained, **options)
     except TypeError:
         if drop_path:
             raise ValueError(f"{model} takes no --drop_path") from None
@@ -287,7 +295,7 @@ def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=Fals
         if pretrained:
             raise DownloadError from error
         raise
-    if not isinstance(backbone.get_classifier(), nn.Linear):
+    if classes and not isinstance(backbone.get_classifier(), nn.Linear):
         raise ValueError(f"the ImageNet head of {model} is not a linear layer")
     if published and not pretrained:
         # timm initialises all sizes with standard deviation 0.02, too small for the narrow ones to train from scratch.
@@ -297,9 +305,18 @@ def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=Fals
     return backbone
 
 
-def _pool(backbone, images):
-    """(B, D): the input of the backbone's head."""
-    return backbone.forward_head(backbone.forward_features(images), pre_logits=True)
+def has_imagenet_head(backbone):
+    """Whether a backbone ends in an ImageNet classifier: not in pooled features (DINOv2) nor in a projection (CLIP).
+
+    create_backbone leaves the latter as timm has them.
+    """
+    published = getattr(backbone, "pretrained_cfg", {}).get("num_classes", 1000)
+    return backbone.num_classes > 0 and not _is_projection(published)
+
+
+def _pool(backbone, images, has_head):
+    """(B, D): the input of the backbone's ImageNet head; the output of a backbone without one."""
+    return backbone.forward_head(backbone.forward_features(images), pre_logits=has_head)
 
 
 def _features(pooled, needs_norm):
@@ -320,22 +337,25 @@ def takes_size(backbone, size):
     return True
 
 
-def _ends_normalised(backbone):
-    """Whether the last layer before a backbone's head is a LayerNorm or the like, whatever pools its output.
+def _pooled_output(backbone):
+    """(D, whether a LayerNorm or the like comes last, whatever pools its output) of the pooled features of a backbone.
 
-    Raises ValueError unless the head is the last layer of all, and takes what `_pooled` gives.
+    Raises ValueError unless its ImageNet head, if it has one, is the last layer of all and takes what `_pool` gives.
     """
     backbone = on_meta(backbone).eval()
-    calls, head = [], backbone.get_classifier()
+    calls, head = [], backbone.get_classifier() if has_imagenet_head(backbone) else None
     for layer in backbone.modules():
         if not any(layer.children()) and not isinstance(layer, nn.Identity | nn.Dropout | nn.Flatten):
             layer.register_forward_hook(lambda layer, given, _: calls.append((layer, given[0].shape)))
-    backbone(torch.empty(1, *_pretrained_cfg(backbone, "input_size", (3, 224, 224)), device="meta"))
-    if calls[-1] != (head, (1, head.in_features)):
+    output = backbone(torch.empty(1, *_pretrained_cfg(backbone, "input_size", (3, 224, 224)), device="meta"))
+    if head is not None and calls.pop() != (head, (1, head.in_features)):
         raise ValueError("its ImageNet head does not come last, after pooling")
-    kinds = [type(layer).__name__.lower() for layer, _ in calls[:-1]]
+    if output.ndim != 2:
+        raise ValueError("it does not pool its output to one feature an image")
+    kinds = [type(layer).__name__.lower() for layer, _ in calls]
     last = next(kind for kind in reversed(kinds) if "pool" not in kind)
-    return any(norm in last for norm in ("layernorm", "groupnorm", "rmsnorm"))
+    normalised = any(norm in last for norm in ("layernorm", "groupnorm", "rmsnorm"))
+    return output.shape[1] if head is None else head.in_features, normalised
 
 
 def on_meta(module):

@@ -11,9 +11,12 @@ from models.eval.evaluate import Grid
 from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import METRICS, get_metric
 from models.losses import LOSSES, PAPER_WEIGHTS, weight_option
-from models.networks import PRECISIONS
+from models.networks import PRECISIONS, projections_of
+from models.run_record import loss_weights_of
+from models.teacher_head import read_head
 from models.train_step import SCHEDULES
-from models.weights import fit_input_size
+from models.tuning import check_tune
+from models.weights import fit_input_size, has_head
 from utils import distributed
 from utils.cli import (
     InputError,
@@ -28,6 +31,12 @@ from utils.cli import (
 )
 from utils.process_pool import available_cores
 
+PRETRAINED = "pretrained_model/convnextv2_tiny_1k_224_ema.pt"
+_WEIGHTS = (
+    "a downloaded file, EfficientNet-Lite0's in an installed package (lite0; also lite1, lite2), those that timm "
+    "publishes for --model (timm), or random (none)"
+)
+
 
 def train_parser(protocol):
     """Options of the train script of `protocol`."""
@@ -37,16 +46,21 @@ def train_parser(protocol):
     add = parser.add_argument
     add("--savedir", "-s", type=file_path, metavar="DIR", help="where checkpoints and train.json go "
         f"(default: {_checkpoint_folder(protocol)})")  # fmt: skip
-    add("--finetune", type=_text, default="pretrained_model/convnextv2_tiny_1k_224_ema.pt",
-        metavar="FILE|lite0|timm|none",
-        help="ImageNet weights of both networks: a downloaded file, EfficientNet-Lite0's in an installed package (also "
-        "lite1, lite2), those that timm publishes for --model, or random")  # fmt: skip
+    add("--finetune", type=_text, default=PRETRAINED, metavar="FILE|lite0|timm|none",
+        help=f"ImageNet weights of both networks: {_WEIGHTS}")  # fmt: skip
     add("--cosine_scale", type=_rate, default=0.0, metavar="S",
         help="seen-class logits are S times the cosine of feature and class weights, plus the bias; 0: the linear "
         "layer of the release")  # fmt: skip
     add("--drop_path", type=_share, default=0.0, help="rate of stochastic depth of the student")
-    add("--freeze", type=_count, default=0, metavar="N",
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--tune", type=_tune, default="all", metavar="all|norm|last:N",
+        help="layers of the student's backbone to train: all, its normalisation layers, or the last N groups of layers "
+        "(blocks of a transformer, stages of a ConvNeXt)")  # fmt: skip
+    either("--freeze", type=_count, default=0, metavar="N",
         help="do not train the first N groups of layers of the student: the stem, the first stage, ...")  # fmt: skip
+    add("--teacher_head", type=file_path, metavar="FILE",
+        help="ImageNet head to align, for a --model that has none (DINOv2, SigLIP, CLIP, ...): an .npz with weight "
+        "(classes, values) and bias, or with class embeddings and scale")  # fmt: skip
     add("--epochs", type=positive_int, default=20, help="number of epochs")
     add("--warmup_epochs", type=_count, default=protocol.last_warmup_epoch, metavar="E_w",
         help="epochs 0 to E_w, which are E_w + 1 epochs as in the release, train the student alone; later ones both "
@@ -132,6 +146,10 @@ def test_parser(protocol):
         "and of seen classes in one gallery; needs lists with held-back photos of seen classes")  # fmt: skip
     add("--instances", action="store_true", help="also evaluate instance-level retrieval: the photo that a sketch was "
         "drawn from is the one right answer")  # fmt: skip
+    add("--features_only", action="store_true", help="test a network untrained: --model with the weights --finetune; "
+        "results go to --resume_dir (default: untrained/<model> in the folder of checkpoints)")  # fmt: skip
+    add("--finetune", type=_text, metavar="FILE|lite0|timm|none",
+        help=f"weights of --features_only: {_WEIGHTS} (default: {PRETRAINED})")  # fmt: skip
     add("--order", type=file_path, metavar="LISTS", help="folder of lists, such as datasets/Sketchy/zeroshot1, whose "
         "order features from elsewhere have: for file names, class names and pictures")  # fmt: skip
     add("--batch_size", type=positive_int, default=64, help="batch size of feature extraction")
@@ -184,10 +202,18 @@ def resolve(options, protocol, folder):
     Raises InputError if the model takes images of another size, the device is not there or has not the --precision, or
     the protocol names an unknown metric.
     """
+    is_test_of_untrained = getattr(options, "features_only", False)
+    if is_test_of_untrained:
+        options.model, options.finetune = options.model or AUTHORS_MODEL[0], options.finetune or PRETRAINED
+    elif folder == "resume_dir" and options.finetune:
+        raise InputError("--finetune: is for --features_only; a checkpoint has its own weights")
     if getattr(options, folder) is None:
-        setattr(options, folder, Path(_checkpoint_folder(protocol, options.zero_version)))
+        checkpoints = _checkpoint_folder(protocol, options.zero_version)
+        setattr(options, folder, checkpoints / "untrained" / options.model if is_test_of_untrained else checkpoints)
     if options.model is not None:
         options.input_size = fit_input_size(options.model, options.input_size)
+    if hasattr(options, "teacher_head"):
+        options.imagenet_classes = classes_to_align(options)
     options.device = distributed.local_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_device("--device", options.device)
     if getattr(options, "cls_weight", 1) == 0:
@@ -217,6 +243,34 @@ def resolve_network(options, checkpoint):
         known = {name: value or default for (name, value), default in zip(given.items(), AUTHORS_MODEL, strict=True)}
     options.model, options.input_size, options.imagenet_classes = (known[name] for name in given)
     return options
+
+
+def classes_to_align(options):
+    """The number of outputs of the ImageNet head of a training: the model's own, that of --teacher_head, or 0.
+
+    Raises InputError if a loss needs a head and there is none, or there are two, or --imagenet_classes is no number of
+    classes of this model.
+    """
+    model, given = options.model, options.imagenet_classes
+    if has_head(model):
+        if options.teacher_head:
+            raise InputError(f"--teacher_head: {model} has an ImageNet head of its own, which is aligned; leave it out")
+        if projections := projections_of(model, given):
+            raise InputError(
+                f"--imagenet_classes {given}: in weights of this architecture {given} values are a projection, no "
+                f"classes; use --model {projections[0]}, which keeps it"
+            )
+        return given
+    if options.teacher_head is None and loss_weights_of(vars(options)).reads_teacher(bidirectional=True):
+        without = " ".join(name for name, loss in LOSSES.items() if not loss.reads_teacher)
+        raise InputError(
+            f"--model {model}: has no ImageNet head to align; train with --losses {without}, or give it one by "
+            "--teacher_head FILE"
+        )
+    classes = read_head(options.teacher_head).out_features if options.teacher_head else 0
+    if given not in (classes, AUTHORS_MODEL[2]):
+        raise InputError(f"--imagenet_classes {given}: the ImageNet head has {classes} classes; leave it out")
+    return classes
 
 
 def check_device(option, device):
@@ -302,6 +356,13 @@ def _metric(text):
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _tune(text):
+    try:
+        return check_tune(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def file_path(text):

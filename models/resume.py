@@ -7,7 +7,7 @@ import shutil
 import torch
 
 from datasets.lists import MASK_FILE
-from models.checkpoints import LAST, NAMES, PREVIOUS, plain_options, read_checkpoint, trained_with
+from models.checkpoints import LAST, NAMES, OPTIMIZERS, PREVIOUS, plain_options, read_checkpoint, trained_with
 from models.losses import LOSSES
 from models.run_record import effective_options
 from models.torch_files import UnreadableFile, is_plain_tensor, zip_crc_ok
@@ -32,12 +32,14 @@ def restore(state, savedir, record, defaults):
     """
     path, checkpoint = _read_last(savedir)
     state.resumed_from = path
-    if "teacher" not in checkpoint or "history" not in checkpoint:
+    if "history" not in checkpoint or (state.teacher is not None and "teacher" not in checkpoint):
         raise InputError(f"{path}: holds no teacher, so it cannot be resumed, only tested; start anew without --resume")
     load_published(state.student, checkpoint["state_dict"], path)
-    load_published(state.teacher, checkpoint["teacher"], path)
+    if state.teacher is not None:
+        load_published(state.teacher, checkpoint["teacher"], path)
+    head = state.student.head
     try:
-        saved = validate_training_state(checkpoint, state.optimizers, tuple(state.student.head.parameters()))
+        saved = validate_training_state(checkpoint, state.optimizers, tuple(head.parameters()) if head else ())
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{path}: damaged, it cannot be resumed ({error}); start anew") from error
     if saved["protocol"] != record["protocol"]:
@@ -65,7 +67,7 @@ def _read_last(savedir):
         except UnreadableFile as error:
             torn = torn or error.what
             continue
-        if "teacher" in content and not zip_crc_ok(path):  # only our own checkpoints have a teacher
+        if "history" in content and not zip_crc_ok(path):  # only our own checkpoints have one
             torn = torn or f"{path}: damaged (CRC)"
             continue
         if torn:
@@ -128,7 +130,7 @@ def check_savedir(savedir, resume=False, overwrite=False):
 
 def check_space(state, savedir):
     """Raise InputError if the disk has no space for the checkpoints of a run: the last two, the best and a new one."""
-    networks = [*state.student.parameters(), *state.teacher.parameters()]
+    networks = [value for each in (state.student, state.teacher) if each for value in each.parameters()]
     # Adam has two moments for each trainable parameter.
     size = sum(value.nbytes for value in networks) + 2 * sum(value.nbytes for value in state.trainable_parameters())
     held = sum((savedir / name).stat().st_size for name in NAMES if os.path.isfile(savedir / name))
@@ -177,9 +179,7 @@ def validate_training_state(content, optimizers, optional=()):
     optional = () if set(LOSSES) <= set(active) else optional
     adam = [
         _adam(content.get(name), name, optimizer, needed, optional)
-        for name, optimizer, needed in zip(
-            ("optimizer", "optimizer_1"), optimizers, (has_steps, teacher_has_steps), strict=True
-        )
+        for name, optimizer, needed in zip(OPTIMIZERS, optimizers, (has_steps, teacher_has_steps), strict=False)
     ]
     return {
         "protocol": _text(content, "protocol"), "data": _texts(content, "data"),

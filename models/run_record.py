@@ -18,6 +18,7 @@ def run_record(options):
 # Options that earlier versions lack, with the value that computes the same: their runs and ours are then alike.
 ADDED_OPTIONS = {
     "cosine_scale": 0.0, "freeze": 0, "sketches": None, "augment": "release", "schedule": "exponential",
+    "tune": "all", "teacher_head": None,
 }  # fmt: skip
 
 # Options of training that change its result. The others are where files are, what is printed, and how a step that

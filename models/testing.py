@@ -1,40 +1,31 @@
 """The command of the zero-shot test scripts: features, codebooks, matching, metrics and the report of a benchmark."""
 
-import os
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from datasets.lists import LIST_DESCRIPTIONS, Benchmark, QueryGallery, open_benchmark
 from datasets.loaders import LoaderOptions
-from datasets.protocols import PROTOCOLS, protocol_of, unseen_names_of
-from models.checkpoints import check_seen_classes, find_checkpoint, load_student
+from datasets.protocols import PROTOCOLS, unseen_names_of
 from models.eval.codebooks import mixture_device
 from models.eval.evaluate import class_relevance, evaluate_grid, evaluate_rows
 from models.eval.features import (
     FEATURES,
-    SEEN_FEATURES,
-    compute_features,
     extract_all,
     features_record,
-    source_of,
-    stored_features,
 )
 from models.eval.generalised import evaluate_generalised, merge, print_generalised
 from models.eval.image_order import UNKNOWN, in_order_of, same_lists
 from models.eval.instances import evaluate_instances, find_photos, print_instances
 from models.eval.metrics import STANDARD, SameClass, get_metric
 from models.eval.report import print_results, summarise, write_report
+from models.eval_input import find_input, find_seen_input, get_features
 from models.options import grid_of, resolve, resolve_network, test_parser
 from models.run_record import run_record
-from models.weights import check_size
 from utils import distributed
 from utils.cli import InputError, one_line_errors, sigterm_as_exception
 from utils.distributed import log_rank0
-from utils.files import check_writable, write_json
-from utils.memory import keep_freed_memory
+from utils.files import write_json
 
 
 @one_line_errors(should_print=distributed.should_print)
@@ -46,48 +37,49 @@ def main(protocol_name, argv=None):
     protocol = PROTOCOLS[protocol_name]
     options = resolve(test_parser(protocol).parse_args(argv), protocol, "resume_dir")
     check_instances(options, protocol)
-    eval_input = find_input(protocol, options.resume_dir, options.data_root, options.zero_version)
+    untrained = options.finetune if options.features_only else None
+    eval_input = find_input(protocol, options.resume_dir, options.data_root, options.zero_version, untrained)
     if eval_input.benchmark:
         eval_input.benchmark.check_seen_classes(options.nb_classes)
     seen_input = find_seen_input(eval_input) if options.generalised else None
     with sigterm_as_exception(), distributed.folder_lock_and_group(eval_input.folder, "testing"):
         options = resolve_network(options, eval_input.checkpoint)
-        loading = LoaderOptions(options.input_size, options.batch_size, options.workers, options.device)
-        network = {name: getattr(options, name) for name in ("model", "imagenet_classes", "precision", "recompute")}
-        features = get_features(eval_input, loading, compiled=options.compile, **network)
-        seen = seen_input and get_features(seen_input, loading, compiled=options.compile, **network)
+        features, seen = (each and _features_of(each, options) for each in (eval_input, seen_input))
         rows = [(m, k) for m in options.subspaces for k in options.clusters] if options.mode == 2 else []
         with distributed.same_error_on_all_ranks():  # which have the same features
-            features = name_classes(features, eval_input.benchmark, eval_input.checkpoint is None)
+            features = name_classes(features, eval_input.benchmark, given=not eval_input.weights)
             features, images = ordered_images(features, eval_input, options.order)
-            photos = photos_of(images, protocol) if options.instances else None
             check_features(features, rows)
-            if seen:
-                merged = merge_seen(features, seen, seen_input)
-                merged_rows = [(m, len(np.unique(merged.gallery_labels))) for m in options.subspaces if rows]
-                check_features(merged, merged_rows)
+            photos = photos_of(images, protocol) if options.instances else None
+            of_both = merge_seen(features, seen, seen_input) if seen else None
+            rows_of_both = check_both(of_both, rows) if seen else []
         if rows and options.mixture == "torch" and options.mixture_device is None:
             options.mixture_device = _fastest_mixture_device(options.device)
-        grid = grid_of(options, rows)
-        metrics, dtype = tuple(dict.fromkeys((*STANDARD, *options.metrics))), getattr(torch, options.distances)
-        result = evaluate_grid(features, grid, metrics, device=options.device, dtype=dtype)
+        metrics = tuple(dict.fromkeys((*STANDARD, *options.metrics)))
+        on = {"device": options.device, "dtype": getattr(torch, options.distances)}
+        result = evaluate_grid(features, grid_of(options, rows), metrics, **on)
         if seen:
-            grid = replace(grid, rows=merged_rows)
-            of_both = evaluate_generalised(
-                merged, len(features.names), grid, options.metrics, device=options.device, dtype=dtype
-            )
+            grid = grid_of(options, rows_of_both)
+            generalised = evaluate_generalised(of_both, len(features.names), grid, options.metrics, **on)
         distributed.destroy_process_group()
         if distributed.get_rank() != 0:
             return None
         results = _report(protocol, options, eval_input, features, images, result)
         if seen:
-            print_generalised(of_both)
-            _write_more(eval_input.folder / "generalised.json", of_both, results)
-        if photos is not None:
-            instances = evaluate_instances(features, photos, options.device, dtype)
+            print_generalised(generalised)
+            _write_more(eval_input.folder / "generalised.json", generalised, results)
+        if options.instances:
+            instances = evaluate_instances(features, photos, **on)
             print_instances(instances)
             _write_more(eval_input.folder / "instances.json", instances, results)
         return results
+
+
+def _features_of(eval_input, options):
+    """`get_features` with the options of a test."""
+    loading = LoaderOptions(options.input_size, options.batch_size, options.workers, options.device)
+    network = {name: getattr(options, name) for name in ("model", "imagenet_classes", "precision", "recompute")}
+    return get_features(eval_input, loading, compiled=options.compile, **network)
 
 
 def _fastest_mixture_device(device):
@@ -133,71 +125,15 @@ def photos_of(images, protocol):
     return photos
 
 
-@dataclass(frozen=True)
-class EvalInput:
-    """The input of a test: features_zero.pickle in `folder`, or a checkpoint and a benchmark's images."""
+def check_both(features, rows):
+    """The rows of generalised retrieval: (M, number of classes of the gallery) for each M of `rows`.
 
-    folder: Path  # for the results
-    checkpoint: Path | None
-    benchmark: Benchmark | None  # None if it cannot be read
-    images: QueryGallery | None
-    error: InputError | None  # why the benchmark cannot be read
-    split: str = "zero"  # of the images: "zero", or "test" for the held-back ones of seen classes
-
-    @property
-    def path(self):
-        """Where the features are stored."""
-        return self.folder / (FEATURES if self.split == "zero" else SEEN_FEATURES)
-
-
-def find_input(protocol, path, data_root, zero_version):
-    """The EvalInput of a test of `protocol`; path: a checkpoint, or a folder that holds one or features_zero.pickle.
-
-    Raises InputError where neither is there, or the folder cannot be written.
+    features: see `merge_seen`. Raises InputError as `check_features` does.
     """
-    if os.path.isfile(path):
-        folder, checkpoint = path.parent, path if path.name != FEATURES else None
-    else:
-        folder, checkpoint = path, find_checkpoint(path, protocol.kept_checkpoint)
-        if checkpoint is None and not os.path.isfile(path / FEATURES):
-            raise InputError(
-                f"{path}: neither {protocol.kept_checkpoint} nor {FEATURES} is there; train first, or set --resume_dir"
-            )
-    check_writable(folder)
-    other = PROTOCOLS[protocol_of(protocol.name, zero_version)]
-    if other is not protocol:
-        log_rank0(f"note: {zero_version} is the folder of {other.title}; this is the test of {protocol.title}")
-    try:
-        benchmark = open_benchmark(protocol.name, data_root, zero_version)
-        return EvalInput(folder, checkpoint, benchmark, benchmark.read_query_gallery(), None)
-    except InputError as error:  # matters only if features must be computed
-        return EvalInput(folder, checkpoint, None, None, error)
-
-
-def find_seen_input(eval_input):
-    """The EvalInput of held-back photos and validation sketches of seen classes, for generalised retrieval.
-
-    Raises InputError where there are none.
-    """
-    benchmark = eval_input.benchmark
-    if benchmark is None:
-        if eval_input.checkpoint is None and os.path.isfile(eval_input.folder / SEEN_FEATURES):
-            return replace(eval_input, split="test")
-        raise InputError(f"--generalised: {eval_input.error}")
-    for kind, option in (("photo", "--hold_out_photos 0.1"), ("sketch", "--held_back 50")):
-        if not os.path.isfile(path := benchmark.path(kind, "test")):
-            way_out = f"python -m datasets.prepare lists {benchmark.root} --protocol {benchmark.protocol.name} {option}"
-            raise InputError(
-                f"--generalised: no {LIST_DESCRIPTIONS[kind, 'test']} of seen classes ({path}); {way_out} makes lists "
-                "with them; train and test with their --zero_version"
-            )
-    images = QueryGallery(benchmark.read("photo", "test"), benchmark.read("sketch", "test"))
-    seen_input = replace(eval_input, images=images, split="test")
-    if eval_input.checkpoint is None and not os.path.isfile(seen_input.path):
-        raise InputError(
-            f"--generalised: {eval_input.folder} holds no checkpoint, and no {SEEN_FEATURES} beside {FEATURES}"
-        )
-    return seen_input
+    classes = len(np.unique(features.gallery_labels))
+    rows = list(dict.fromkeys((m, classes) for m, _ in rows))
+    check_features(features, rows)
+    return rows
 
 
 def merge_seen(unseen, seen, seen_input):
@@ -212,44 +148,6 @@ def merge_seen(unseen, seen, seen_input):
             f"{unseen.gallery.shape[1]}; compute both with one checkpoint"
         )
     return merge(unseen, replace(seen, names=names or [f"seen {label}" for label in range(highest + 1)]))
-
-
-def get_features(
-    eval_input, loading, *, model, imagenet_classes=1000, compiled=False, precision="fp32", recompute=False
-):
-    """Features of an EvalInput: the stored ones if they are up to date, else computed, on all ranks.
-
-    loading: LoaderOptions; model, imagenet_classes: those of the checkpoint; compiled: compute them with torch.compile;
-    precision: see models.networks.arithmetic; recompute: never use stored features. Raises InputError where features
-    must be computed and cannot.
-    """
-    folder, checkpoint, images = eval_input.folder, eval_input.checkpoint, eval_input.images
-    if checkpoint is None and recompute:
-        raise InputError(f"--recompute: {folder} holds no checkpoint to compute features with; test them as they are")
-    source = checkpoint and source_of(
-        checkpoint, model, loading.size, precision, eval_input.benchmark, eval_input.split
-    )
-    path = eval_input.path
-    features = None if recompute else stored_features(path, checkpoint, source)
-    if features is None and images is None:
-        way_out = f", or move {checkpoint.name} away to test {path.name} as it is" if os.path.isfile(path) else ""
-        raise InputError(f"{eval_input.error}{way_out}")
-    if features is not None:
-        distributed.init_process_group(loading.device)
-        return features
-    student, metadata, _ = load_student(checkpoint, model, imagenet_classes=imagenet_classes)
-    check_seen_classes(checkpoint, metadata["seen_classes"], len(eval_input.benchmark.seen_names))
-    check_size(student, model, loading.size)
-    images.check()
-    if compiled:
-        student.compile_features()
-    distributed.init_process_group(loading.device)
-    try:
-        with keep_freed_memory():
-            return compute_features(path, student.to(loading.device), images, loading, precision, source)
-    except FloatingPointError:
-        way_out = "test another checkpoint, or train anew"
-        raise InputError(f"{checkpoint}: its features are not finite; {way_out}") from None
 
 
 def name_classes(features, benchmark=None, given=False):

@@ -60,8 +60,8 @@ class TrainState:
     """Everything that training changes, and that a checkpoint stores."""
 
     student: Student
-    teacher: Teacher
-    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]  # student's, teacher's
+    teacher: Teacher | None  # None where no loss can read it, see models.weights.create_pair
+    optimizers: tuple[torch.optim.Optimizer, ...]  # student's, and teacher's if there is one
     history: list[dict] = field(default_factory=list)  # an entry for each complete epoch, see training.close_epoch
     step: int = 0  # steps done in the present epoch
     metric_sums: torch.Tensor | None = None  # (LOGGED,) sums over these steps; None before the first
@@ -73,7 +73,7 @@ class TrainState:
 
     def wrap_ddp(self):
         """Wrap the networks in DistributedDataParallel if there is a process group."""
-        self.ddp_modules = tuple(distributed.wrap_ddp(network) for network in (self.student, self.teacher))
+        self.ddp_modules = tuple(each and distributed.wrap_ddp(each) for each in (self.student, self.teacher))
 
     @property
     def device(self):
@@ -86,25 +86,23 @@ class TrainState:
         return self.optimizers[0].param_groups[0]["lr"]
 
     def trainable_parameters(self):
-        """The parameters of both optimizers."""
+        """The parameters of all optimizers."""
         return [value for optimizer in self.optimizers for group in optimizer.param_groups for value in group["params"]]
 
 
 def create_optimizers(student, teacher, lr, teacher_lr, weight_decay):
-    """Adam for the student and Adam for the teacher's head, with L2 decay in the gradient (not decoupled).
+    """Adam for the student and, if there is a teacher, for its head, with L2 decay in the gradient (not decoupled).
 
     Frozen parameters of the student have no optimizer.
     """
     trainable = [value for value in student.parameters() if value.requires_grad]
-    return (
-        torch.optim.Adam(trainable, lr=lr, weight_decay=weight_decay, fused=True),
-        torch.optim.Adam(teacher.head.parameters(), lr=teacher_lr, weight_decay=weight_decay, fused=True),
-    )
+    rates = [(trainable, lr)] + ([(teacher.head.parameters(), teacher_lr)] if teacher else [])
+    return tuple(torch.optim.Adam(each, lr=rate, weight_decay=weight_decay, fused=True) for each, rate in rates)
 
 
 def set_learning_rates(optimizers, rates):
     """Set the learning rate of each optimizer."""
-    for optimizer, rate in zip(optimizers, rates, strict=True):
+    for optimizer, rate in zip(optimizers, rates, strict=False):  # without a teacher there is one optimizer
         for group in optimizer.param_groups:
             group["lr"] = rate
 
@@ -119,7 +117,7 @@ def train_step(state, batch, bidirectional, accum_steps=1, precision="fp32", los
     """
     with matmul_rules(precision):
         values, is_finite, uses_head = _gradients(state, batch, bidirectional, accum_steps, precision, loss_weights)
-        if not uses_head:
+        if not uses_head and state.student.head is not None:
             state.student.head.zero_grad()  # to None: Adam skips it; with a zero gradient it would apply weight decay
         train_teacher = loss_weights.train_teacher(bidirectional)
         for optimizer in state.optimizers if train_teacher else state.optimizers[:1]:
@@ -183,7 +181,7 @@ def _to_float32(values):
     return values.float() if values.dtype == torch.bfloat16 else values
 
 
-def find_accum_steps(state, batch, accum_steps, precision):
+def find_accum_steps(state, batch, accum_steps, precision, loss_weights=PAPER_WEIGHTS):
     """The accumulation steps with which a Batch fits into every rank's GPU memory: `accum_steps` times a power of 2.
 
     Tries forward and backward with Adam's moments allocated, doubling accum_steps when out of memory. Raises torch's
@@ -191,7 +189,7 @@ def find_accum_steps(state, batch, accum_steps, precision):
     """
     given = accum_steps
     while state.device.type != "cpu":
-        failure = _probe_oom(state, batch, accum_steps, precision)
+        failure = _probe_oom(state, batch, accum_steps, precision, loss_weights)
         if not distributed.any_rank(failure is not None):
             break
         if not distributed.any_rank(accum_steps < len(batch.images)):
@@ -206,13 +204,13 @@ def find_accum_steps(state, batch, accum_steps, precision):
     return accum_steps
 
 
-def _probe_oom(state, batch, accum_steps, precision):
+def _probe_oom(state, batch, accum_steps, precision, loss_weights):
     """The out-of-memory error of a step without an update, or None."""
     failure = None
     try:
         moments = [torch.empty_like(value) for value in state.trainable_parameters() for _ in range(2)]
         with matmul_rules(precision):
-            _gradients(state, batch, True, accum_steps, precision, PAPER_WEIGHTS, all_reduce=False)
+            _gradients(state, batch, True, accum_steps, precision, loss_weights, all_reduce=False)
         del moments
     except RuntimeError as error:
         if not is_out_of_memory(error):

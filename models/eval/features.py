@@ -171,11 +171,11 @@ class PartialFeatures:
 def stored_features(path, checkpoint, source):
     """Features of the pickle at `path`, or None if there is none or they are stale, which is printed.
 
-    checkpoint: its path, or None to accept features of any source; source: see `source_of`.
+    checkpoint: its path, or None for an untrained network; source: see `source_of`, or None for features of any source.
     """
     if not os.path.isfile(path):
         return None
-    if checkpoint and (stale := why_stale(path, source, checkpoint)):
+    if source and (stale := why_stale(path, source, checkpoint)):
         log_rank0(f"features: {path} is {stale}, computing them anew")
         return None
     features, rescaled = read_features(path)
@@ -183,12 +183,13 @@ def stored_features(path, checkpoint, source):
     return features
 
 
-def source_of(checkpoint, model, size, precision, benchmark=None, split="zero"):
+def source_of(digest, model, size, precision, benchmark=None, split="zero"):
     """The source of features, for features_zero.json: what they depend on; lists only where there is a benchmark.
 
-    split: of the lists, "zero" for unseen classes or "test" for held-back images of seen ones.
+    digest: what identifies the weights, such as the SHA-256 of a checkpoint; split: of the lists, "zero" for unseen
+    classes or "test" for held-back images of seen ones.
     """
-    source = {"checkpoint": sha256_of(checkpoint), "model": model, "input_size": size, "precision": precision}
+    source = {"checkpoint": digest, "model": model, "input_size": size, "precision": precision}
     if benchmark is None:
         return source
     lists = {f"{kind} list": sha256_of(benchmark.path(kind, split)) for kind in ("photo", "sketch")}
@@ -245,12 +246,14 @@ def is_ours(path):
 def why_stale(path, source, checkpoint):
     """Why features at `path` cannot be used for `source` (see `source_of`), or None if they can.
 
-    A pickle from elsewhere has no record of its source; it is stale if `checkpoint` is newer.
+    A pickle from elsewhere has no record of its source; it is stale if `checkpoint` is newer, or None.
     """
     if is_ours(path):
         recorded = record(path).get("source", {})
         differing = [name for name, value in source.items() if recorded.get(name) != value]
         return f"computed with another {differing[0]}" if differing else None
+    if checkpoint is None:
+        return "not recorded as that of this network"
     if path.stat().st_mtime < checkpoint.stat().st_mtime:
         return f"older than {checkpoint.name} beside it"
     return None

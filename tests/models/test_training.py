@@ -264,7 +264,7 @@ def test_bad_options_end_in_one_line(tiny, tmp_path, fails):
 
     assert "--batch_size 2: too small for 1 sketch and 2 photos; use 3 or more" in error("--batch_size", 2)
     assert "no pretrained weights" in error("--finetune", tmp_path / "none.pt")
-    assert "no ImageNet head" in error("--model", "vit_small_patch14_dinov2")
+    assert "no ImageNet head" in error("--model", "vit_small_patch14_dinov2", "--input_size", 518)
     assert "--epochs" in error("--epochs", 0)
     assert "--cls_weight 0: the classifier of the seen classes" in error("--cls_weight", 0)
     assert "add cls" in error("--losses", "ma")
