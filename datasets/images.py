@@ -74,7 +74,7 @@ def decode_image(
         files.enter_context(no_pillow_warnings())
         if isinstance(source, str | os.PathLike):
             source = files.enter_context(open_regular(source))
-        image = files.enter_context(_open_image(source, formats or decoded_formats()))
+        image = files.enter_context(_open_image(source, formats))
         full = image.width * image.height
         if draft_side and full > DRAFT_PIXELS and _is_jpeg(image):
             image.draft(None, (draft_side, draft_side))
@@ -89,12 +89,15 @@ def decode_image(
 
 
 def _open_image(source, formats):
-    """Image.open(), but for JPEGs of any size, and for PNGs with long texts."""
+    """Image.open(), but for JPEGs of any size, and for PNGs with long texts; formats: None for decoded_formats()."""
     PngImagePlugin.MAX_TEXT_CHUNK = MAX_PNG_TEXT_BYTES
     start = source.read(3)
     source.seek(0)
-    if start == b"\xff\xd8\xff" and "JPEG" in formats:
+    if start == b"\xff\xd8\xff" and (formats is None or "JPEG" in formats):
+        Image.preinit()
         return Image.OPEN["JPEG"][0](source, None)  # Image.open() refuses what a reduced scale could decode
+    if formats is None:  # what most sketches are needs no other plugins, which take long to load
+        formats = ("PNG",) if start == b"\x89PN" else decoded_formats()
     try:
         return Image.open(source, formats=formats)
     except Image.DecompressionBombError as error:
