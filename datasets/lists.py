@@ -19,7 +19,7 @@ import numpy as np
 
 from datasets.protocols import LABEL_ORDERS, PROTOCOLS, Protocol, protocol_of
 from utils.cli import InputError
-from utils.files import atomic_write, check_stat, dump_pickle, stat_error
+from utils.files import atomic_write, check_stat, dump_pickle, read_bytes, stat_error
 from utils.safe_pickle import read_pickled_dict
 
 LIST_DESCRIPTIONS = {  # {(kind, split) of every list: its content}
@@ -33,6 +33,7 @@ LIST_DESCRIPTIONS = {  # {(kind, split) of every list: its content}
 CLASS_NAME_FILES = "cname_cid.txt", "cname_cid_zero.txt"  # of seen and of unseen classes
 MASK_FILE = "cid_mask.pickle"
 TITLE_FILE = "title.txt"
+MAX_LIST_BYTES = 256 << 20  # of a text file; the published lists have a tenth of that
 WINDOWS_PATHS = "Windows paths: replace each \\ in the list by /"
 _MIXED = "lists of two releases in one folder; take all files from one release"
 _MAKE_MASK = "make one with python -m datasets.prepare mask, or train without: --no_mask"
@@ -349,15 +350,13 @@ def format_mask(mask):
 def _numbered_lines(path):
     """Numbered lines of a text file that are not blank; Windows line ends and a byte-order mark are accepted."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_bytes(path, MAX_LIST_BYTES).decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{path}: no such list; python -m datasets.prepare lists makes it, or see --zero_version"
         ) from None
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); change its permissions, or choose another"
-        ) from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); correct that, or choose another") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: cannot be read as text ({error})") from error
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]

@@ -8,6 +8,7 @@ setting. The other settings are compared with the first. Writes a figure, a Mark
 
 import json
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,22 @@ from models.eval.figures import row_name
 from models.eval.metrics import class_means
 from models.eval.report import QUERIES
 from models.run_record import TEST_RESULT_OPTIONS, effective_options
-from utils.cli import InputError, OneLineParser, number_type, one_line_errors, seed_type
-from utils.files import atomic_write, check_writable
-from utils.pictures import draw_or_note, save_png
+from utils.cli import (
+    InputError,
+    OneLineParser,
+    nonempty_text,
+    number_type,
+    one_line_errors,
+    path_type,
+    printable,
+    seed_type,
+)
+from utils.files import atomic_write, check_output, open_regular, read_bytes
+from utils.pictures import OWN_PNG, draw_or_note, save_png
+
+MAX_JSON_BYTES, MAX_QUERY_BYTES = 64 << 20, 1 << 30  # of results.json and train.json; of the arrays of per_query.npz
+# How the files begin that this command writes.
+OWN_FILES = {"md": rb"\A\| ", "tex": rb"\A\\begin\{tabular\}", "json": rb'\A\{\s*"metric":', "png": OWN_PNG}
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,7 @@ def main(argv=None):
     """Command line."""
     options = create_parser().parse_args(argv)
     settings = group([read_tested(folder) for folder in options.runs])
-    names = options.names or [str(runs[0].folder) for runs in settings]
+    names = [printable(name) for name in options.names or [runs[0].folder for runs in settings]]
     if len(names) != len(settings):
         raise InputError(f"--names: {len(names)} names for {len(settings)} settings; name each of them, or none")
     metric = options.metric or settings[0][0].results["metrics"][0]
@@ -50,14 +64,14 @@ def main(argv=None):
         raise InputError(
             f"--metric {metric}: {without.folder} has {', '.join(without.metrics)}; test it with --metrics {metric}"
         )
-    check_writable(options.out)
+    paths = {kind: check_output(options.out / f"comparison.{kind}", "--out", own) for kind, own in OWN_FILES.items()}
     table = compare(settings, names, metric, options.draws, options.seed)
-    _write(options.out / "comparison.md", markdown(table, names, metric))
-    _write(options.out / "comparison.tex", latex(table, names, metric))
-    _write(options.out / "comparison.json", json.dumps({"metric": metric, "rows": table}, indent=1) + "\n")
+    _write(paths["md"], markdown(table, names, metric))
+    _write(paths["tex"], latex(table, names, metric))
+    _write(paths["json"], json.dumps({"metric": metric, "rows": table}, indent=1) + "\n")
     print(markdown(table, names, metric), end="")
-    has_figure = draw_or_note(draw, options.out / "comparison.png", table, names, metric)
-    print(f"{'tables and figure' if has_figure else 'tables'}: {options.out}")
+    has_figure = draw_or_note(draw, paths["png"], table, names, metric)
+    print(f"{'tables and figure' if has_figure else 'tables'}: {printable(options.out)}")
 
 
 def create_parser():
@@ -66,17 +80,19 @@ def create_parser():
     add = parser.add_argument
     add(
         "runs",
-        type=Path,
+        type=path_type,
         nargs="+",
         metavar="RUN",
         help="folders with results of a test; the setting of the first is the baseline",
     )
-    add("--names", nargs="+", metavar="NAME", help="names of the settings, in the order of the runs")
+    add(
+        "--names", nargs="+", type=nonempty_text, metavar="NAME", help="names of the settings, in the order of the runs"
+    )
     add("--metric", help="metric to compare (default: the protocol's first)")
     add("--draws", type=number_type(int, 100, 10**6, "a whole number from 100 to a million"), default=10_000,
         help="number of bootstrap draws")  # fmt: skip
     add("--seed", type=seed_type, default=0, help="seed of the bootstrap")
-    add("--out", type=Path, default=Path("comparison"), metavar="DIR", help="folder for the figure and the tables")
+    add("--out", type=path_type, default=Path("comparison"), metavar="DIR", help="folder for the figure and the tables")
     return parser
 
 
@@ -85,32 +101,57 @@ def read_tested(folder):
     folder = folder.parent if folder.name in ("results.json", QUERIES) else folder
     path = folder / "results.json"
     try:
-        results = json.loads(path.read_text())
-        benchmark, metrics, options = (results[name] for name in ("benchmark", "metrics", "options"))
-        if not (isinstance(benchmark, str) and isinstance(metrics, list) and isinstance(options, dict)):
-            raise TypeError
+        results = json.loads(read_bytes(path, MAX_JSON_BYTES))
+        _check_results(results)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; run the test first") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except Exception:  # a file from elsewhere can fail in any way
         raise InputError(f"{path}: not the results of a test; run the test again") from None
     path = folder / QUERIES
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            stored = {name: arrays[name] for name in ("rows", "metrics", "values", "class", "sketch")}
-        rows, values = stored["rows"], stored["values"]
-        shape = len(rows), len(stored["metrics"]), len(stored["class"])
-        if rows.shape != (shape[0], 3) or values.shape != shape or stored["sketch"].shape != shape[2:]:
-            raise ValueError
-        if not all(shape) or values.dtype.kind != "f" or np.isinf(values).any():
-            raise ValueError
+        stored = _read_queries(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; run the test again, earlier versions did not write it") from None
-    except Exception:  # a torn file can fail in any way
+    except Exception:  # a file from elsewhere can fail in any way
         raise InputError(f"{path}: torn, or not what a test writes; run the test again") from None
-    names = [str(name) for name in stored["metrics"]]
-    return TestedRun(
-        folder, results, [tuple(row) for row in rows.tolist()], names, values, stored["class"], stored["sketch"]
-    )
+    rows, names = [tuple(row) for row in stored["rows"].tolist()], [str(name) for name in stored["metrics"]]
+    return TestedRun(folder, results, rows, names, stored["values"], stored["class"], stored["sketch"])
+
+
+def _check_results(results):
+    """Raise ValueError unless `results` has what is read of results.json, in its types."""
+    features = results.get("features") or {}
+    source = features.get("source") or {}
+    metrics = results["metrics"]
+    fits = (
+        isinstance(results["benchmark"], str) and isinstance(results["options"], dict) and isinstance(source, dict)
+        and isinstance(metrics, list) and metrics and all(isinstance(name, str) for name in metrics)
+    )  # fmt: skip
+    if not fits:
+        raise ValueError("not the results of a test")
+
+
+def _read_queries(path):
+    """The arrays of a per_query.npz by name. Raises ValueError, and what zipfile and NumPy raise for damaged files."""
+    names = ("rows", "metrics", "values", "class", "sketch")
+    with open_regular(path) as file:
+        with zipfile.ZipFile(file) as archive:
+            if sum(archive.getinfo(f"{name}.npy").file_size for name in names) > MAX_QUERY_BYTES:
+                raise ValueError("too large")
+        with np.load(file, allow_pickle=False) as arrays:
+            stored = {name: arrays[name] for name in names}
+    rows, values = stored["rows"], stored["values"]
+    shape = len(rows), len(stored["metrics"]), len(stored["class"])
+    if rows.shape != (shape[0], 3) or values.shape != shape or stored["sketch"].shape != shape[2:] or not all(shape):
+        raise ValueError("shapes do not fit together")
+    kinds = {name: array.dtype.kind for name, array in stored.items()}
+    if kinds["rows"] not in "iuf" or values.dtype not in (np.float32, np.float64):
+        raise ValueError("not numbers")
+    if not np.isfinite(rows).all() or (rows < 0).any() or np.isinf(values).any():
+        raise ValueError("numbers out of range")
+    if any(kinds[name] not in "US" for name in ("metrics", "class", "sketch")):
+        raise ValueError("not texts")
+    return stored
 
 
 def group(runs):
@@ -157,9 +198,9 @@ def _setting(run):
     """The options that runs of one setting share: those of the test and of training that change results, but seeds."""
     test = {name: run.results["options"].get(name) for name in TEST_RESULT_OPTIONS}
     try:
-        options = effective_options(json.loads((run.folder / "train.json").read_text())["options"])
+        options = effective_options(json.loads(read_bytes(run.folder / "train.json", MAX_JSON_BYTES))["options"])
         options.pop("seed", None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except Exception:  # a file from elsewhere can fail in any way
         options = {"folder": str(run.folder)}  # not known, so each folder is a setting
     return json.dumps([test, options], sort_keys=True, default=str)
 

@@ -127,16 +127,16 @@ def _lines(path):
     """Lines of an earlier log.jsonl, without torn ones, as the last line of a killed run can be."""
     try:
         with open_own(path) as file:
-            texts = file.read().splitlines()
+            lines = file.read().splitlines()
     except FileNotFoundError:
         return
-    for text in texts:
+    for line in lines:
         try:
-            line = json.loads(text)
-        except ValueError:
+            content = json.loads(line)
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and isinstance(line.get("epoch"), int):
-            yield line
+        if isinstance(content, dict) and type(content.get("epoch")) is type(content.get("step", 0)) is int:
+            yield content
 
 
 def _is_before(line, epochs_done, step_done):
@@ -148,7 +148,10 @@ def _is_before(line, epochs_done, step_done):
 def _open_board(savedir, first_step):
     try:
         from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(savedir / "curves", purge_step=first_step)  # hides later points of an earlier run
     except ImportError:
         log_rank0("note: tensorboard is not installed, no training curves are written")
-        return None
-    return SummaryWriter(savedir / "curves", purge_step=first_step)  # hides later points of an earlier run
+    except Exception as error:  # an extra must not end a run
+        log_rank0(f"note: tensorboard failed ({type(error).__name__}), no training curves are written")
+    return None

@@ -6,6 +6,7 @@ Uses no data and no options. models.weights translates between timm's and the pu
 import copy
 import difflib
 import functools
+import logging
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -285,6 +286,7 @@ def create_backbone(model, imagenet_classes=1000, drop_path=0.0, pretrained=Fals
     options = {"num_classes": imagenet_classes} if classes else {}
     if drop_path:
         options["drop_path_rate"] = drop_path
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # DownloadError says what its warnings say
     try:
         backbone = timm.create_model(model, pretrained=pretrained, **options)
     except TypeError:

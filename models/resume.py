@@ -6,7 +6,7 @@ import shutil
 
 import torch
 
-from datasets.lists import MASK_FILE
+from datasets.lists import CLASS_NAME_FILES, MASK_FILE
 from models.checkpoints import LAST, NAMES, OPTIMIZERS, PREVIOUS, plain_options, read_checkpoint, trained_with
 from models.losses import LOSSES
 from models.run_record import effective_options
@@ -103,8 +103,9 @@ def _note_other_rounding(before, record):
 
 
 def data_record(files, benchmark, has_mask):
-    """{file name: SHA-256} of the lists (FileLists) and the mask, if there is one, that a run is trained on."""
-    paths = [*(file_list.source for file_list in files), *([benchmark.lists / MASK_FILE] if has_mask else [])]
+    """{file name: SHA-256} of the lists (FileLists), seen classes and mask, if there is one, of a training run."""
+    paths = [*(file_list.source for file_list in files), benchmark.lists / CLASS_NAME_FILES[0]]
+    paths += [benchmark.lists / MASK_FILE] if has_mask else []
     return {path.name: sha256_of(path) for path in paths}
 
 

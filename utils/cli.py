@@ -131,6 +131,13 @@ def number_type(kind, low, high, wanted):
     return parse
 
 
+def nonempty_text(text):
+    """An argparse type: a text that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty string is no name")
+    return text
+
+
 def existing_text(text):
     """An argparse type: the name of a file or folder. An empty text, as of an unset variable, is none."""
     if not text.strip() or "\0" in text:

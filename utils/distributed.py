@@ -5,11 +5,13 @@ Functions that need no PyTorch come first. None waits for a GPU: objects are exc
 
 import os
 import sys
+import threading
 from contextlib import contextmanager, nullcontext
 
 from utils.cli import InputError, RankError, exit_quietly, printable
 from utils.files import folder_lock
 
+WAITING_NOTE_S = 15  # after which a process says that it waits for the others
 _UNSET = "unset these variables, or start the command with torchrun, which sets them"
 
 
@@ -130,6 +132,9 @@ def init_process_group(device):
     import torch.distributed.nn.functional
     from torch import distributed
 
+    waiting = threading.Timer(WAITING_NOTE_S, _note_waiting)
+    waiting.daemon = True
+    waiting.start()
     try:
         if torch.device(device).type == "cuda":
             torch.cuda.set_device(device)
@@ -141,6 +146,14 @@ def init_process_group(device):
         raise InputError(
             f"{get_world_size()} processes cannot form a group ({reason}); start them with torchrun"
         ) from error
+    finally:
+        waiting.cancel()
+
+
+def _note_waiting():
+    address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    text = f"note: rank {get_rank()} waits for the other {get_world_size() - 1} of WORLD_SIZE at {address}; {_UNSET}"
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def destroy_process_group():

@@ -16,9 +16,10 @@ from PIL import Image
 
 from datasets.lists import LIST_DESCRIPTIONS
 from datasets.prepare.statistics import KIND_PLURALS, THUMBNAIL_PX, collect_statistics, evenly_sampled
-from utils.files import atomic_write, check_writable
-from utils.pictures import draw_or_note, save_png
+from utils.files import atomic_write, check_output
+from utils.pictures import OWN_PNG, draw_or_note, save_png
 
+_OWN_PAGE = rb"(?s)\A<!doctype html>.*<h2 id=odd>What is odd</h2>"
 SPLITS = {"train": "training", "test": "validation", "zero": "unseen"}
 
 
@@ -27,10 +28,10 @@ def write_summary(benchmark, lists, folder, odd=()):
 
     lists: {(kind, split): FileList}; some may be left out. odd: lines of other checks, shown first under "What is odd".
     Images that cannot be read are named. Without matplotlib no summary.png is written, and an old one is removed.
-    Raises InputError if the folder cannot be written.
+    Raises InputError if the folder cannot be written, or has files of these names that this function did not write.
     """
-    page, picture = Path(folder) / "summary.html", Path(folder) / "summary.png"
-    check_writable(folder)
+    page = check_output(Path(folder) / "summary.html", "", _OWN_PAGE)
+    picture = check_output(Path(folder) / "summary.png", "", OWN_PNG)
     statistics = collect_statistics(benchmark, lists)
     odd = list(dict.fromkeys(_printable(line) for line in [*odd, *statistics.odd]))
     with atomic_write(page) as file:

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -150,7 +151,14 @@ def test_one_run_alone_is_a_table_too(runs, tmp_path):
         ({"metrics": np.array(["mAP@all", "Prec@100"])}, "per_query.npz: torn"),
         ({"values": np.array([[["x"] * 12]] * 2)}, "per_query.npz: torn"),
         ({"class": np.array([{}] * 12)}, "per_query.npz: torn"),
+        ({"rows": np.array([[0, 0, np.nan], [4, 3, 0.8]])}, "per_query.npz: torn"),
+        ({"rows": np.array([["a", "b", "c"]] * 2)}, "per_query.npz: torn"),
+        ({"values": np.zeros((2, 1, 12), np.longdouble)}, "per_query.npz: torn"),
         ({"results": {"metrics": "mAP"}}, "results.json: not the results"),
+        ({"results": {"metrics": []}}, "results.json: not the results"),
+        ({"results": {"features": 3}}, "results.json: not the results"),
+        ({"results": {"features": ["a"]}}, "results.json: not the results"),
+        ({"results": {"features": {"source": "text"}}}, "results.json: not the results"),
     ],
 )
 def test_runs_that_cannot_be_compared_are_named(runs, tmp_path, fails, changed, words):
@@ -176,3 +184,35 @@ def test_what_is_missing_or_torn_is_named(runs, tmp_path, fails):
     assert "per_query.npz: no such file" in fails(main, *runs, *out)
     (runs[1] / "results.json").write_text("{")
     assert "results.json: not the results of a test" in fails(main, *runs, *out)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"options": []}', '{"options": "a"}', "[" * 100_000, '{"options": {"losses": 3}}']
+)
+def test_a_run_whose_options_are_not_known_is_a_setting_of_its_own(runs, tmp_path, content):
+    other = write_test(tmp_path / "other", np.zeros((2, 12)), options={"lr": 0.1})
+    (other / "train.json").write_text(content)
+    assert len(group([read_tested(each) for each in (*runs, other)])) == 3
+
+
+def test_no_file_is_waited_for_and_no_small_file_fills_memory(runs, tmp_path, fails, monkeypatch):
+    out = ["--out", tmp_path / "out"]
+    monkeypatch.setattr("models.compare.MAX_QUERY_BYTES", 1000)
+    assert "per_query.npz: torn, or not what a test writes" in fails(main, *runs, *out)
+    monkeypatch.undo()
+    for name in ("train.json", "per_query.npz", "results.json"):
+        (runs[1] / name).unlink()
+        os.mkfifo(runs[1] / name)
+        if name != "train.json":
+            assert f"{name}: " in fails(main, *runs, *out)
+    assert "argument --out: an empty string is not a file or folder" in fails(main, *runs, "--out", "")
+
+
+def test_only_own_tables_are_replaced_and_names_are_printable(runs, tmp_path, fails, capsys):
+    out = tmp_path / "out"
+    main([*map(str, runs), "--names", "a\n\x1b[2J", os.fsdecode(b"\xff"), "--draws", "100", "--out", str(out)])
+    assert r"| a\n\x1b[2J | \udcff |" in capsys.readouterr().out
+    main([*map(str, runs), "--draws", "100", "--out", str(out)])
+    (out / "comparison.md").write_text("my own notes")
+    assert "comparison.md: holds something that this command did not write" in fails(main, *runs, "--out", out)
+    assert (out / "comparison.md").read_text() == "my own notes"

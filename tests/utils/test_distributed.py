@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +207,18 @@ def test_variables_that_torchrun_does_not_set_end_in_one_line(monkeypatch, capsy
         assert end.value.code == 2 and len(lines) == 1
     with pytest.raises(RankError, match="torchrun"):
         distributed.get_rank()
+
+
+def test_a_process_that_waits_for_others_says_so(monkeypatch, capsys):
+    import torch.distributed
+
+    for name, value in dict(RANK=1, WORLD_SIZE=3, MASTER_ADDR="elsewhere", MASTER_PORT=29500).items():
+        monkeypatch.setenv(name, str(value))
+    said = threading.Event()
+    note = distributed._note_waiting
+    monkeypatch.setattr(distributed, "_note_waiting", lambda: (note(), said.set()))
+    monkeypatch.setattr(distributed, "WAITING_NOTE_S", 0)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: said.wait(60))
+    distributed.init_process_group("cpu")
+    line = capsys.readouterr().err
+    assert line.startswith("note: rank 1 waits for the other 2 of WORLD_SIZE at elsewhere:29500; unset these variables")

@@ -268,7 +268,7 @@ def test_lists_that_are_not_there_are_left_out(drawn, tmp_path, no_matplotlib):
 def test_without_matplotlib_only_the_html_is_left(drawn, tmp_path, no_matplotlib):
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / "summary.png").write_bytes(b"of an earlier time")
+    (folder / "summary.png").write_bytes(b"\x89PNG of an earlier time, Software\0SBKA")
     assert write_summary(*opened(drawn), folder) == [folder / "summary.html"]
     assert os.listdir(folder) == ["summary.html"]
 
@@ -365,3 +365,11 @@ def test_the_command_without_matplotlib_and_with_faulty_lists(drawn, capsys, no_
     assert "zeroshot1: no list holds an image" in fails(prepare.main, "summary", drawn)
     assert "--zero_version" in fails(prepare.main, "summary", drawn / "photo of zero")
     assert "no such folder" in fails(prepare.main, "summary", drawn / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["summary.html", "summary.png"])
+def test_no_file_of_the_user_is_replaced(drawn, tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(InputError, match=f"{name}: holds something that this command did not write"):
+        write_summary(*opened(drawn), tmp_path)
+    assert (tmp_path / name).read_bytes() == b"mine" and not list(tmp_path.glob(".*"))
