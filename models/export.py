@@ -27,7 +27,7 @@ from utils.files import atomic_write, check_output, open_regular, sha256_of
 
 EXPORT_FORMAT = "sbka student 1"  # value of the metadata entry "format"
 METADATA_TYPES = {"sha256": str, "model": str, "imagenet_classes": int, "input_size": int, "width": int}
-_BOUNDS = {"imagenet_classes": (1, 10**6), "input_size": (32, 4096), "width": (1, 10**5)}
+_BOUNDS = {"imagenet_classes": (0, 10**6), "input_size": (32, 4096), "width": (1, 10**5)}
 # Metadata at the end of an ONNX file: the length of what is before them, and its SHA-256. A safetensors file has the
 # SHA-256 of its values. Earlier versions wrote none.
 CONTENT_BYTES, CONTENT_SHA256 = "content_bytes", "content_sha256"

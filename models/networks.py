@@ -229,9 +229,9 @@ def timm_info(model):
 
 
 def _is_projection(outputs):
-    """Whether the last layer of weights that timm publishes projects to a space shared with texts, as CLIP's does.
+    """Whether the last layer of a network that timm publishes projects to a space shared with texts, as CLIP's does.
 
-    outputs: its width. timm's classifiers have ImageNet's 1,000 classes or more than 10,000, its projections 384 to
+    outputs: of that layer. timm's classifiers have ImageNet's 1,000 classes or more than 10,000, its projections 384 to
     1,280 values, and networks without either have 0 outputs.
     """
     return 0 < outputs < 10_000 and outputs != 1000

@@ -53,7 +53,10 @@ def freeze_unused(backbone, size):
     meta = on_meta(backbone).eval().requires_grad_(True)
     names, parameters = zip(*meta.named_parameters(), strict=True)
     output = meta(torch.empty(1, 3, size, size, device="meta"))
-    gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+    try:
+        gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+    except RuntimeError:  # an operator without a backward pass on the meta device: not known, so all are trained
+        return
     _freeze(backbone, [name for name, value in zip(names, gradients, strict=True) if value is None])
 
 

@@ -8,8 +8,8 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
-_IMAGES = {"input_size": (3, 28, 28), "fixed_input_size": True, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-_SIZE = {"img_size": 28, "patch_size": 14, "embed_dim": 24, "depth": 2, "num_heads": 2}
+_IMAGES = {"input_size": (3, 42, 42), "fixed_input_size": True, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+_SIZE = {"img_size": 42, "patch_size": 14, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
 default_cfgs = generate_default_cfgs({
     "tiny_dinov2.random": {**_IMAGES, "num_classes": 0},

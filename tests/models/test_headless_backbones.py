@@ -20,6 +20,7 @@ from models.teacher_head import ClassEmbeddings, read_head
 from models.train_step import TrainState, create_optimizers, train_step
 from models.tuning import freeze_unused
 from models.weights import create_student, published_state
+from photo_search.encoder import load_encoder
 
 COMMON = "--device cpu --workers 0 --batch_size 3".split()
 TRAIN = "--finetune none --epochs 2 --warmup_epochs 0 --max_steps 2 --no_validation".split()
@@ -41,7 +42,7 @@ def train(data, folder, *more):
 
 
 def test_features_are_the_output_of_the_backbone():
-    images = torch.randn(3, 3, 28, 28)
+    images = torch.randn(3, 3, 42, 42)
     for model, width in (("tiny_dinov2", 24), ("tiny_clip", 16)):
         student = Student(create_backbone(model), 5).eval()
         output, pooled = student(images), student.backbone(images)
@@ -70,10 +71,12 @@ def test_train_resume_test_and_export_without_a_head(tiny, tmp_path, model, monk
     test = [*COMMON, "--data_root", str(tiny), "--resume_dir", str(whole / LAST), "--mode", "1"]
     results = test_sketchy_ext_zeroshot.main(test)
     assert results["options"]["imagenet_classes"] == 0 and 0 < results["rows"][0]["mAP@all"] <= 1
-    images = torch.randn(2, 3, 28, 28)
+    images = torch.randn(2, 3, 42, 42)
     # An ONNX file takes seconds. Its features are compared with PyTorch's as it is written.
     for name in ["student.safetensors"] + ["student.onnx"] * (model == "tiny_dinov2"):
         export.main([str(whole / LAST), "--to", str(tmp_path / name)])
+    for name in ["student.safetensors"] + ["student.onnx"] * (model == "tiny_dinov2"):
+        assert load_encoder(tmp_path / name, device="cpu").metadata["model"] == model  # photo search reads them
     again = load_student(tmp_path / "student.safetensors").student
     torch.testing.assert_close(again.features(images), load_student(whole / LAST).student.features(images))
 
@@ -156,7 +159,7 @@ def test_ddp_trains_a_network_with_parameters_without_a_gradient(tmp_path):
     )
     try:
         state.wrap_ddp()
-        batch = Batch(torch.randn(4, 3, 28, 28), torch.arange(4), torch.ones(4), torch.zeros(4, 1), torch.randn(4, 24))
+        batch = Batch(torch.randn(4, 3, 42, 42), torch.arange(4), torch.ones(4), torch.zeros(4, 1), torch.randn(4, 24))
         for each in (state, alone):
             for _ in range(2):
                 train_step(each, batch, bidirectional=True, loss_weights=LossWeights({"cls": 1.0, "ma": 0.1}))
@@ -171,7 +174,7 @@ def state_of(model, like=None):
     student = Student(create_backbone(model), 4)
     if like is not None:
         student.load_state_dict(like.state_dict())
-    freeze_unused(student.backbone, 28)
+    freeze_unused(student.backbone, 42)
     return TrainState(student, None, create_optimizers(student, None, 1e-3, 1e-3, 5e-4))
 
 

@@ -10,7 +10,7 @@ from models.tuning import check_tune, freeze_layers, freeze_unused, tune_layers
 
 def trained(model, tune=None, freeze=0):
     backbone = create_backbone(model)
-    freeze_unused(backbone, 28 if model.startswith("tiny") else 64)
+    freeze_unused(backbone, 42 if model.startswith("tiny") else 64)
     tune_layers(backbone, tune or "all")
     freeze_layers(backbone, freeze)
     return {name for name, value in backbone.named_parameters() if value.requires_grad}
