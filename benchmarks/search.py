@@ -28,7 +28,8 @@ from utils import numpy_sort  # noqa: E402
 numpy_sort.choose_sort_kernel()  # before NumPy, as in the scripts
 import numpy as np  # noqa: E402
 
-from photo_search.index import RECORD, open_index, write_index  # noqa: E402
+from photo_search.index import RECORD, open_index  # noqa: E402
+from photo_search.index_writer import write_index  # noqa: E402
 
 WIDTH, CLASSES, DIRECTIONS = 768, 1000, 64
 INSIDE, OUTSIDE = 0.5, 0.4  # how far a photo is from its class, in those directions and in others; a class is at 1
@@ -132,7 +133,7 @@ def make(folder, kind, size, clusters):
     paths = [f"/home/somebody/Pictures/{number // 1000:04d}/{number:07d}.jpg".encode() for number in range(size)]
     metadata = {
         "checkpoint": "", "sha256": "", "model": "", "imagenet_classes": 0, "input_size": 0, "width": WIDTH,
-        "folders": [], "exclude": [], "thumbnails": "thumbnails-1.bin",
+        "folders": ["/home/somebody/Pictures"], "exclude": [], "thumbnails": "thumbnails-1.bin",
     }  # fmt: skip
     codebook = np.stack(fits).astype(np.float32)
     write_index(folder, metadata, (paths, records), lambda chosen: features[chosen], codebook)

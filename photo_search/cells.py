@@ -8,13 +8,16 @@ query. A bounding sphere around the projections of a cell gives a lower bound of
 weight · D + (1 − weight) · (bound of d), and stops once that exceeds the k-th best score so far. In a cell, the
 projection of each photo gives a closer bound.
 
+Photos that were added since the cells were made are the tail: they have codes, but belong to no cell, and a search
+compares the query with each of them. Photos that were removed have no rank in the order of paths.
+
 Bounds are float32 and allow for its rounding; the remaining photos are scored in float64, as models.eval.matching
 defines the score. Features have length 1. Needs NumPy and threadpoolctl.
 """
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -32,10 +35,13 @@ ROUNDING = 4e-6  # bound of the rounding error of a score in float32
 
 @dataclass(frozen=True)
 class Cells:
-    """Photos sorted by cell. N photos of D values, C cells, P principal directions, codes in M subspaces."""
+    """Photos sorted by cell. N photos of D values, C cells, P principal directions, codes in M subspaces.
+
+    The T photos of the tail are numbered from N on.
+    """
 
     features: np.ndarray  # (N, D) float32, of length 1
-    path_order: np.ndarray  # (N,) int32, rank of the path of each photo; breaks ties
+    path_order: np.ndarray  # (N + T,) int32, rank of the path of each photo, which breaks ties; -1 if it was removed
     codebook: np.ndarray  # (M, K, D/M) float32; M is 0 without one
     codes: np.ndarray  # (C, M) int32
     cell_ends: np.ndarray  # (C,) int64, end of each cell in the order of the photos
@@ -43,6 +49,23 @@ class Cells:
     radii: np.ndarray  # (C,) float32, of the bounding spheres
     pca_basis: np.ndarray  # (P, D) float32, orthonormal
     pca_projection: np.ndarray  # (N, P + 1) float32
+    tail_features: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))  # (T, D)
+    tail_codes: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int32))  # (T, M)
+
+    @functools.cached_property
+    def not_removed(self):
+        """(N + T,) bool; None if no photo was removed."""
+        kept = self.path_order >= 0
+        return None if kept.all() else kept
+
+    def features_of(self, rows):
+        """Features (n, D) of photos (n,)."""
+        if not len(self.tail_features):
+            return self.features[rows]
+        features, in_tail = np.empty((len(rows), self.features.shape[1]), np.float32), rows >= len(self.features)
+        features[~in_tail] = self.features[rows[~in_tail]]
+        features[in_tail] = self.tail_features[rows[in_tail] - len(self.features)]
+        return features
 
 
 class Nearest(NamedTuple):
@@ -110,20 +133,40 @@ def project_features(features, pca_basis):
     return np.concatenate([coordinates, residual[:, None]], axis=1)
 
 
+def merge_path_order(sorted_order, places, names, removed):
+    """Ranks of the paths of N photos and T photos of the tail without the `removed`: (N + T,) int32, -1 for those.
+
+    sorted_order: (N,) ranks of the N photos; places: (T,) how many of these come before a photo of the tail; names:
+    [T paths as bytes]; removed: numbers of photos.
+    """
+    tail = sorted(range(len(places)), key=lambda number: (places[number], names[number]))
+    before = np.bincount(places, minlength=len(sorted_order) + 1).cumsum()  # photos of the tail before the N photos
+    order = np.empty(len(sorted_order) + len(places), np.int32)
+    order[: len(sorted_order)] = sorted_order + before[sorted_order]
+    order[len(sorted_order) :][tail] = places[tail] + np.arange(len(tail))
+    kept = np.ones(len(order), bool)
+    kept[order[removed]] = False  # by rank
+    return np.where(kept, kept.cumsum() - 1, -1)[order].astype(np.int32)
+
+
 def find_nearest(cells, query, k, weight, allowed=None):
     """The k photos with the lowest weight · D + (1 − weight) · d, exactly as comparing all of them; ties by path.
 
     query: (D,) float32 of length 1; weight: 0 is one-to-one matching, any other needs a codebook.
-    allowed: (N,) bool, the rows to search in, at least one; None for all. Returns Nearest.
+    allowed: (N + T,) bool, the rows to search in, at least one that is not removed; None for all. Returns Nearest.
     Raises ValueError if features are not finite.
     """
-    count = len(cells.features) if allowed is None else int(allowed.sum())
+    if cells.not_removed is not None:
+        allowed = cells.not_removed if allowed is None else allowed & cells.not_removed
+    count = len(cells.path_order) if allowed is None else int(allowed.sum())
     # BLAS threads would wait for each other longer than a product takes.
     with _blas().limit(limits=1, user_api="blas"):
         return _find_nearest(_LocalSearch(cells, query, min(k, count), weight, allowed), cells)
 
 
 def _find_nearest(scan, cells):
+    if len(cells.tail_features):
+        scan.add_tail()
     order = np.argsort(scan.bounds, kind="stable")
     bounds, counts = scan.bounds[order], scan.sizes[order].cumsum()
     done, wanted = 0, max(2 * scan.k, 1024)
@@ -152,7 +195,7 @@ class QueryState:
         self.sizes = np.diff(cells.cell_ends, prepend=0)
         # The rounding error of a product of D terms is at most D roundings of numbers with a sum of at most 1.
         self.margin = 4 * (len(query) + 8) * 2.0**-24
-        self.cluster = _cluster_distances(cells, self.query)
+        self.cluster = _cluster_distances(cells.codebook, cells.codes, self.query)
         self.base = (weight * self.cluster if weight else np.zeros(len(cells.cell_ends))).astype(np.float32)
         self.bounds = self.scores_from(self._least_distances())
         self.best = np.inf
@@ -188,11 +231,10 @@ class QueryState:
         """d of squared distances: a lower bound (sign 1) or an upper bound (sign −1), given their rounding errors."""
         return np.sqrt(np.maximum(squares - np.float32(sign * self.margin), 0))
 
-    def exact(self, features, numbers):
-        """(scores, d, D), float64, of photos with these features (n, D) in the cells `numbers`."""
+    def exact(self, features, cluster):
+        """(scores, d, D), float64, of photos with these features (n, D) and D (n,)."""
         difference = features.astype(np.float64) - self.query.astype(np.float64)
         distances = np.sqrt((difference**2).sum(axis=1))
-        cluster = self.cluster[numbers]
         scores = self.weight * cluster + self.distance_weight * distances if self.weight else distances
         return scores, distances, cluster
 
@@ -204,8 +246,17 @@ class _LocalSearch(QueryState):
         super().__init__(cells, query, k, weight)
         self.allowed = allowed
         if allowed is not None:
-            self.bounds[~np.logical_or.reduceat(allowed, cells.cell_ends - self.sizes)] = np.inf
+            starts = cells.cell_ends - self.sizes
+            self.bounds[~np.logical_or.reduceat(allowed[: len(cells.features)], starts)] = np.inf
+        self.tail_cluster = _cluster_distances(cells.codebook, cells.tail_codes, self.query)
         self.scanned, self.projected = 0, 0
+
+    def add_tail(self):
+        """Visit the photos of the tail."""
+        count, tail = len(self.cells.features), self.cells.tail_features
+        base = (self.weight * self.tail_cluster if self.weight else np.zeros(len(tail))).astype(np.float32)
+        rows = np.arange(count, count + len(tail))
+        self._keep_promising(rows, self._mask_disallowed(base, rows), tail @ self.query)
 
     def add(self, chosen):
         """Visit the photos of cells `chosen`, ascending, cell by cell."""
@@ -223,7 +274,7 @@ class _LocalSearch(QueryState):
         """Visit the photos of cells `chosen`, reading all projections contiguously: faster if there are many."""
         base = np.full(len(self.base), np.inf, np.float32)
         base[chosen] = self.base[chosen]
-        base = self._mask_disallowed(np.repeat(base, self.sizes), slice(None))
+        base = self._mask_disallowed(np.repeat(base, self.sizes), slice(len(self.cells.features)))
         parts = [(start, min(start + GROUP, len(base))) for start in range(0, len(base), GROUP)]
         lower_bounds = np.concatenate(
             list(_threads().map(lambda part: self._projected_bounds(base[slice(*part)], [part]), parts))
@@ -287,7 +338,9 @@ class _LocalSearch(QueryState):
         return Nearest(*values, self.scanned, self.projected)
 
     def _exact(self, rows):
-        return self.exact(self.cells.features[rows], self.cells.cell_ends.searchsorted(rows, side="right"))
+        # Those of the tail come after the last cell.
+        numbers = self.cells.cell_ends.searchsorted(rows, side="right") + np.maximum(rows - len(self.cells.features), 0)
+        return self.exact(self.cells.features_of(rows), np.append(self.cluster, self.tail_cluster)[numbers])
 
 
 @functools.cache
@@ -300,13 +353,13 @@ def _threads():
     return ThreadPoolExecutor(available_cores())
 
 
-def _cluster_distances(cells, query):
-    """D of each cell, (C,) float64; NaN without a codebook."""
-    if not len(cells.codebook):
-        return np.full(len(cells.cell_ends), np.nan)
-    parts = query.astype(np.float64).reshape(len(cells.codebook), 1, -1)
-    squares = ((cells.codebook - parts) ** 2).sum(axis=2)
-    return sum(own[codes] for own, codes in zip(squares, cells.codes.T, strict=True))
+def _cluster_distances(codebook, codes, query):
+    """D of cells or photos with codes (n, M): (n,) float64; NaN without a codebook."""
+    if not len(codebook) or not len(codes):
+        return np.full(len(codes), np.nan)
+    parts = query.astype(np.float64).reshape(len(codebook), 1, -1)
+    squares = ((codebook - parts) ** 2).sum(axis=2)
+    return sum(own[each] for own, each in zip(squares, codes.T, strict=True))
 
 
 def _products(features, query, runs):

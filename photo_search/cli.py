@@ -301,7 +301,7 @@ def _print_stats(folder, stats, exclude):
     index = open_index(folder)
     kinds = ("new", "changed", "moved", "removed")
     parts = [f"{getattr(stats, kind):,} {kind}" for kind in kinds] + [f"{len(stats.unreadable):,} unreadable"]
-    rate = f", {stats.extracted / stats.seconds:.1f} photos a second" if stats.extracted else ""
+    rate = f", features of {stats.extracted / stats.extraction_seconds:.1f} photos a second" if stats.extracted else ""
     clusters = "M {}, K {}".format(*index.clusters) if index.clusters else "one-to-one matching alone"
     print(f"{printable(folder)}: {stats.photos:,} photos ({', '.join(parts)}), {clusters}; {stats.seconds:.1f} s{rate}")
     if not index.clusters:

@@ -8,17 +8,18 @@ A batch is complete once its line is written, which happens last. Its thumbnails
 """
 
 import json
-import os
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 
-from photo_search.index import has_fields
-from photo_search.photos import PhotoFile
+from photo_search.index import has_fields, is_absolute_path
+from photo_search.photos import MAX_TIME_NS, PhotoFile
 from utils.cli import InputError
-from utils.files import write_json
+from utils.files import open_own, read_bytes, write_json
 
+MAX_OPTIONS_BYTES = 1 << 24
+BLOCK_FEATURES = 8192  # features that are checked at a time
 FEATURES_FILE, PHOTOS_FILE, OPTIONS_FILE = "unfinished.features", "unfinished.photos", "unfinished.json"
 # Of an interrupted first run, and their types.
 UNFINISHED_OPTIONS = {
@@ -32,11 +33,11 @@ def unfinished_options(folder):
     Keys: UNFINISHED_OPTIONS.
     """
     try:
-        content = json.loads((folder / OPTIONS_FILE).read_bytes())
-        os.fsencode("".join(content["folders"]))
-    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        content = json.loads(read_bytes(folder / OPTIONS_FILE, MAX_OPTIONS_BYTES))
+    except (OSError, ValueError, RecursionError, InputError):
         return None
-    return content if has_fields(content, UNFINISHED_OPTIONS) and content["folders"] else None
+    is_valid = has_fields(content, UNFINISHED_OPTIONS) and content["folders"]
+    return content if is_valid and all(map(is_absolute_path, content["folders"])) else None
 
 
 def first_run_progress(folder):
@@ -74,19 +75,20 @@ class PartialIndex:
         header = json.dumps([source, width, self.thumbnails.name]).encode() + b"\n"
         length = self._read(header)
         with write_errors_as_input_errors(folder):
-            with open(folder / PHOTOS_FILE, "ab") as file:
+            with open_own(folder / PHOTOS_FILE, "ab") as file:
                 file.truncate(length)
                 if not length:
                     file.write(header)
             for path, length in ((folder / FEATURES_FILE, 4 * width * len(self.photos)), (self.thumbnails, self.end)):
-                with open(path, "ab") as file:
+                with open_own(path, "ab") as file:
                     file.truncate(length)
 
     def _read(self, header):
         """Read the complete batches; returns the length of their lines."""
         try:
-            lines = (self.folder / PHOTOS_FILE).read_bytes().splitlines(keepends=True)
-            features = np.fromfile(self.folder / FEATURES_FILE, np.float32)
+            with open_own(self.folder / PHOTOS_FILE) as file:
+                lines = file.read().splitlines(keepends=True)
+            is_unit = self._have_unit_length()
             stored = self.thumbnails.stat().st_size
         except FileNotFoundError:
             return 0
@@ -99,8 +101,6 @@ class PartialIndex:
                 f"{self.folder}: contains an unfinished index of another checkpoint, model or input size; continue "
                 "with the same, or delete the folder"
             )
-        features = features[: len(features) // self.width * self.width].reshape(-1, self.width)
-        is_unit = np.abs(np.linalg.norm(features, axis=1) - 1) < 0.01  # a crash can leave blocks of zeros
         length = len(header)
         for line in lines[1:]:
             photos, unreadable = _parse_batch(line)
@@ -112,6 +112,16 @@ class PartialIndex:
             self.unreadable |= unreadable
             self.end, length = end, length + len(line)
         return length
+
+    def _have_unit_length(self):
+        """Whether each of the features in their file has length 1; a crash can leave blocks of zeros: (n,) bool."""
+        checked = [np.empty(0, bool)]
+        with open_own(self.folder / FEATURES_FILE) as file:
+            while content := file.read(4 * self.width * BLOCK_FEATURES):
+                count = len(content) // (4 * self.width)
+                features = np.frombuffer(content, np.float32, count * self.width).reshape(count, self.width)
+                checked.append(np.abs(np.linalg.norm(features.astype(np.float64), axis=1) - 1) < 0.01)
+        return np.concatenate(checked)
 
     def record_options(self, content, photos):
         """Record the UNFINISHED_OPTIONS in `content`, with which the first run of an index can be continued.
@@ -135,7 +145,7 @@ class PartialIndex:
                 (self.folder / FEATURES_FILE, np.ascontiguousarray(rows, np.float32).tobytes()),
                 (self.folder / PHOTOS_FILE, json.dumps(line).encode() + b"\n"),
             ):
-                with open(path, "ab") as file:
+                with open_own(path, "ab") as file:
                     file.write(content)
         self.photos += photos
         self.unreadable |= unreadable
@@ -183,9 +193,10 @@ def _parse_batch(line):
 
 
 def _photo_file(path, size, mtime):
-    if not isinstance(path, str) or not os.path.isabs(path):
+    if not isinstance(path, str) or not is_absolute_path(path):
         raise ValueError("not an absolute path")
-    os.fsencode(path)
+    if not 0 <= int(size) <= MAX_TIME_NS or abs(int(mtime)) > MAX_TIME_NS:
+        raise ValueError("not the size and time of a file")
     return PhotoFile(path, int(size), int(mtime))
 
 

@@ -21,7 +21,7 @@ UNREAD_SUFFIXES = dict.fromkeys((".heic", ".heif", ".hif"), HEIF_ADVICE) | dict.
 )
 # Folders of systems and of network storage for thumbnails and deleted files; hidden names start with a dot.
 _SYSTEM_FOLDERS = {"@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"}
-_MAX_TIME = (1 << 63) - 1  # nanoseconds, in the year 2262; file systems know later ones
+MAX_TIME_NS = (1 << 63) - 1  # nanoseconds, in the year 2262; file systems know later ones
 
 MAX_UPLOAD_BYTES, MAX_UPLOAD_SIDE = 4 << 20, 4096  # of an uploaded picture
 
@@ -103,7 +103,7 @@ def _look_into(folder, root, rules, found, result):
                     folders.append(entry.path)
                 elif suffix in rules.suffixes:
                     about = entry.stat(follow_symlinks=False)
-                    time = max(-_MAX_TIME, min(about.st_mtime_ns, _MAX_TIME))
+                    time = max(-MAX_TIME_NS, min(about.st_mtime_ns, MAX_TIME_NS))
                     found[entry.path] = PhotoFile(entry.path, about.st_size, time)
                 else:
                     result.unread[suffix] += 1

@@ -82,6 +82,7 @@ class _RemoteSearch(QueryState):
         if len(self.rows) < self.k:
             raise ValueError(f"{len(self.rows):,} photos came where there are {self.k:,}")
         rows = np.sort(self.rows)
-        scores, distances, cluster = self.exact(*fetch(rows))
+        features, numbers = fetch(rows)
+        scores, distances, cluster = self.exact(features, self.cluster[numbers])
         order = np.argsort(scores, kind="stable")[: self.k]  # ties by row
         return Nearest(rows[order], scores[order], distances[order], cluster[order], len(rows), self.received)

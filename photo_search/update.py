@@ -1,4 +1,7 @@
-"""Brings an index of photos up to date: features of new photos are computed, and a new index replaces the old one.
+"""Brings an index of photos up to date: features of new photos are computed, and added to the index.
+
+Few photos are appended, and few are marked as removed, in time and bytes in proportion to them. Beyond MAX_TAIL_SHARE,
+and where clusters are fitted, a new generation replaces the old one, with all photos sorted by cell.
 
 A partial_index.PartialIndex keeps what an interrupted run has computed.
 """
@@ -13,10 +16,12 @@ from typing import NamedTuple
 import numpy as np
 
 from photo_search.encoder import add_photos
-from photo_search.index import RECORD, is_index, open_index, remove_old_generations, write_index
-from photo_search.partial_index import PartialIndex, write_errors_as_input_errors
+from photo_search.index import RECORD, is_index, open_index
+from photo_search.index_writer import append_to_index, is_of_index, remove_old_generations, write_index
+from photo_search.partial_index import FEATURES_FILE, PHOTOS_FILE, PartialIndex, write_errors_as_input_errors
 from photo_search.photos import UNREAD_SUFFIXES, PhotoFile, find_photos
 from photo_search.retention import photos_to_keep
+from photo_search.thumbnails import compact_thumbnails, restore_thumbnails
 from utils.cli import InputError
 from utils.distributed import log_rank0
 from utils.files import check_writable, folder_lock, sha256_of
@@ -25,9 +30,10 @@ from utils.sampling import evenly_spaced
 MIN_PHOTOS_FOR_CLUSTERS = 200  # below this, no clusters by default: they would mix classes and hurt
 MAX_DEFAULT_CLUSTERS = 100
 MAX_FITTED_PHOTOS = 20_000  # size of the sample of photos that a codebook is fitted to
+MAX_TAIL_SHARE = 0.05  # added and removed photos, in the photos sorted by cell, above which all are sorted anew
 REFIT_SHARE = 1 / 3  # share of photos newer than the clusters from which --refit is recommended
 FEATURE_KEYS = ("sha256", "model", "imagenet_classes", "input_size")  # the metadata that features depend on
-MIN_UNUSED_BYTES = 1 << 20  # of thumbnails, below which their file is not rewritten
+MIN_ANNOUNCED_FIT = 1000  # photos from which a line says that clusters are fitted, since that takes a while
 
 
 class IndexOptions(NamedTuple):
@@ -57,6 +63,7 @@ class UpdateStats:
     removed: int = 0
     unreadable: list[str] = field(default_factory=list)  # "path: why"
     extracted: int = 0  # photos whose features were computed
+    extraction_seconds: float = 0.0
     unread: Counter = field(default_factory=Counter)  # see photos.FoundPhotos, as the next two
     hidden: int = 0
     excluded: set[str] = field(default_factory=set)
@@ -86,6 +93,8 @@ def update_index(folder, encoder, fit, options, add=add_photos):
 def _update(folder, encoder, fit, options, add):
     started = time.perf_counter()
     old = open_index(folder) if is_index(folder) else None
+    if old is None:
+        _check_own_folder(folder)
     metadata = _metadata_of(old, options) if old else encoder().metadata
     _check_subspaces(options.subspaces, metadata["width"])
     may_be_missing = old.metadata["folders"] if old and not options.only else ()
@@ -101,12 +110,13 @@ def _update(folder, encoder, fit, options, add):
     kept, notes = photos_to_keep(known, dict.fromkeys(files) | known_rows, unlisted, options)
     for note in notes:
         log_rank0(f"note: {note}")
-    files = sorted([*files, *kept], key=lambda file: os.fsencode(file.path))
+    files = sorted([*files, *kept], key=lambda file: os.fsencode(file.path)) if kept else files
     _check_contains_photos(options.folders, files, found)
     known_rows |= {file: known.exact[file] for file in kept}
-    before = len(partial.photos)
+    before, extraction_started = len(partial.photos), time.perf_counter()
     if missing:
         add(encoder, metadata, missing, partial, options.batch_size, options.workers, options.truncated)
+    extraction_seconds = time.perf_counter() - extraction_started
     rows = _rows_of_readable(files, known_rows, partial, known.first)
     if not rows:
         raise InputError(f"{options.folders[0]}: none of {len(files):,} photos can be read; give another folder")
@@ -114,6 +124,7 @@ def _update(folder, encoder, fit, options, add):
 
     stats = _count_changes(rows, known)
     stats.photos, stats.extracted = len(rows), len(partial.photos) - before
+    stats.extraction_seconds = extraction_seconds
     stats.unread, stats.hidden, stats.excluded = found.unread, found.hidden, found.excluded
     in_folders = set(files)
     unreadable = {file.path: why for file, why in partial.unreadable.items() if file in in_folders}
@@ -123,11 +134,20 @@ def _update(folder, encoder, fit, options, add):
     metadata = metadata | _walk_metadata(options)
     if is_changed or _is_outdated(old, rows, known, metadata):
         with write_errors_as_input_errors(folder):
-            _write(folder, metadata, rows, known, codebook, is_refitted=is_changed)
+            _write(folder, metadata, rows, known, codebook, is_changed, options.workers)
     partial.remove()
     remove_old_generations(folder)
     stats.seconds = time.perf_counter() - started
     return stats
+
+
+def _check_own_folder(folder):
+    """Raise InputError if a folder without index has files that look like those of an index: they are the user's."""
+    if (folder / PHOTOS_FILE).exists():
+        return  # of an interrupted first run
+    for path in folder.iterdir():
+        if path.name == FEATURES_FILE or (is_of_index(path.name) and not path.name.startswith(".")):
+            raise InputError(f"{folder}: has {path.name}, but no index; move that file, or choose another --index")
 
 
 def _walk_metadata(options):
@@ -164,8 +184,11 @@ def _metadata_of(old, options):
 def _open_partial_index(folder, old, metadata, options, photos):
     """The PartialIndex in `folder`, with what an interrupted run has computed."""
     thumbnails = folder / (old.metadata["thumbnails"] if old else "thumbnails-1.bin")
-    remove_old_generations(folder, [thumbnails.name])
     used = old.metadata["files"][thumbnails.name] if old else 0
+    if old and not old.has_thumbnails:
+        thumbnails, used = folder / f"thumbnails-{old.metadata['generation'] + 1}.bin", 0
+        log_rank0(f"note: {folder}: its thumbnails are lost, and are made again")
+    remove_old_generations(folder, [thumbnails.name])
     source = {name: metadata[name] for name in FEATURE_KEYS}
     partial = PartialIndex(folder, source, metadata["width"], (thumbnails, used))
     if old is None:
@@ -195,8 +218,8 @@ def _count_changes(rows, known):
     now = {file.path for file in rows}
     removed = {row for path, row in known.paths.items() if path not in now}
     for file, row in rows.items():
-        if file.path in known.paths:
-            stats.changed += not known.is_same(known.paths[file.path], row)
+        if (old_row := known.paths.get(file.path)) is not None:
+            stats.changed += old_row != row and not known.is_same(old_row, row)
         elif row in removed:
             removed.discard(row)
             stats.moved += 1
@@ -228,6 +251,8 @@ def _choose_codebook(rows, known, fit, options, width):
     from models.eval.codebooks import CollapsedComponent  # takes long
 
     features = known.rows(np.fromiter(rows.values(), np.int64)[evenly_spaced(photos, MAX_FITTED_PHOTOS)])
+    if len(features) >= MIN_ANNOUNCED_FIT:
+        log_rank0(f"note: fitting clusters (M {subspaces}, K {clusters}) to {len(features):,} photos")
     try:
         return fit(features, subspaces, clusters), True
     except CollapsedComponent as error:
@@ -237,52 +262,64 @@ def _choose_codebook(rows, known, fit, options, width):
 
 def _is_outdated(old, rows, known, metadata):
     """Whether the index must be written though its codebook has not changed."""
-    if old is None or len(rows) != len(old) or not rows.keys() <= known.exact.keys():
+    if old is None or not old.has_thumbnails or len(rows) != len(old) or not rows.keys() <= known.exact.keys():
         return True
     return any(old.metadata.get(name) != value for name, value in metadata.items())
 
 
-def _write(folder, metadata, rows, known, codebook, is_refitted):
-    numbers = np.fromiter(rows.values(), np.int64)
-    records = known.records(numbers)
-    records["size"] = [file.size for file in rows]
-    records["mtime"] = [file.mtime for file in rows]
+def _write(folder, metadata, rows, known, codebook, is_refitted, workers):
+    added = {file: row for file, row in rows.items() if known.exact.get(file) != row}
+    removed = np.array([row for file, row in known.exact.items() if rows.get(file) != row], np.int64)
+    if not is_refitted and known.old and _has_small_tail(known.old, len(added) + len(removed)):
+        thumbnails = known.partial.thumbnails
+        photos, numbers = _photos_of(added, known)
+        append_to_index(known.old, metadata | {"thumbnails": thumbnails.name}, photos, known.rows(numbers), removed)
+        return
+    (paths, records), numbers = _photos_of(rows, known)
     if is_refitted:
         records["fitted"] = len(codebook) > 0
-    thumbnails = _compact_thumbnails(folder, known, records)
-    paths = [os.fsencode(file.path) for file in rows]
+    if known.old and not known.old.has_thumbnails:
+        is_old = numbers < known.first
+        lost = records[is_old]
+        old_paths = [file.path for file, row in rows.items() if row < known.first]
+        restore_thumbnails(old_paths, lost, known.partial, metadata["input_size"], workers)
+        records[is_old] = lost
+    thumbnails = compact_thumbnails(folder, known, records)
     write_index(
         folder, metadata | {"thumbnails": thumbnails.name}, (paths, records),
         lambda chosen: known.rows(numbers[chosen]), codebook,
     )  # fmt: skip
 
 
-def _compact_thumbnails(folder, known, records):
-    """The file of thumbnails; a new one if less than half of the old one is used. Changes `records`."""
-    used, stored = int(records["thumbnail_size"].sum()), known.partial.end
-    if stored - used < max(used, MIN_UNUSED_BYTES):
-        return known.partial.thumbnails
-    path = folder / f"thumbnails-{known.old.metadata['generation'] + 1 if known.old else 2}.bin"
-    with open(known.partial.thumbnails, "rb") as source, open(path, "wb") as target:
-        for record in records:
-            source.seek(record["thumbnail"])
-            record["thumbnail"] = target.tell()
-            target.write(source.read(record["thumbnail_size"]))
-    return path
+def _has_small_tail(old, changes):
+    """Whether `changes` more added and removed photos may be appended to an Index."""
+    sorted_photos, stored = len(old.cells.features), len(old.records)
+    present = stored - sorted_photos + stored - len(old)
+    return old.has_thumbnails and present + changes <= MAX_TAIL_SHARE * sorted_photos
+
+
+def _photos_of(rows, known):
+    """((paths, records), numbers (n,)) of {PhotoFile: row}."""
+    numbers = np.fromiter(rows.values(), np.int64, len(rows))
+    records = known.records(numbers)
+    records["size"] = [file.size for file in rows]
+    records["mtime"] = [file.mtime for file in rows]
+    return ([os.fsencode(file.path) for file in rows], records), numbers
 
 
 class KnownPhotos:
-    """Photos with computed features: rows below `first` are those of the old index, the others of a PartialIndex.
+    """Photos with computed features: rows below `first` are stored photos of the old index, others of a PartialIndex.
 
     paths: {path: row} and exact: {PhotoFile: row} of the old index.
     """
 
     def __init__(self, old, partial):
         self.old, self.partial = old, partial
-        self.first = len(old) if old else 0
+        self.first = len(old.records) if old else 0
         self.codebook = old.cells.codebook if old and old.clusters else None
         self.old_records = old.records if old else np.empty(0, RECORD)
-        self.paths = {old.path(row): row for row in range(self.first)} if old else {}
+        paths, self.old_rows = (old.stored_paths(), old.stored.tolist()) if old else ([], [])
+        self.paths = {paths[row]: row for row in self.old_rows}
         sizes, times = self.old_records["size"].tolist(), self.old_records["mtime"].tolist()
         self.exact = {PhotoFile(path, sizes[row], times[row]): row for path, row in self.paths.items()}
         self.added = {photo.file: row for row, photo in enumerate(partial.photos, self.first)}
@@ -297,7 +334,7 @@ class KnownPhotos:
         if self.by_digest is None:
             computed = enumerate(self.partial.photos, self.first)
             self.by_digest = {bytes.fromhex(photo.digest): row for row, photo in computed}
-            self.by_digest |= {record.tobytes(): row for row, record in enumerate(self.old_records["digest"])}
+            self.by_digest |= {self.old_records["digest"][row].tobytes(): row for row in self.old_rows}
         try:
             return self.by_digest.get(bytes.fromhex(sha256_of(file.path)))
         except OSError:
@@ -324,7 +361,7 @@ class KnownPhotos:
         result = np.empty((len(numbers), self.partial.width), np.float32)
         is_old = numbers < self.first
         if is_old.any():
-            result[is_old] = self.old.cells.features[numbers[is_old]]
+            result[is_old] = self.old.stored_features(numbers[is_old])
         if not is_old.all():
             result[~is_old] = self.partial.rows()[numbers[~is_old] - self.first]
         return result

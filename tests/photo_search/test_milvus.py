@@ -18,7 +18,8 @@ import pytest
 from albums import FakeEncoder, update, write_album, write_photo
 from test_cells import clustered
 
-from photo_search.index import RECORD, open_index, write_index
+from photo_search.index import RECORD, open_index
+from photo_search.index_writer import write_index
 from photo_search.search import Searcher, open_index_at
 from utils.cli import InputError
 
@@ -207,7 +208,7 @@ def photos_of(uri):
 def on_disk(folder):
     index = open_index(folder)
     rows = range(len(index))
-    return {index.path(row): (index.cells.features[row].tobytes(), index.thumbnail(row)) for row in rows}
+    return {index.path(row): (index.features_of([row]).tobytes(), index.thumbnail(row)) for row in rows}
 
 
 def test_milvus_follows_the_index_on_disk(uri, tmp_path):

@@ -41,9 +41,8 @@ def contents(folder):
 def photos_of(folder):
     """{path: (features, thumbnail)} of an index."""
     opened = open_index(folder)
-    return {
-        opened.path(row): (opened.cells.features[row].tobytes(), opened.thumbnail(row)) for row in range(len(opened))
-    }
+    rows = range(len(opened))
+    return {opened.path(row): (opened.features_of([row]).tobytes(), opened.thumbnail(row)) for row in rows}
 
 
 def count(totals):
@@ -191,7 +190,7 @@ def test_clusters_stay_until_they_are_fitted_anew(album, index, network, monkeyp
 
 
 def test_thumbnails_that_are_no_longer_used_go_in_time(album, index, network, monkeypatch):
-    monkeypatch.setattr(updates, "MIN_UNUSED_BYTES", 100)
+    monkeypatch.setattr("photo_search.thumbnails.MIN_UNUSED_BYTES", 100)
     update(index, network, album)
     for number in range(8):
         write_photo(album / f"{('', 'a/', 'b/c/')[number % 3]}{number}.png", 100 + number)
@@ -293,10 +292,10 @@ def test_a_killed_update_leaves_the_old_index_or_the_new_one(album, tmp_path, mo
     update(tmp_path / "new", FakeEncoder(), album, batch_size=3)
     states, whole, kills = [photos_of(tmp_path / name) for name in ("old", "new")], contents(tmp_path / "new"), 0
     for round_ in range(3):
-        index = tmp_path / f"index {round_}"
+        index, most = tmp_path / f"index {round_}", 90
         shutil.copytree(tmp_path / "old", index)
-        while killed_at(moments.randint(10, 90), index, album):
-            kills += 1
+        while killed_at(moments.randint(10, most), index, album):
+            kills, most = kills + 1, most + 12
             assert photos_of(index) in states
         assert contents(index) == whole
     assert kills >= 5
@@ -414,11 +413,18 @@ DAMAGES = {
     "thumbnails elsewhere": spoil_json(thumbnails=lambda _: "/etc/passwd"),
     "another width": spoil_json(width=lambda _: 17),
     "another generation": spoil_json(generation=lambda _: 2),
-    "another version": spoil_json(format=lambda _: 2),
+    "another version": spoil_json(format=lambda _: 3),
     "sizes that are texts": spoil_json(files=lambda metadata: dict.fromkeys(metadata["files"], "9")),
     "a file gone": lambda index: (index / "codes-1.npy").unlink(),
     "a file torn": lambda index: os.truncate(index / "features-1.npy", 500),
-    "thumbnails torn": lambda index: os.truncate(index / "thumbnails-1.bin", 99),
+    "folders that are none": spoil_json(folders=lambda _: []),
+    "a folder in half a character": spoil_json(folders=lambda _: ["/a\ud800"]),
+    "a folder with a zero": spoil_json(folders=lambda _: ["/a\0b"]),
+    "a folder that is not absolute": spoil_json(folders=lambda _: ["a"]),
+    "no sizes": spoil_json(files=lambda metadata: dict.fromkeys(metadata["files"], -1)),
+    "a FIFO": lambda index: ((index / "index.json").unlink(), os.mkfifo(index / "index.json")),
+    "a FIFO as an array": lambda index: ((index / "codes-1.npy").unlink(), os.mkfifo(index / "codes-1.npy")),
+    "a large file": lambda index: os.truncate(index / "index.json", 1 << 25),
     "a pickle": spoil_array("codebook", lambda array: np.array([{"a": 1}], dtype=object)),
     "other numbers": spoil_array("features", lambda array: array.astype(np.float64)),
     "fewer photos": spoil_array("records", lambda array: array[:-1]),
@@ -438,7 +444,8 @@ def test_a_damaged_index_is_refused_in_one_line(album, index, network, damage):
     DAMAGES[damage](index)
     with pytest.raises(InputError) as told:
         open_index(index)
-    assert str(told.value).startswith(f"{index}: ") and "\n" not in str(told.value) and len(str(told.value)) < 400
+    where = (f"{index}: ", f"{index}/index.json: ")
+    assert str(told.value).startswith(where) and "\n" not in str(told.value) and len(str(told.value)) < 400
 
 
 def test_a_damaged_header_runs_nothing(album, index, network, trap):
