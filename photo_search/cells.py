@@ -15,6 +15,7 @@ Bounds are float32 and allow for its rounding; the remaining photos are scored i
 defines the score. Features have length 1. Needs NumPy and threadpoolctl.
 """
 
+import dataclasses
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -147,6 +148,29 @@ def merge_path_order(sorted_order, places, names, removed):
     kept = np.ones(len(order), bool)
     kept[order[removed]] = False  # by rank
     return np.where(kept, kept.cumsum() - 1, -1)[order].astype(np.int32)
+
+
+def with_tail_cells(cells):
+    """(Cells that have cells for the tail after all others, number of the cell of each photo of the tail (T,)).
+
+    A cell has photos of the same codes, and BLOCK_FEATURES of them at most. Further photos do not change these numbers.
+    The spheres of these cells bound nothing. Arrays of photos stay as they are.
+    """
+    found, occurrences, numbers = {}, {}, np.empty(len(cells.tail_codes), np.int64)
+    for place, code in enumerate(map(tuple, cells.tail_codes.tolist())):
+        count = occurrences[code] = occurrences.get(code, -1) + 1
+        numbers[place] = found.setdefault((code, count // BLOCK_FEATURES), len(found))
+    if not found:
+        return cells, numbers
+    ends = cells.cell_ends[-1] + np.bincount(numbers).cumsum()
+    codes = np.array([code for code, _ in found], np.int32).reshape(len(found), -1)
+    centres = np.zeros((len(found), cells.centres.shape[1]), np.float32)
+    table = dataclasses.replace(
+        cells, codes=np.concatenate([cells.codes, codes]), cell_ends=np.append(cells.cell_ends, ends),
+        centres=np.concatenate([cells.centres, centres]),
+        radii=np.append(cells.radii, np.full(len(found), 4, np.float32)),
+    )  # fmt: skip
+    return table, numbers + len(cells.cell_ends)
 
 
 def find_nearest(cells, query, k, weight, allowed=None):

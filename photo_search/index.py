@@ -18,22 +18,20 @@ import os
 import re
 import threading
 import weakref
-from bisect import bisect_left
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from photo_search import cells as search_cells
 from photo_search.cells import Cells
+from photo_search.folders import folders_of
 from utils.cli import InputError
 from utils.files import open_regular, read_bytes
 
 INDEX_FILE, INDEX_FORMAT = "index.json", 2
 OLDER_FORMATS = (1,)  # without TAIL_ARRAYS
 MAX_INDEX_FILE_BYTES = 1 << 24
-MAX_FOLDERS, MAX_FOLDER_DEPTH = 2000, 40  # of the folders that a search can be limited to
 RECORD = np.dtype([
     ("size", "<i8"), ("mtime", "<i8"), ("digest", "u1", 32),  # of the file: bytes, nanoseconds, SHA-256
     ("path_end", "<i8"),  # end of its path in `paths`; it begins at the end of the path before
@@ -77,6 +75,7 @@ class Index:
     records: np.ndarray  # (stored photos,) of RECORD
     path_bytes: np.ndarray
     stored: np.ndarray  # (N,) int64, number of the stored photo of each row, ascending
+    removed: np.ndarray  # int64, numbers of the other stored photos, in the order of their removal
     files: "_Files"
 
     def __len__(self):
@@ -84,7 +83,10 @@ class Index:
 
     def path(self, row):
         """The absolute path of a photo."""
-        number = self.stored[row]
+        return self.stored_path(self.stored[row])
+
+    def stored_path(self, number):
+        """The absolute path of a stored photo."""
         start = self.records["path_end"][number - 1] if number else 0
         return os.fsdecode(self.path_bytes[start : self.records["path_end"][number]].tobytes())
 
@@ -95,7 +97,11 @@ class Index:
 
     def thumbnail(self, row):
         """A photo as a small JPEG (bytes); b"" if the file of thumbnails is lost."""
-        record = self.records[self.stored[row]]
+        return self.stored_thumbnail(self.stored[row])
+
+    def stored_thumbnail(self, number):
+        """A stored photo as a small JPEG (bytes)."""
+        record = self.records[number]
         return self.files.thumbnail(int(record["thumbnail"]), int(record["thumbnail_size"]))
 
     @property
@@ -279,12 +285,13 @@ def _open(folder, metadata):
     records, paths = arrays.pop("records"), arrays.pop("paths")
     cells = Cells(**{cells_field(name): array for name, array in arrays.items()})
     _check_cells(cells, metadata["width"])
-    stored = np.arange(len(records))
+    stored, removed = np.arange(len(records)), np.empty(0, np.int64)
     if tail_file("removed", metadata) in sizes:
-        cells, records, paths, stored = _with_tail(folder, metadata, files, (cells, records, paths))
+        cells, records, paths, removed = _with_tail(folder, metadata, files, (cells, records, paths))
+        stored = np.flatnonzero(cells.path_order >= 0)
     _check_records(records, len(cells.path_order), len(paths), sizes[metadata["thumbnails"]])
     files.open_thumbnails(folder / metadata["thumbnails"], sizes[metadata["thumbnails"]])
-    return Index(folder, metadata, cells, records, paths, stored, files)
+    return Index(folder, metadata, cells, records, paths, stored, removed, files)
 
 
 def _read_array(folder, name, metadata, files):
@@ -318,7 +325,7 @@ def _read_header(file, kind):
 
 
 def _with_tail(folder, metadata, files, sorted_photos):
-    """(Cells, records, bytes of paths, stored photos) with the tail and without the photos that were removed."""
+    """(Cells, records, bytes of paths) with the tail, and the removed photos."""
     cells, records, paths = sorted_photos
     tail = {name: _read_tail(folder, name, metadata, files) for name in TAIL_ARRAYS}
     count, (subspaces, words, _) = len(tail["tail_records"]), cells.codebook.shape
@@ -340,7 +347,7 @@ def _with_tail(folder, metadata, files, sorted_photos):
     tail_records["path_end"] += len(paths)
     cells = replace(cells, path_order=order, tail_features=features, tail_codes=codes)
     records, paths = np.concatenate([records, tail_records]), np.concatenate([paths, tail["tail_paths"]])
-    return cells, records, paths, np.flatnonzero(order >= 0)
+    return cells, records, paths, removed
 
 
 def _read_tail(folder, name, metadata, files):
@@ -401,50 +408,3 @@ def _check_records(records, count, paths, thumbnails):
     )  # fmt: skip
     if not fit:
         raise ValueError("its photos do not fit together")
-
-
-_SEPARATOR = os.fsencode(os.sep)
-
-
-class Folder(NamedTuple):
-    """A folder with photos. In the order of all paths, its photos are consecutive."""
-
-    name: str
-    depth: int  # 0 for a folder of the index, 1 for one directly in it, and so on
-    first: int  # its photos are those from first to last - 1 in the order of all paths
-    last: int
-
-    def rows(self, index):
-        """Its photos, for `allowed` of the `nearest` of the index."""
-        return index.between(self.first, self.last)
-
-
-def folders_of(index):
-    """The Folders of an Index, in the order of their paths, each before its subfolders, MAX_FOLDERS at most."""
-    rows = np.argsort(index.cells.path_order[index.stored])
-    found = []
-
-    def path(place):
-        return os.fsencode(index.path(rows[place]))
-
-    def add(prefix, depth, among):
-        """Add a folder with photos in the range `among`, and its subfolders; returns the end of its photos."""
-        after = prefix[:-1] + bytes([prefix[-1] + 1])
-        first, last = (bisect_left(among, edge, key=path) + among.start for edge in (prefix, after))
-        if first < last and len(found) < MAX_FOLDERS:
-            found.append(Folder(readable(os.path.basename(prefix[:-1]) or prefix), depth, first, last))
-            place = first
-            while place < last and len(found) < MAX_FOLDERS:
-                name, inside, _ = path(place).removeprefix(prefix).partition(_SEPARATOR)
-                deeper = inside and depth < MAX_FOLDER_DEPTH
-                place = add(prefix + name + inside, depth + 1, range(place, last)) if deeper else place + 1
-        return last
-
-    for root in filter(os.path.isabs, index.metadata["folders"]):
-        add(os.path.join(os.fsencode(root), b""), 0, range(len(rows)))
-    return found
-
-
-def readable(path):
-    """A path, or a part of one, as valid Unicode; other bytes become "�"."""
-    return os.fsencode(path).decode("utf-8", "replace")

@@ -98,9 +98,14 @@ def _append(old, name, content):
     return {path.name: used + len(content)}
 
 
+def sorted_order(index):
+    """Ranks of the paths of all photos of an Index but those of the tail, removed ones included: (n,)."""
+    return np.load(index.folder / f"places-{index.metadata['generation']}.npy")
+
+
 def _places(old, paths):
     """How many sorted photos of the Index `old` come before each path: (n,)."""
-    stored = np.argsort(np.load(old.folder / f"places-{old.metadata['generation']}.npy"))
+    stored = np.argsort(sorted_order(old))
     ends = old.records["path_end"]
 
     def path(place):

@@ -1,17 +1,17 @@
 """An index of photos in Milvus: a copy of an index on disk that any machine can search.
 
-    NAME                         an alias of the current generation
-    NAME_MARK_GENERATION         one row for each photo; MARK identifies the index on disk
-    NAME_MARK_GENERATION_about   metadata, table of cells and folders: JSON, in pieces
+    NAME                         an alias of the current collection of metadata
+    NAME_MARK_VERSION            one row for each photo; MARK identifies the index on disk
+    NAME_MARK_VERSION_about      metadata, table of cells and folders: JSON, in pieces
 
-Rows are numbered in the order of their paths. Milvus searches them exactly (FLAT); its L2 is the squared distance.
-Answers are checked as data. photo_search.milvus_publish writes the collections.
+A photo has a key: its rank in the order of paths when the collection was made, or the next number if it came later. A
+row with `gone` below the number of removals that a reader knows is not one of its photos. Milvus searches exactly
+(FLAT); its L2 is the squared distance. Answers are checked as data. photo_search.milvus_publish writes the collections.
 """
 
 import base64
 import functools
 import importlib.util
-import io
 import json
 import logging
 import os
@@ -28,32 +28,25 @@ from pymilvus import MilvusClient, MilvusException
 
 from photo_search import remote_search
 from photo_search.cells import Cells, assign_codes
-from photo_search.index import INDEX_METADATA, MAX_FOLDER_DEPTH, Folder, cells_field, check_table, has_fields
+from photo_search.folders import Folder
+from photo_search.milvus_about import int64_in_range, parse_about
 from utils.cli import InputError
 from utils.sampling import evenly_spaced
 
-DEFAULT_COLLECTION, MILVUS_FORMAT = "photo_index", 1
+DEFAULT_COLLECTION = "photo_index"
 REQUEST_TIMEOUT_S = 10
 MAX_RETRIES = 10  # of slow requests, some 20 seconds
 BATCH_ROWS = 256  # of one request
 SAMPLE_PHOTOS = 16  # their cells are checked when an index is opened
-CELL_ARRAYS = (
-    "codebook",
-    "codes",
-    "ends",
-    "centres",
-    "radii",
-    "basis",
-)  # names of the arrays of cells, as in index.ARRAYS
 _CONNECTIONS = {  # reconnect at once to a restarted server
     "grpc.use_local_subchannel_pool": 1, "grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 500,
 }  # fmt: skip
 _NOT_FOUND, _NOT_LOADED = 100, 101
-_PARSE_ERRORS = (
+PARSE_ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError, RecursionError,
     SyntaxError,
 )  # fmt: skip
-MARK, GENERATION = "[0-9a-f]{8}", "[0-9a-f]{16}"  # in names of collections
+MARK, VERSION, ABOUT = "[0-9a-f]{8}", "[0-9a-f]{16}", "_about"  # in names of collections
 
 for _name in ("pymilvus", "milvus_lite"):  # they log a traceback of every error that they raise
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
@@ -104,7 +97,7 @@ class Server:
             raise InputError(f"{self.address}: {_reason(error)}; {wayout}, or correct --uri") from error
 
     def current(self):
-        """The name of the current generation; None if there is none.
+        """The name of the collection that the alias leads to; None if there is none.
 
         Raises InputError if the collection was not created by search_photos.py.
         """
@@ -112,13 +105,13 @@ class Server:
             return None
         if self.collection not in self.call("list_collections"):
             name = self.call("describe_alias", self.collection)["collection_name"]
-            if re.fullmatch(rf"{self.collection}_{MARK}_{GENERATION}", name):
+            if re.fullmatch(rf"{self.collection}_{MARK}_{VERSION}({ABOUT})?", name):
                 return name
         raise InputError(f"{self.address}: was not created by search_photos.py; name another --collection")
 
     def version(self):
-        """The hash of the current generation."""
-        return self.call("describe_alias", self.collection)["collection_name"].rsplit("_", 1)[-1]
+        """The hash of the current state."""
+        return self.call("describe_alias", self.collection)["collection_name"].removesuffix(ABOUT).rsplit("_", 1)[-1]
 
     def open(self):
         """The MilvusIndex in this collection. Raises InputError if there is none, or it is damaged."""
@@ -128,7 +121,7 @@ class Server:
                 f"{self.address}: no index of photos; make one with search_photos.py index, or set --collection"
             )
         with _damage_as_input_error(self):
-            index = MilvusIndex(self, name, *_parsed(_read_about(self, f"{name}_about")))
+            index = MilvusIndex(self, *parse_about(read_about(self, name), name.removesuffix(ABOUT)))
             _check_photos(index)
         return index
 
@@ -178,13 +171,23 @@ class MilvusIndex:
     """A snapshot of an index in Milvus, with the methods of index.Index. Safe to use from several threads."""
 
     server: Server
-    generation: str  # name of its collection
+    generation: str  # name of its collection of photos
     metadata: dict  # as in photo_search.index.Index
     cells: Cells  # only the arrays of cells
     stored_folders: list[Folder]
+    keys: np.ndarray  # (N,) of the photos in the order of their paths
+    sorted_keys: int  # keys below are in the order of paths
+    visible: str  # filter of the photos of this snapshot
 
     def __len__(self):
-        return int(self.cells.cell_ends[-1])
+        return len(self.keys)
+
+    @functools.cached_property
+    def rows(self):
+        """The row of each key; -1 for removed photos."""
+        rows = np.full(int(self.cells.cell_ends[-1]), -1)
+        rows[self.keys] = np.arange(len(self.keys))
+        return rows
 
     @property
     def name(self):
@@ -199,7 +202,7 @@ class MilvusIndex:
     def nearest(self, features, k, weight, allowed=None):
         """See photo_search.cells.find_nearest. allowed: a range of rows; None for all. Raises InputError."""
         ask = functools.partial(self._ask, features, allowed)
-        count = len(allowed) if allowed is not None else None
+        count = len(self if allowed is None else allowed)
         with _damage_as_input_error(self.server):
             return remote_search.find_nearest_remote(self.cells, features, k, ask, self._fetch, weight, count)
 
@@ -240,20 +243,29 @@ class MilvusIndex:
 
     def _ask(self, features, allowed, requests):
         """Answers to the requests of photo_search.remote_search."""
-        among = "" if allowed is None else f"row >= {allowed.start} and row < {allowed.stop}"
+        among = self.visible if allowed is None else _and(self.visible, self._filter(allowed))
         return list(_threads().map(lambda request: self._answer(features, among, *request), requests))
+
+    def _filter(self, allowed):
+        """The filter for a range of rows."""
+        keys = self.keys[allowed.start : allowed.stop]
+        ranks, later = keys[keys < self.sorted_keys], keys[keys >= self.sorted_keys]
+        first, last = (ranks[0], ranks[-1]) if len(ranks) else (0, -1)
+        return f"((row >= {first} and row <= {last}) or row in [{','.join(map(str, later.tolist()))}])"
 
     def _answer(self, features, among, chosen, limit):
         cells = "" if chosen is None else f"cell in [{','.join(map(str, chosen.tolist()))}]"
         hits = self.server.call(
             "search", self.generation, [features.tolist()], anns_field="feature", limit=limit, output_fields=["cell"],
-            filter=" and ".join(filter(None, (cells, among))), search_params={"metric_type": "L2"},
+            filter=_and(cells, among), search_params={"metric_type": "L2"},
         )[0]  # fmt: skip
-        rows = _int64_in_range([hit["row"] for hit in hits], len(self))
-        numbers = _int64_in_range([hit["entity"]["cell"] for hit in hits], len(self.cells.cell_ends))
+        keys = int64_in_range([hit["row"] for hit in hits], len(self.rows))
+        rows = None if keys is None else self.rows[keys]
+        numbers = int64_in_range([hit["entity"]["cell"] for hit in hits], len(self.cells.cell_ends))
         squares = np.array([hit["distance"] for hit in hits], np.float64)
         is_valid = (
-            rows is not None and numbers is not None and len(rows) <= limit and len(np.unique(rows)) == len(rows)
+            rows is not None and (rows >= 0).all() and numbers is not None
+            and len(rows) <= limit and len(np.unique(rows)) == len(rows)
             and (chosen is None or np.isin(numbers, chosen).all())
             and np.isfinite(squares).all() and (np.diff(squares) >= 0).all()
         )  # fmt: skip
@@ -263,7 +275,7 @@ class MilvusIndex:
 
     def _fetch(self, rows):
         features, numbers = self._columns(rows, "feature", "cell")
-        numbers = _int64_in_range(numbers, len(self.cells.cell_ends))
+        numbers = int64_in_range(numbers, len(self.cells.cell_ends))
         features = np.array(features, np.float32).reshape(len(rows), self.metadata["width"])
         if numbers is None or not (np.abs(np.linalg.norm(features, axis=1) - 1) < 0.01).all():
             raise ValueError("features are not of length 1, or in no cell")
@@ -271,17 +283,21 @@ class MilvusIndex:
 
     def _columns(self, rows, *fields):
         """The values of fields for rows (n,): a list for each field, or one list for one field."""
-        found = {}
-        for start in range(0, len(rows), BATCH_ROWS):
-            wanted = ",".join(str(int(row)) for row in rows[start : start + BATCH_ROWS])
+        found, keys = {}, self.keys[np.asarray(rows, np.int64)].tolist()
+        for start in range(0, len(keys), BATCH_ROWS):
+            wanted = ",".join(map(str, keys[start : start + BATCH_ROWS]))
             answer = self.server.call(
                 "query", self.generation, filter=f"row in [{wanted}]", output_fields=["row", *fields], limit=BATCH_ROWS
             )
             found |= {each["row"]: each for each in answer}
-        if not found.keys() >= {int(row) for row in rows}:
+        if not found.keys() >= set(keys):
             raise ValueError("photos are missing")
-        columns = [[found[int(row)][field] for row in rows] for field in fields]
+        columns = [[found[key][field] for key in keys] for field in fields]
         return columns if len(columns) > 1 else columns[0]
+
+
+def _and(*filters):
+    return " and ".join(filter(None, filters))
 
 
 def _path(text):
@@ -299,16 +315,9 @@ def _damage_as_input_error(server):
         yield
     except InputError:
         raise
-    except _PARSE_ERRORS as error:
+    except PARSE_ERRORS as error:
         why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise InputError(f"{server.address}: damaged index ({why}); index into another --collection") from error
-
-
-def _int64_in_range(values, end):
-    """`values` as (n,) int64 if all are whole numbers from 0 to end − 1; else None."""
-    if not all(type(value) is int and 0 <= value < end for value in values):
-        return None
-    return np.array(values, np.int64)
 
 
 @functools.cache
@@ -316,8 +325,9 @@ def _threads():
     return ThreadPoolExecutor(remote_search.REQUESTS_PER_ROUND, "milvus")
 
 
-def _read_about(server, name):
-    """The JSON text of a generation: metadata, table of cells and folders."""
+def read_about(server, name):
+    """The JSON text of the collection that an alias leads to: metadata, table of cells and folders."""
+    name = name if name.endswith(ABOUT) else name + ABOUT
     pieces, count = {}, count_rows(server, name)
     for start in range(0, count, BATCH_ROWS):
         limits = f"piece >= {start} and piece < {start + BATCH_ROWS}"
@@ -326,40 +336,11 @@ def _read_about(server, name):
     return "".join(pieces.get(piece, "") for piece in range(count))
 
 
-def _parsed(text):
-    """(metadata, Cells, [Folder, ...]) of such a text, checked. Raises _PARSE_ERRORS."""
-    content = json.loads(text)
-    metadata, texts = content["facts"], content["table"]
-    if not has_fields(metadata, {**INDEX_METADATA, "format": int}) or metadata["format"] != MILVUS_FORMAT:
-        raise ValueError("it was made by another version of this program")
-    table = {part: np.load(io.BytesIO(base64.b64decode(texts[part])), allow_pickle=False) for part in CELL_ARRAYS}
-    fields = {cells_field(name): array for name, array in table.items()}
-    cells = Cells(**fields, features=_empty(2), pca_projection=_empty(2), path_order=_empty(1))
-    check_table(cells, metadata["width"])
-    if np.diff(cells.cell_ends, prepend=0).max() > remote_search.MAX_PHOTOS_PER_REQUEST:
-        raise ValueError("its cells are too large")
-    folders = [Folder(*values) for values in content["folders"]]
-    for name, depth, first, last in folders:
-        numbers = (
-            _int64_in_range([depth], MAX_FOLDER_DEPTH + 1),
-            _int64_in_range([first, last], cells.cell_ends[-1] + 1),
-        )
-        if type(name) is not str or any(each is None for each in numbers):
-            raise ValueError("malformed folder list")
-        if first >= last:
-            raise ValueError("a folder without photos")
-    return metadata, cells, folders
-
-
-def _empty(dimensions):
-    return np.empty((0,) * dimensions, np.float32)
-
-
 def _check_photos(index):
     """Raise ValueError unless the collection of photos fits the metadata and the cells."""
     server, width = index.server, index.metadata["width"]
     fields = {field["name"]: field for field in server.call("describe_collection", index.generation)["fields"]}
-    if not fields.keys() >= {"row", "cell", "path", "thumbnail", "feature"}:
+    if not fields.keys() >= {"row", "cell", "path", "thumbnail", "feature", *(["gone"] if index.visible else [])}:
         raise ValueError("its fields are not those of photos")
     dimension = fields["feature"]["params"].get("dim")
     if dimension != width:
@@ -368,13 +349,15 @@ def _check_photos(index):
     if (kind["index_type"], kind["metric_type"]) != ("FLAT", "L2"):
         raise ValueError("its search is not exact; it must be FLAT with L2")
     server.call_with_retries("load_collection", index.generation)
-    if (count := count_rows(server, index.generation)) != len(index):
+    if (count := count_rows(server, index.generation, index.visible)) != len(index):
         raise ValueError(f"{count:,} photos, not {len(index):,}")
     features, numbers = index._fetch(evenly_spaced(len(index), SAMPLE_PHOTOS))
     if (assign_codes(features, index.cells.codebook) != index.cells.codes[numbers]).any():
         raise ValueError("photos are not in the cells of their codes")
+    # A first search alone: milvus-lite's server imports libraries in it, which fails in several threads at once.
+    index._answer(features[0], index.visible, numbers[:1], 1)
 
 
-def count_rows(server, name):
-    """How many rows a collection has."""
-    return int(server.call("query", name, filter="", output_fields=["count(*)"])[0]["count(*)"])
+def count_rows(server, name, among=""):
+    """How many rows of a collection fit a filter."""
+    return int(server.call("query", name, filter=among, output_fields=["count(*)"])[0]["count(*)"])

@@ -37,7 +37,8 @@ from photo_search.access import (
 from photo_search.clean_sketch import clean_up
 from photo_search.encoder import share_cores
 from photo_search.file_manager import has_desktop, show_in_folder
-from photo_search.index import INDEX_FILE, Folder, is_index, readable
+from photo_search.folders import Folder, readable
+from photo_search.index import INDEX_FILE, is_index
 from photo_search.partial_index import first_run_progress
 from photo_search.photos import MAX_UPLOAD_BYTES, open_photo, read_drawing
 from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, Searcher, check_drawn, open_index_at, open_searcher

@@ -28,7 +28,7 @@ pytest.importorskip("milvus_lite", reason="milvus-lite is not installed (require
 
 from pymilvus import DataType
 
-from photo_search import milvus, milvus_publish
+from photo_search import milvus, milvus_about, milvus_publish
 from photo_search.milvus import Server, open_milvus
 
 NPY = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<i8', 'fortran_order': False, 'shape': (%s,), }".ljust(120) + b"\n"
@@ -231,20 +231,100 @@ def test_milvus_follows_the_index_on_disk(uri, tmp_path):
     refused(lambda: old.path(0), f"photo_index at {uri}: the photos were indexed again, or removed; search again")
 
 
+def changes_of(server, monkeypatch):
+    """A list of what is called with a Server that writes."""
+    calls = []
+
+    def call(method, *arguments, told=server.call_with_retries, **more):
+        rows = len(arguments[1]) if method == "upsert" else 0
+        calls.append((method, arguments[0], rows))
+        return told(method, *arguments, **more)
+
+    monkeypatch.setattr(server, "call_with_retries", call)
+    return calls
+
+
+def test_milvus_grows_with_the_index_on_disk(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr("photo_search.update.MAX_TAIL_SHARE", 2)
+    monkeypatch.setattr("photo_search.cells.BLOCK_FEATURES", 5)  # photos of a cell
+    album, folder, network = write_album(tmp_path / "album", 40), tmp_path / "index", FakeEncoder()
+    update(folder, network, album, clusters=2)
+    milvus_publish.publish(Server(uri), open_index(folder))
+    collection = open_milvus(uri).generation
+    draw = np.random.default_rng(0)
+    for number in range(3):
+        removed = draw.choice(sorted(album.rglob("*.png")), 3, replace=False)
+        for path in removed:
+            path.unlink()
+        for name in range(4):
+            write_photo(album / draw.choice(["a", "b", "c"]) / f"{draw.integers(10**6)}.png", 100 + 10 * number + name)
+        if number == 1:  # added, and removed before it is copied
+            write_photo(album / "soon gone.png", 99)
+            update(folder, network, album)
+            (album / "soon gone.png").unlink()
+        update(folder, network, album)
+        own, server, before = open_index(folder), Server(uri), open_milvus(uri)
+        calls = changes_of(server, monkeypatch)
+        assert milvus_publish.publish(server, own)
+        assert sum(rows for method, name, rows in calls if name == collection) == 4 + 3
+        assert ("delete", collection, 0) in calls
+        there = open_milvus(uri)
+        assert there.generation == collection and photos_of(uri) == on_disk(folder)
+        assert there.folders() == own.folders() and len(before) == 40 + number
+        for query in own.features_of([0, len(own) - 1]):
+            for weight in (0, 0.2):
+                for k in (9, 50):
+                    one, other = own.nearest(query, k, weight), there.nearest(query, k, weight)
+                    assert own.paths_of(one.rows) == there.paths_of(other.rows)
+                    np.testing.assert_allclose(one.scores, other.scores, atol=1e-13)
+                for place in range(len(own.folders())):
+                    one, other = (
+                        index.nearest(query, 5, weight, index.folders()[place].rows(index)) for index in (own, there)
+                    )
+                    assert own.paths_of(one.rows) == there.paths_of(other.rows)
+    assert len(names(uri)) == 2 and milvus_publish.publish(Server(uri), own) is False
+    update(folder, network, album, refit=True)
+    milvus_publish.publish(Server(uri), open_index(folder))
+    assert open_milvus(uri).generation != collection and len(names(uri)) == 2 and photos_of(uri) == on_disk(folder)
+
+
+def test_a_copy_of_the_earlier_format_is_read_and_then_converted(uri, tmp_path, monkeypatch):
+    features, codebook = gallery(60)
+    own, server = write(tmp_path / "index", features, codebook), Server(uri)
+    milvus_publish.publish(server, own)
+    content = json.loads(milvus.read_about(server, server.current()))
+    for name in ("photos", "sorted", "tail_rows", "removed", "copied"):
+        del content[name]
+    content["facts"]["format"] = 1
+    server.client.alter_alias(open_milvus(uri).generation, "photo_index")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(milvus, "read_about", lambda *_: json.dumps(content))
+        there = open_milvus(uri)
+        same(*(Searcher(index, None).find_features(features[0], 60) for index in (own, there)))
+    assert not milvus_publish.publish(server, own) and not server.current().endswith("_about")
+    own = write(tmp_path / "index", features, codebook)
+    assert milvus_publish.publish(server, own) and server.current().endswith("_about") and len(names(uri)) == 2
+    same(*(Searcher(index, None).find_features(features[0], 60) for index in (own, open_milvus(uri))))
+
+
 class Died(BaseException):
     pass
 
 
-def test_a_writer_that_dies_leaves_the_old_photos(uri, tmp_path, monkeypatch):
+@pytest.mark.parametrize("share", [0, 2])
+def test_a_writer_that_dies_leaves_the_old_photos(share, uri, tmp_path, monkeypatch):
+    monkeypatch.setattr("photo_search.update.MAX_TAIL_SHARE", share)
     album, folder, network = write_album(tmp_path / "album", 4), tmp_path / "index", FakeEncoder()
     update(folder, network, album, clusters=2)
     milvus_publish.publish(Server(uri), open_index(folder))
     before = photos_of(uri)
-    write_photo(album / "new.png", 99)
+    for name in ("new.png", "newer.png"):
+        write_photo(album / name, len(name))
+    (album / "0.png").unlink()
     update(folder, network, album)
     dies, calls = True, 0
     while dies:
-        calls, dies = calls + 3, False
+        calls, dies = calls + 4, False
         server, left = Server(uri), calls
 
         def dying(function, *arguments, told=server._call, **more):
@@ -323,6 +403,9 @@ def test_a_collection_of_something_else_is_refused(uri, tmp_path):
     assert names(uri) == ["cats"]
 
 
+DAMAGED = "kept_00000000_0123456789abcdef"
+
+
 def said(change):
     """A damage: what an index tells of itself is what `change` makes of it."""
     return lambda server, text: change(text)
@@ -330,6 +413,15 @@ def said(change):
 
 def with_folders(*folders):
     return said(lambda text: json.dumps(json.loads(text) | {"folders": folders}))
+
+
+def with_keys(**changes):
+    """A damage: added or removed photos are others."""
+    values = {
+        name: milvus_about.array_to_text(value) if isinstance(value, np.ndarray) else value
+        for name, value in changes.items()
+    }
+    return said(lambda text: json.dumps(json.loads(text) | values))
 
 
 def metadata(**changes):
@@ -349,19 +441,20 @@ def photos(kind="FLAT", metric="L2", width=32, without=None, value=32**-0.5, cou
     """A damage: the photos are others."""
 
     def damage(server, text):
-        server.client.drop_collection("damaged")
+        server.client.drop_collection(DAMAGED)
         schema = server.client.create_schema(auto_id=False)
-        for field, type_ in (("row", "INT64"), ("cell", "INT64"), ("path", "VARCHAR"), ("thumbnail", "VARCHAR")):
+        types = {"row": "INT64", "cell": "INT64", "gone": "INT64", "path": "VARCHAR", "thumbnail": "VARCHAR"}
+        for field, type_ in types.items():
             if field != without:
                 schema.add_field(field, DataType[type_], is_primary=field == "row", max_length=99)
         schema.add_field("feature", DataType.FLOAT_VECTOR, dim=width)
         params = server.client.prepare_index_params()
         params.add_index("feature", index_type=kind, metric_type=metric)
-        server.client.create_collection("damaged", schema=schema, index_params=params)
-        row = {"path": '"/a"', "thumbnail": "", "cell": 0, "feature": np.full(width, value, np.float32)}
+        server.client.create_collection(DAMAGED, schema=schema, index_params=params)
+        row = {"path": '"/a"', "thumbnail": "", "cell": 0, "gone": 9, "feature": np.full(width, value, np.float32)}
         row.pop(without, None)
-        server.client.insert("damaged", [{**row, "row": number} for number in range(count)])
-        return text
+        server.client.insert(DAMAGED, [{**row, "row": number} for number in range(count)])
+        return json.dumps(json.loads(text) | {"photos": DAMAGED})
 
     return damage
 
@@ -370,7 +463,7 @@ DAMAGES = {
     "no JSON": (said(lambda _: "\x80\x04."), "("), "deep JSON": (said(lambda _: "[" * 10**5), "("),
     "nothing": (said(lambda _: ""), "("), "a list": (said(lambda _: "[]"), "("),
     "torn": (said(lambda text: text[:-99]), "("),
-    "another version": (metadata(format=2), "made by another version"),
+    "another version": (metadata(format=3), "made by another version"),
     "folders that are numbers": (metadata(folders=[1]), "made by another version"),
     "a pickle": (table("codes", pickle.dumps({"a": 1})), "("), "no array": (table("ends", b""), "("),
     "an endless array": (table("ends", NPY % b"1000000000000"), "("),
@@ -382,6 +475,14 @@ DAMAGES = {
     "folders of nothing": (with_folders(["a", 0, 5, 5]), "a folder without photos"),
     "another codebook": (table("codebook", gallery(60)[1][:, ::-1].copy()), "not in the cells of their codes"),
     "another width in words": (metadata(width=33), "do not fit together"),
+    "photos that are elsewhere": (said(lambda text: json.dumps(json.loads(text) | {"photos": "x"})), "name"),
+    "an added photo that is none": (with_keys(sorted=59), "malformed lists of added"),
+    "a photo removed twice": (with_keys(removed=np.array([3, 3])), "malformed lists of added"),
+    "a removed photo that is none": (with_keys(removed=np.array([60])), "malformed lists of added"),
+    "all photos removed": (with_keys(removed=np.arange(60)), "malformed lists of added"),
+    "removed photos that are not there": (with_keys(removed=np.array([3])), "malformed folder list"),
+    "an added photo of no row": (with_keys(sorted=59, tail_rows=np.array([-1])), "malformed list of added"),
+    "an added photo beyond the end": (with_keys(sorted=59, tail_rows=np.array([60])), "malformed list of added"),
     "a photo is gone": (photos(count=59), "59 photos, not 60"),
     "vectors of another width": (photos(width=16), "features of 16 values, not 32"),
     "other fields": (photos(without="thumbnail"), "not those of photos"),
@@ -395,13 +496,10 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_collection_is_refused_in_one_line(damage, kept, uri, monkeypatch):
     server, (change, told) = kept[1], DAMAGES[damage]
-    generation, text = server.current(), milvus._read_about(server, f"{server.current()}_about")
+    text = milvus.read_about(server, server.current())
     assert len(open_milvus(uri, "kept")) == 60
     text = change(server, text)
-    if server.client.has_collection("damaged"):
-        generation = "damaged"
-    monkeypatch.setattr(Server, "current", lambda self: generation)
-    monkeypatch.setattr(milvus, "_read_about", lambda *_: text)
+    monkeypatch.setattr(milvus, "read_about", lambda *_: text)
     refused(
         lambda: open_milvus(uri, "kept"), f"kept at {uri}: damaged index (", told, "index into another --collection"
     )

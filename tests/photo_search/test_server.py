@@ -21,7 +21,8 @@ from PIL import Image
 import search_photos
 from photo_search import server as pages
 from photo_search.clean_sketch import clean_up
-from photo_search.index import folders_of, open_index
+from photo_search.folders import folders_of
+from photo_search.index import open_index
 from photo_search.photos import MAX_UPLOAD_BYTES, open_photo, read_drawing
 from photo_search.search import DEFAULT_CLUSTER_WEIGHT
 from utils.cli import InputError
