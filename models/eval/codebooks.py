@@ -130,12 +130,15 @@ def _fit_sklearn(values, clusters, random):
 
 
 def _kmeans_labels(gallery, row, seed):
-    """Yield the k-means cluster (N,) of each photo in each sub-space."""
+    """An iterator over the sub-spaces: the k-means cluster (N,) of each photo."""
     from sklearn.cluster import KMeans
 
     (subspaces, clusters), random = row, np.random.RandomState(seed)
-    for values in _subspaces(gallery, subspaces):
-        yield KMeans(clusters, n_init=1, random_state=random).fit(values).labels_
+
+    def fit(values):
+        return KMeans(clusters, n_init=1, random_state=random).fit(values).labels_
+
+    return map(fit, _subspaces(gallery, subspaces))  # unlike a generator, it does not keep the values
 
 
 def _all_kmeans_labels(gallery, row, seed):

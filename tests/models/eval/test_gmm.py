@@ -216,8 +216,13 @@ def test_hard_assigned_points_cost_nothing(monkeypatch):
     monkeypatch.setattr(
         gmm._Components, "_factorise", lambda *arguments: (factorised.append(arguments[1]), factorise(*arguments))
     )
+    bounded, bound_own = [], gmm.DistanceBounds.bound_own
+    monkeypatch.setattr(
+        gmm.DistanceBounds, "bound_own", lambda *given: (bounded.append(given[-1].sum().item()), bound_own(*given))
+    )
     fit_mixture(torch.from_numpy(points), torch.from_numpy(start), components)
-    assert counts == [len(points)] + [0] * (len(counts) - 1)
+    assert sum(counts) == 0 and len(counts) > 1
+    assert bounded == [len(points)] + [0] * (len(counts) - 1)
     assert sorted(factorised) == list(range(components))
 
 

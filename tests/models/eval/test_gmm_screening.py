@@ -103,6 +103,17 @@ def test_bounds_hold_where_float32_has_few_digits():
     assert (bounds.lower[1 - start, torch.arange(400)] > 1e5).all()
 
 
+def test_projections_bound_distances_from_below_and_are_exact_between_means():
+    generator = torch.Generator().manual_seed(3)
+    means = torch.randn(4, 24, generator=generator, dtype=torch.float64)
+    inverses = (torch.eye(24) + torch.randn(4, 24, 24, generator=generator, dtype=torch.float64) / 4).tril()
+    points = torch.cat([means, torch.randn(1500, 24, generator=generator, dtype=torch.float64)])
+    exact = distances(points, means, inverses).square()
+    projected = DistanceBounds(points, torch.zeros(1504).long(), 4).project(means, inverses)
+    torch.testing.assert_close(projected[:, :4].double(), exact[:, :4], rtol=1e-4, atol=1e-4)
+    assert (projected[:, 4:] < exact[:, 4:]).all() and (projected > exact / 10).float().mean() > 0.5
+
+
 def test_thresholds_are_where_a_log_probability_is_far_below_the_likeliest():
     points = torch.linspace(-3, 3, 7, dtype=torch.float64)[:, None]
     means, inverses = torch.tensor([[-1.0], [2.0]]).double(), torch.tensor([[[1.0]], [[3.0]]]).double()
