@@ -24,11 +24,12 @@ def main():
     for axis, (key, label) in zip(
         figure.subplots(1, 2), (("seconds", "seconds"), ("memory_gb", "memory, GB")), strict=True
     ):
-        for name, points in series.items():
+        for number, (name, points) in enumerate(series.items()):
             shown = [(photos, record[key]) for photos, record in sorted(points.items()) if record.get(key)]
             if shown:
-                axis.plot(*zip(*shown, strict=True), "o-", markersize=3, linewidth=1.2, label=name)
-        axis.set(xscale="log", yscale="log", xlabel="photos", ylabel=label)
+                axis.plot(*zip(*shown, strict=True), "o-", color=f"C{number}", markersize=3, linewidth=1.2, label=name)
+        axis.set(xscale="log", xlabel="photos", ylabel=label)
+        axis.set_yscale("log" if key == "seconds" else "linear")
         axis.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(options.to, dpi=100)

@@ -50,6 +50,7 @@ def main():
     add("--shares", type=float, nargs="+", default=[0, 0.0001, 0.001, 0.01, 0.05], help="of the photos that change")
     add("--folder", type=Path, default=Path("growth_benchmark"), help="takes photos and indexes")
     add("--figure", type=Path, help="draw the results into this file")
+    add("--records", type=Path, metavar="FILE", help="append what benchmarks/growth.py draws")
     add("--job", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
@@ -74,12 +75,22 @@ def main():
             shutil.rmtree(folder, ignore_errors=True)
     if options.figure:
         draw(results, options.figure)
+    if options.records:
+        with open(options.records, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record(each)) + "\n" for each in results)
 
 
 def print_result(each):
     figures = f"{each['seconds']:13.2f} {each['scan']:8.2f} {each['bytes'] / 1e6:12.2f} {each['open']:8.2f}"
     rest = f"{each['search'] * 1e3:11.1f} {each['memory']:11.2f}   {'' if each['appended'] else 'all written'}"
     print(f"{each['photos']:9,} {each['changed']:9,} {figures} {rest}")
+
+
+def record(each):
+    """A result as a record of benchmarks/growth.py."""
+    changed = f"{100 * each['changed'] / each['photos']:g} % changed" if each["changed"] else "nothing changed"
+    what = changed if each["appended"] else "all written anew"
+    return {"series": f"update, {what}", "photos": each["photos"], "seconds": each["seconds"]}
 
 
 def make(folder, count):

@@ -63,7 +63,7 @@ def main():
                     result = _in_a_process(job, folder, options.queries)
                     _tell(kind, size, job, result)
                     if options.records and result:
-                        _record(options.records, f"{job}, {kind}", size, result)
+                        _record(options.records, f"search, {job}, {kind}", size, result)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
