@@ -40,8 +40,10 @@ def _rates_table(runs, chosen_by):
     metrics = " and ".join(dict.fromkeys(run["metric"] for run in runs))
     if isinstance(chosen_by, dict):
         held_out = f"{chosen_by['classes']} seen classes that are held out (seed {chosen_by['seed']})"
-        lines = [f"Held out: {metrics}, one-to-one, on {held_out};", f"the best rate (*) is taken. {seen}.", ""]
-        lines += ["| split | variant | rate | held out | seen |", "|---|---|---|---|---|"]
+        validated = any(any(run["accuracy"]) for run in runs)
+        lines = [f"Held out: {metrics}, one-to-one, on {held_out};"]
+        lines += ["the best rate (*) is taken." + f" {seen}." * validated, ""]
+        lines += ["| split | variant | rate | held out |" + " seen |" * validated, "|---" * (4 + validated) + "|"]
     else:
         lines = [f"Rates chosen by {chosen_by}, not by retrieval of held-out classes. {seen};"]
         lines += [f"the best rate (*) is taken. Unseen: {metrics} by each matching; it decides nothing.", ""]
@@ -50,7 +52,10 @@ def _rates_table(runs, chosen_by):
         values = " / ".join(f"{value:.3f}" for value in run["values"])
         seen = f"{run['tested']:.1f} ({' '.join(f'{value:.1f}' for value in run['accuracy'][-3:])})"
         cells = [run["variant"], f"{run['rate']}{' *' if run['chosen'] else ''}"]
-        cells = [run["split"], *cells, values, seen] if isinstance(chosen_by, dict) else [*cells, seen, values]
+        if isinstance(chosen_by, dict):
+            cells = [run["split"], *cells, values, *[seen] * validated]
+        else:
+            cells += [seen, values]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -176,6 +176,16 @@ def test_differences_are_paired_and_commands_stand_beside_them(study):
     assert f"| the method | 2 | {over:+.3f}, " in table and "| no training | 1 | " not in table.split("no training:")[1]
 
 
+@pytest.mark.parametrize("accuracy, columns", [([0.0, 0.0], 4), ([50.0, 60.0], 5)])
+def test_accuracy_on_seen_classes_is_shown_where_it_was_measured(accuracy, columns):
+    run = {"split": "zeroshot2", "variant": "cross entropy", "rate": "3e-4", "tested": accuracy[-1], "chosen": True}
+    run |= {"accuracy": accuracy, "metric": "mAP@200", "values": [0.25]}
+    results = {"rates": [run], "chosen_by": {"classes": 20, "seed": 0}, "rows": []}
+    text, _, head, _, line = markdown(results).split("\n", 1)[1].split("\n")
+    assert head.count("|") == line.count("|") == columns + 1
+    assert ("accuracy" in text, line.endswith("| 60.0 (50.0 60.0) |")) == (columns == 5, columns == 5)
+
+
 def test_a_rate_is_chosen_then_trained_tested_swept_and_not_done_again(study, miniature, tmp_path, capsys, monkeypatch):
     commands = []
 
