@@ -7,7 +7,6 @@ This project adds keys to the authors' (teacher, options, history, ...), so the 
 and the other way round. models.resume restores the state of a training run from one.
 """
 
-import functools
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from models.weights import (
     match_published,
     other_split,
     published_state,
+    resize,
     student_of,
     without_prefixes,
 )
@@ -170,13 +170,20 @@ def load_student(path, model=None, input_size=None, imagenet_classes=None):
     checkpoint = read_checkpoint(path)
     metadata = student_metadata(path, checkpoint, model, input_size, imagenet_classes)
     seen_classes, source = metadata["seen_classes"], _source_of_model(checkpoint, path)
-    build = functools.partial(student_of, metadata["model"], seen_classes, metadata["imagenet_classes"], source=source)
+    trained_size = _recorded(trained_with(checkpoint), "input_size", int)
+
+    def build():
+        student = student_of(metadata["model"], seen_classes, metadata["imagenet_classes"], source=source)
+        resize(student, metadata["model"], trained_size)
+        return student
+
     state = without_prefixes(checkpoint["state_dict"])
     state = {name: value for name, value in state.items() if not str(name).startswith("added_head.")}
     with torch.device("meta"):  # an option in a small file can name a network of any size
         match_published(build(), state, path)
     student = build()
     load_published(student, state, path)
+    resize(student, metadata["model"], metadata["input_size"])
     names = checkpoint.get("classes")
     fits = isinstance(names, list) and len(names) == seen_classes and all(isinstance(name, str) for name in names)
     return LoadedStudent(student.eval(), metadata | {"width": student.width}, names if fits else None)

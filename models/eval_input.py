@@ -10,7 +10,7 @@ from datasets.lists import LIST_DESCRIPTIONS, Benchmark, QueryGallery, open_benc
 from datasets.protocols import PROTOCOLS, protocol_of
 from models.checkpoints import NAMES, check_seen_classes, find_checkpoint, load_student
 from models.eval.features import FEATURES, SEEN_FEATURES, compute_features, source_of, stored_features
-from models.weights import check_size, create_student, weights_digest
+from models.weights import check_size, create_student, resize, weights_digest
 from utils import distributed
 from utils.cli import InputError
 from utils.distributed import log_rank0
@@ -125,6 +125,7 @@ def get_features(
         way_out = f", or move {checkpoint.name} away to test {path.name} as it is" if is_known else ""
         raise InputError(f"{eval_input.error}{way_out}")
     student = _load_student(eval_input, model, imagenet_classes)
+    resize(student, model, loading.size)
     check_size(student, model, loading.size)
     eval_input.images.check()
     if compiled:

@@ -330,6 +330,20 @@ def _pretrained_cfg(backbone, name, default):
     return tuple(getattr(backbone, "pretrained_cfg", {}).get(name, default))
 
 
+def set_input_size(backbone, size):
+    """Let a backbone of a fixed input size take images of `size` × `size` pixels; None: its own size.
+
+    timm interpolates its position embeddings, parameters that then have another shape. Raises ValueError if it cannot.
+    """
+    config = getattr(backbone, "pretrained_cfg", {})
+    if size is None or not config.get("fixed_input_size") or size == (own := config["input_size"][-1]):
+        return
+    if not hasattr(backbone, "set_input_size"):
+        raise ValueError(f"takes images of {own} pixels only")
+    backbone.set_input_size(img_size=(size, size))
+    backbone.pretrained_cfg = config | {"input_size": (3, size, size)}
+
+
 def takes_size(backbone, size):
     """Whether a backbone accepts images of `size` × `size` pixels."""
     try:

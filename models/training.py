@@ -96,7 +96,7 @@ def create_state(options, seen_classes):
     student, teacher = create_pair(
         options.model, seen_classes, finetune="none" if options.resume else options.finetune,
         imagenet_classes=options.imagenet_classes, drop_path=options.drop_path,
-        added_head=read_head(options.teacher_head) if options.teacher_head else None,
+        added_head=read_head(options.teacher_head) if options.teacher_head else None, size=options.input_size,
     )  # fmt: skip
     check_size(student, options.model, options.input_size)
     student.cosine_scale = options.cosine_scale

@@ -23,6 +23,7 @@ from models.networks import (
     has_imagenet_head,
     on_meta,
     pretrained_tag,
+    set_input_size,
     takes_size,
     timm_info,
 )
@@ -196,7 +197,9 @@ def check_size(student, model, size):
 def fit_input_size(model, size=None, source="--model"):
     """`size`, the side of the images for timm's `model`, or the model's own where that is None.
 
-    source: how the message about an unknown model begins. Raises InputError.
+    Networks of a fixed size that have an ImageNet head take no other; those without one are published for sizes of
+    pretraining that few use (DINOv2: 518 pixels). source: how the message about an unknown model begins. Raises
+    InputError.
     """
     if _is_known_classifier(model):
         return size or 224
@@ -204,7 +207,7 @@ def fit_input_size(model, size=None, source="--model"):
         own = timm_info(model).input_size
     except ValueError as error:
         raise InputError(f"{source} {model}: {error}") from None
-    if own and size not in (None, own):
+    if own and size not in (None, own) and has_head(model):
         raise InputError(f"--input_size {size}: {model} takes images of {own} pixels only; leave --input_size out")
     return size or own or 224
 
@@ -217,6 +220,14 @@ def has_head(model):
 def _is_known_classifier(model):
     """Whether nothing needs to be asked of timm, which takes seconds to import."""
     return model.startswith("convnextv2_") and "." not in model
+
+
+def resize(student, model, size):
+    """`set_input_size` of a Student's backbone, or of a backbone. Raises InputError if `model` takes no other size."""
+    try:
+        set_input_size(getattr(student, "backbone", student), size)
+    except ValueError as error:
+        raise InputError(f"--input_size {size}: {model} {error}; leave --input_size out") from None
 
 
 def student_of(model, classes, imagenet_classes=1000, drop_path=0.0, pretrained=False, source="--model"):
@@ -273,15 +284,16 @@ def _package_advice(name):
     return f"pip install --no-deps --force-reinstall {what}"
 
 
-def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0, added_head=None):
+def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0, added_head=None, size=None):
     """Student with `classes` seen classes and Teacher, initialised with the same weights: (student, teacher).
 
     Without an ImageNet head to align, of the model or added, there is no teacher: None.
     finetune: see `create_student`; imagenet_classes: outputs of the model's ImageNet head; drop_path: of the student;
-    added_head: of models.teacher_head, for a model without one. Raises InputError if the model or the weights are not
+    added_head: of models.teacher_head, for a model without one; size: side of the images, for a model of a fixed size
+    (default: its own). Raises InputError if the model or the weights are not
     available, or the head is of another width.
     """
-    student = create_student(model, classes, finetune, imagenet_classes, drop_path)
+    student = create_student(model, classes, finetune, imagenet_classes, drop_path, size)
     if added_head is not None:
         if added_head.in_features != student.width:
             raise InputError(
@@ -292,11 +304,12 @@ def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0, 
     if student.head is None:
         return student, None
     teacher_backbone = create_backbone(model, imagenet_classes)
+    resize(teacher_backbone, model, size)
     teacher_backbone.load_state_dict(student.backbone.state_dict())
     return student, Teacher(teacher_backbone, copy.deepcopy(added_head))
 
 
-def create_student(model, classes, finetune, imagenet_classes=1000, drop_path=0.0):
+def create_student(model, classes, finetune, imagenet_classes=1000, drop_path=0.0, size=None):
     """Student with `classes` seen classes, initialised with the weights `finetune`, before any training.
 
     finetune: a file of weights under published or timm's names; a name in PACKAGES; "timm" (weights of timm's hub, for
@@ -314,6 +327,7 @@ def create_student(model, classes, finetune, imagenet_classes=1000, drop_path=0.
         if finetune not in PACKAGES:
             raise
         raise InputError(f"--finetune {finetune}: {error}; or {_package_advice(finetune)}") from error
+    resize(student, model, size)  # after weights of its own size are loaded
     return student
 
 

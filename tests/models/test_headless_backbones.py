@@ -103,6 +103,21 @@ def test_a_teacher_head_is_aligned_in_both_phases(tiny, tmp_path, model, heads):
     assert not any("added_head" in name for name in load_file(tmp_path / "student.safetensors"))
 
 
+def test_other_input_sizes_interpolate_position_embeddings(tiny, tmp_path):
+    weights, images = tmp_path / "dino.pt", torch.randn(2, 3, 70, 70)
+    start = create_student("tiny_dinov2", 1, "none")
+    torch.save(start.backbone.state_dict(), weights)
+    options = ["--model", "tiny_dinov2", "--losses", "cls", "ma", "--input_size", "70", "--finetune", weights]
+    content = train(tiny, tmp_path / "run", *options, "--lr", 0)
+    assert content["options"]["input_size"] == 70 and content["state_dict"]["module.pos_embed"].shape == (1, 26, 24)
+    student = load_student(tmp_path / "run" / LAST).student
+    start.backbone.set_input_size(img_size=(70, 70))
+    torch.testing.assert_close(student.features(images), start.eval().features(images))
+    test = [*COMMON, "--data_root", str(tiny), "-s", str(tmp_path / "run" / LAST), "--mode", "1"]
+    for more, size in ([], 70), (["--input_size", "42"], 42):
+        assert test_sketchy_ext_zeroshot.main([*test, *more])["features"]["source"]["input_size"] == size
+
+
 def test_class_embeddings_classify_as_clip_does():
     embeddings, pooled = torch.randn(7, 4), torch.randn(3, 4)
     expected = [[10 * F.cosine_similarity(one, other, dim=0) for other in embeddings] for one in pooled]
