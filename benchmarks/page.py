@@ -46,7 +46,7 @@ from photo_search.index import open_index  # noqa: E402
 
 SHOWN = "return list.dataset.turn === String(turn) && list.ariaBusy === 'false'"
 TOOK = (
-    "const {startTime, duration} = performance.getEntriesByName('photos').at(-1); return startTime + duration - ended"
+    "const {startTime, duration} = performance.getEntriesByName('photos').at(-1); return startTime + duration - penUp"
 )
 
 
@@ -144,7 +144,7 @@ def in_a_browser(port, strokes, warm=10):
     with webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver"))) as driver:
         driver.get(f"http://127.0.0.1:{port}/")
         driver.execute_async_script("ready.then(arguments[0])")
-        driver.execute_script("addEventListener('pointerup', event => { window.ended = event.timeStamp; }, true)")
+        driver.execute_script("addEventListener('pointerup', event => { window.penUp = event.timeStamp; }, true)")
         for number in range(warm + strokes):
             if number % 10 == 0:
                 driver.execute_script("at('clear').click()")

@@ -61,7 +61,8 @@ class FirstRunError(InputError):
     """The photos of an index are still being computed."""
 
     def __init__(self, location, done, total):
-        super().__init__(f"{location}: the photos are being indexed, {done:,} of {total:,}")
+        so_far = f"{done:,} of {total:,}" if done < total else f"all {total:,} are read, and are being grouped"
+        super().__init__(f"{location}: the photos are being indexed, {so_far}")
 
 
 class OpenIndex(NamedTuple):
