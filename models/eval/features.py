@@ -5,8 +5,10 @@ features_zero.pickle  [gallery features (N, D) float32, gallery labels (N,), que
 features_zero.json    checkpoint, lists and options that our own pickle was computed from, to detect a stale one
 """
 
+import functools
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from datasets.loaders import evaluation_loader
+from models.eval.batch_norm import fold_batch_norms
 from models.networks import arithmetic, normalise
 from utils import distributed
 from utils.cli import InputError
@@ -67,14 +70,23 @@ def extract(student, loader, device, title="features", precision="fp32", done=0)
     """Yield the L2-normalised features of each batch of `loader`: (n, D) float32 arrays.
 
     precision: see models.networks.arithmetic; title: of the progress bar; done: images that were extracted before.
+    The progress bar has the share of the time in which the network waits for images.
     """
+    network, waiting, working = None, 0.0, 0.0
     student.eval().to(memory_format=torch.channels_last)
     total = done + len(loader.dataset)
     with tqdm(total=total, initial=done, desc=title, unit="image", leave=False, disable=bar_disabled()) as bar:
+        start = time.perf_counter()
         for images, _ in loader:
-            rows = embed(student, images, device, precision)
+            decoded = time.perf_counter()
+            if network is None:
+                network = fold_batch_norms(student, functools.partial(embed, images=images[:4], device=device))
+            rows = embed(network, images, device, precision)
+            waiting, working = waiting + decoded - start, working + time.perf_counter() - decoded
             yield rows
+            bar.set_postfix_str(f"{waiting / (waiting + working):.0%} waiting for images", refresh=False)
             bar.update(len(rows))
+            start = time.perf_counter()
 
 
 def embed(student, images, device, precision="fp32"):
