@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/evaluation.py --benchmark sketchy
     .venv/bin/python benchmarks/evaluation.py --benchmark quickdraw --tasks protocol
-    .venv/bin/python benchmarks/evaluation.py --tasks peers em scaling
+    .venv/bin/python benchmarks/evaluation.py --tasks peers em
+    .venv/bin/python benchmarks/evaluation.py --tasks scaling --records growth.jsonl
 
 Each figure is taken in a process of its own, whose peak memory (everything in it, libraries too) stands beside it.
 [x] marks what was measured on a part and extrapolated. Peers that are not installed (benchmarks/requirements.txt) are
@@ -46,6 +47,7 @@ def main():
     add("--device", default="cpu", help="of ours; everything else runs on the CPU")
     add("--queries", type=int, help="of the comparison with peers (default: all)")
     add("--plain_queries", type=int, default=40, help="on which the plain definition is measured")
+    add("--records", type=Path, help="file to which scaling adds records of benchmarks/growth.py, as lines of JSON")
     add("--only_ours", action="store_true", help="leave out what the protocol is compared with")
     add("--job", help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)
@@ -406,8 +408,9 @@ def peer(options, name, queries):
 
 
 def scaling(options):
-    """Time of a row for queries × photos, and peak memory."""
+    """Time of a row for queries × photos, and peak memory; see --records."""
     queries, photos = SIZES[options.benchmark]
+    records = []
     print("\n| sketches × photos | seconds | ns a pair and row | peak memory, GB |\n|---|---|---|---|")
     for q, n in (
         (queries // 4, photos),
@@ -415,11 +418,18 @@ def scaling(options):
         (queries, photos),
         (queries, photos // 2),
         (queries, photos // 4),
+        (queries, 1000),
     ):
         result = run("ours_matching", options, "float32", q, n)
         rows = len(result["metrics"]) // 4
         each = 1e9 * result["seconds"] / (q * n * rows)
         print(f"| {q:,} × {n:,} | {result['seconds']:.1f} | {each:.2f} | {result['peak']:.2f} |")
+        series = f"matching of {q:,} sketches, {rows} rows"
+        measured = {"seconds": round(result["seconds"], 2), "memory_gb": round(result["peak"], 2)}
+        records.append({"series": series, "photos": n, **measured})
+    if options.records:
+        with open(options.records, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 TASKS = {"protocol": protocol, "agreement": agreement, "em": em, "peers": peers, "scaling": scaling}
