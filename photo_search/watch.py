@@ -45,12 +45,13 @@ class Watcher(threading.Thread):
 
     def run(self):
         """Scan, and scan again whenever something may have changed."""
-        self.look()
+        self.scan_once()
         opened = self.reloading.opened  # None while another process makes the index
-        for _ in moments(opened.searcher.index.metadata["folders"] if opened else [], self.seconds, self.stopped):
-            self.look()
+        folders = opened.searcher.index.metadata["folders"] if opened else []
+        for _ in possible_changes(folders, self.seconds, self.stopped):
+            self.scan_once()
 
-    def look(self):
+    def scan_once(self):
         """Scan once; if something has changed since the last update, update the index.
 
         After a failed update, which has said why, 1, 2, 4, ... scans are left out.
@@ -69,11 +70,10 @@ class Watcher(threading.Thread):
             self.failures += 1
             return
         seen = (found.files, found.unlisted)
-        if seen != self.indexed:
-            if self.update() == 0:
-                self.indexed, self.failures = seen, 0
-            else:
-                self.failures += 1
+        if seen == self.indexed or self.update() == 0:
+            self.indexed, self.failures = seen, 0
+        else:
+            self.failures += 1
 
     def update(self):
         """Run `index`; returns its exit status."""
@@ -85,7 +85,7 @@ class Watcher(threading.Thread):
         return self.process.wait()
 
 
-def moments(folders, seconds, stopped):
+def possible_changes(folders, seconds, stopped):
     """Yield whenever folders may have changed, until the event `stopped` is set.
 
     That is every `seconds`; where the package watchfiles is installed, soon after a change, and now and then.

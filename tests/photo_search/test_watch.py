@@ -9,7 +9,7 @@ import pytest
 from albums import FakeEncoder, update, write_album, write_photo
 from pages import visitor
 
-from photo_search.watch import Watcher, moments
+from photo_search.watch import Watcher, possible_changes
 
 
 @pytest.fixture
@@ -48,13 +48,13 @@ def test_what_changes_is_indexed_and_nothing_else(watcher, reloading, tmp_path):
     for number, change in enumerate(changes):
         change()
         for _ in range(3):
-            watcher.look()
+            watcher.scan_once()
         assert len(watcher.updates) == number + 1
     assert client.get("/about").json()["photos"] == 8
     (tmp_path / "album/notes.txt").write_text("no photo")
     write_photo(tmp_path / "album/.hidden.png", 60)
     (tmp_path / "index/found.png").write_bytes(b"")
-    watcher.look()
+    watcher.scan_once()
     assert len(watcher.updates) == 5
 
 
@@ -62,15 +62,20 @@ def test_after_failures_scans_become_rare_and_then_go_on(watcher, tmp_path, relo
     watcher.status = 2  # a read-only index, or another process that indexes
     tried = []
     for _ in range(32):
-        watcher.look()
+        watcher.scan_once()
         tried.append(len(watcher.updates))
     assert tried[:9] == [1, 1, 2, 2, 2, 2, 3, 3, 3] and tried[-1] == 5
     watcher.status, watcher.skipped = 0, 99
-    watcher.look()
+    watcher.scan_once()
     assert watcher.failures == 0 and watcher.updates[-1] == 0
+    content = (tmp_path / "index/index.json").read_bytes()
     (tmp_path / "index/index.json").write_text("{")
-    watcher.look()
+    watcher.scan_once()
     assert "note: not watched: " in capsys.readouterr().err and watcher.failures == 1
+    (tmp_path / "index/index.json").write_bytes(content)
+    for _ in range(2):
+        watcher.scan_once()
+    assert watcher.failures == 0 and len(watcher.updates) == 6
 
 
 def test_an_update_is_the_index_command_at_low_priority(reloading, tmp_path, monkeypatch):
@@ -101,7 +106,7 @@ def test_an_update_is_the_index_command_at_low_priority(reloading, tmp_path, mon
 
 def test_the_thread_ends_with_the_page(watcher):
     looked = threading.Event()
-    watcher.look = looked.set
+    watcher.scan_once = looked.set
     with watcher:
         assert looked.wait(60)
     assert not watcher.is_alive()
@@ -118,8 +123,8 @@ def test_watchfiles_reports_changes_where_it_is_installed(tmp_path, monkeypatch)
 
     monkeypatch.setitem(sys.modules, "watchfiles", SimpleNamespace(watch=watch))
     monkeypatch.setattr(stopped, "wait", lambda seconds: waited.append(seconds) or len(waited) > 2)
-    assert len(list(moments([str(tmp_path), str(tmp_path / "none")], 7, stopped))) == 3
+    assert len(list(possible_changes([str(tmp_path), str(tmp_path / "none")], 7, stopped))) == 3
     assert asked == [((str(tmp_path),), stopped, 7000)] and waited == [7, 7, 7]  # one change, then two scans
-    assert len(list(moments([str(tmp_path)], 7, stopped))) == 1 and len(waited) == 3
+    assert len(list(possible_changes([str(tmp_path)], 7, stopped))) == 1 and len(waited) == 3
     monkeypatch.setitem(sys.modules, "watchfiles", None)
-    assert not list(moments([], 7, stopped)) and waited[3:] == [7]
+    assert not list(possible_changes([], 7, stopped)) and waited[3:] == [7]
