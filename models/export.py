@@ -18,11 +18,10 @@ import json
 import mmap
 import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 
-from utils.cli import InputError, OneLineParser, image_side, one_line_errors, positive_int, run_command
+from utils.cli import InputError, OneLineParser, image_side, one_line_errors, path_type, positive_int, run_command
 from utils.files import atomic_write, check_output, open_regular, sha256_of
 
 EXPORT_FORMAT = "sbka student 1"  # value of the metadata entry "format"
@@ -120,7 +119,7 @@ def create_parser():
     """The options."""
     parser = OneLineParser(prog="python -m models.export", description="Export a trained student to other programs.")
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint of a train script, ours or the authors'")
+    add("checkpoint", type=path_type, metavar="CHECKPOINT", help="checkpoint of a train script, ours or the authors'")
     add("--to", type=_target, required=True, metavar="FILE", help="file to write: FILE.onnx or FILE.safetensors")
     add("--model", help="timm model, for a checkpoint that does not record it (default: convnextv2_tiny)")
     add("--input_size", type=image_side,
@@ -307,7 +306,7 @@ def _difference(session, student, images):
 
 
 def _target(text):
-    path = Path(text)
+    path = path_type(text)
     if path.suffix not in (".onnx", ".safetensors"):
         raise argparse.ArgumentTypeError(f"{text!r} ends neither in .onnx nor in .safetensors; name one that does")
     return path

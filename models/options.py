@@ -26,6 +26,7 @@ from utils.cli import (
     image_side,
     is_out_of_memory,
     number_type,
+    path_type,
     positive_int,
     seed_type,
 )
@@ -44,7 +45,7 @@ def train_parser(protocol):
     _add_data(parser, protocol)
     _add_model(parser, protocol)
     add = parser.add_argument
-    add("--savedir", "-s", type=file_path, metavar="DIR", help="where checkpoints and train.json go "
+    add("--savedir", "-s", type=path_type, metavar="DIR", help="where checkpoints and train.json go "
         f"(default: {_checkpoint_folder(protocol)})")  # fmt: skip
     add("--finetune", type=_text, default=PRETRAINED, metavar="FILE|lite0|timm|none",
         help=f"ImageNet weights of both networks: {_WEIGHTS}")  # fmt: skip
@@ -58,7 +59,7 @@ def train_parser(protocol):
         "(blocks of a transformer, stages of a ConvNeXt)")  # fmt: skip
     either("--freeze", type=_count, default=0, metavar="N",
         help="do not train the first N groups of layers of the student: the stem, the first stage, ...")  # fmt: skip
-    add("--teacher_head", type=file_path, metavar="FILE",
+    add("--teacher_head", type=path_type, metavar="FILE",
         help="ImageNet head to align, for a --model that has none (DINOv2, SigLIP, CLIP, ...): an .npz with weight "
         "(classes, values) and bias, or with class embeddings and scale")  # fmt: skip
     add("--epochs", type=positive_int, default=20, help="number of epochs")
@@ -130,7 +131,7 @@ def test_parser(protocol):
     _add_data(parser, protocol)
     _add_model(parser, protocol, recorded=True)
     add = parser.add_argument
-    add("--resume_dir", "-s", type=file_path, metavar="DIR|FILE", help="checkpoint to test, or its folder, which also "
+    add("--resume_dir", "-s", type=path_type, metavar="DIR|FILE", help="checkpoint to test, or its folder, which also "
         f"takes the results and may hold features_zero.pickle (default: {_checkpoint_folder(protocol)})")  # fmt: skip
     add(
         "--mode",
@@ -150,7 +151,7 @@ def test_parser(protocol):
         "results go to --resume_dir (default: untrained/<model> in the folder of checkpoints)")  # fmt: skip
     add("--finetune", type=_text, metavar="FILE|lite0|timm|none",
         help=f"weights of --features_only: {_WEIGHTS} (default: {PRETRAINED})")  # fmt: skip
-    add("--order", type=file_path, metavar="LISTS", help="folder of lists, such as datasets/Sketchy/zeroshot1, whose "
+    add("--order", type=path_type, metavar="LISTS", help="folder of lists, such as datasets/Sketchy/zeroshot1, whose "
         "order features from elsewhere have: for file names, class names and pictures")  # fmt: skip
     add("--batch_size", type=positive_int, default=64, help="batch size of feature extraction")
     add("--precision", choices=PRECISIONS, default="tf32",
@@ -310,7 +311,7 @@ def _checkpoint_folder(protocol, zero_version=None):
 
 def _add_data(parser, protocol):
     parser.add_argument(
-        "--data_root", type=file_path, default=Path(protocol.data_root), metavar="DIR", help="the data set"
+        "--data_root", type=path_type, default=Path(protocol.data_root), metavar="DIR", help="the data set"
     )
     parser.add_argument(
         "--zero_version", type=folder_name, default=protocol.zero_version, metavar="NAME", help="its folder of lists"
@@ -363,11 +364,6 @@ def _tune(text):
         return check_tune(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def file_path(text):
-    """An argparse type: a path."""
-    return Path(_text(text))
 
 
 _count = number_type(int, 0, 10**6, "a whole number from 0 to a million")

@@ -330,20 +330,21 @@ def run_find(options):
     if options.k > len(searcher.index):
         log_rank0(f"note: the index has only {len(searcher.index):,} photos; all are shown")
     found, missing = [], set()
-    for path, features in zip(options.sketches, _features(searcher.encoder, sketches), strict=True):
+    for features in _features(searcher.encoder, sketches):
         hits, gone = searcher.find_present(features, options.k, matching, weight)
         missing.update(gone)
-        if options.json != STDOUT:
-            print_table(path, matching, hits)
         found.append(hits)
+    result = results_to_json(options.sketches, matching, weight, found)
+    if json_path:  # before the tables, whose reader may close their pipe
+        write_json(json_path, result)
     if missing:
         photos = "1 photo that would be shown does" if len(missing) == 1 else f"{len(missing):,} photos found do"
         log_rank0(f"note: {photos} not exist now; index again to remove them")
-    result = results_to_json(options.sketches, matching, weight, found)
     if options.json == STDOUT:
         print(json.dumps(result, indent=2))
-    elif json_path:
-        write_json(json_path, result)
+    else:
+        for path, hits in zip(options.sketches, found, strict=True):
+            print_table(path, matching, hits)
     rows = rows_to_draw(options.sketches, sketches, found, searcher.index) if picture else []
     if picture:
         draw_found(picture, rows)

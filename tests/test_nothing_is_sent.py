@@ -1,4 +1,4 @@
-"""No command contacts another machine, or writes below the home folder anything but matplotlib's font cache.
+"""No command contacts another machine, or writes anything outside the folders that it was given but known caches.
 
 Commands run in processes of their own, with an empty home folder, with Python's sockets and name look-ups recorded,
 and, where the system allows it, in a network namespace that has a loopback device alone. Native code that reports use
@@ -17,15 +17,16 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parents[1]
 # Imported by every Python process: brings up the loopback device of a new namespace, and records what leaves it.
 RECORDER = """
-import fcntl, os, socket, struct
+import fcntl, os, socket, struct, sys
 
 if os.environ.get("IN_NAMESPACE"):
     with socket.socket() as any_socket:  # SIOCSIFFLAGS, IFF_UP | IFF_RUNNING
         fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 0x41))
 
+log = open(os.environ["RECORD"], "a", buffering=1)
+
 def record(what, target):
-    with open(os.environ["RECORD"], "a") as file:
-        file.write(f"{what} {target!r}\\n")
+    log.write(f"{what} {target!r}\\n")
 
 def is_local(host):
     return host is None or str(host) in ("", "127.0.0.1", "::1", "localhost", "0.0.0.0")
@@ -50,6 +51,26 @@ class RecordedSocket(socket.socket):
     def sendto(self, *arguments):
         return recorded(super().sendto, address_of)(*arguments)
 
+CHANGES = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.rmdir": 1, "os.link": 2, "os.symlink": 2}
+
+def is_allowed(path):
+    path = os.path.abspath(os.fsdecode(path))
+    for each in os.environ["MAY_WRITE"].split(":"):
+        folder, name = os.path.split(each)
+        if path == each or path.startswith((each + "/", f"{folder}/.{name}.")):  # the last is a temporary file
+            return True
+    return False
+
+def watch(event, arguments):
+    count = CHANGES.get(event, 0)
+    if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        count = 1
+    for path in arguments[:count]:
+        is_there = event in ("open", "os.mkdir") and os.path.isdir(path)  # a trial file, a folder made if needed
+        if isinstance(path, str | bytes) and not is_there and not is_allowed(path):
+            record("writes", os.fsdecode(path))
+
+sys.addaudithook(watch)
 socket.socket = RecordedSocket
 for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
     setattr(socket, name, recorded(getattr(socket, name), lambda arguments: arguments[0]))
@@ -92,17 +113,34 @@ search_photos.main(["find", "sketch.png", "--checkpoint", "s.onnx", *milvus])
 """
 
 
+# What the commands may write: what they are given as folders and files, and caches that docs/search.md names.
+GIVEN = (
+    "run",
+    "of_torch",
+    "photo_index",
+    "photos.db",
+    "s.onnx",
+    "s.safetensors",
+    "found.png",
+    ".tmp",
+    ".home/.cache/matplotlib",
+)
+
+
 def leaves_behind(code, folder):
-    """Run Python `code` in `folder`; returns what left the machine, and which files are below the home folder."""
-    home, patch, record = (folder / f".{name}" for name in ("home", "patch", "record"))
-    for each in (home, patch):
+    """Run Python `code` in `folder`; returns what left the machine or was written elsewhere, and files below home."""
+    home, patch, record, temporary = (folder / f".{name}" for name in ("home", "patch", "record", "tmp"))
+    for each in (home, patch, temporary):
         shutil.rmtree(each, ignore_errors=True)
         each.mkdir()
+    for each in (".cache/matplotlib", ".config/matplotlib"):  # as they are where matplotlib has been used
+        (home / each).mkdir(parents=True)
     record.write_text("")
     (patch / "sitecustomize.py").write_text(RECORDER)
     environment = {
         "HOME": str(home), "PYTHONPATH": f"{patch}:{ROOT}", "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1",
-        "RECORD": str(record),
+        "RECORD": str(record), "MAY_WRITE": ":".join([*(str(folder / name) for name in GIVEN), "/dev/null"]),
+        "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
     isolated = ["unshare", "--map-root-user", "--net"]
     if not shutil.which("unshare") or subprocess.run([*isolated, "true"], capture_output=True).returncode:
@@ -133,6 +171,7 @@ def test_what_is_sent_or_written_is_noticed(tmp_path):
     code = """
 import os, socket
 open(os.path.expanduser("~/deviceid"), "w").close()
+os.mkdir("elsewhere")
 for call in (lambda: socket.create_connection(("192.0.2.1", 9), timeout=0), lambda: socket.getaddrinfo("host", 80)):
     try:
         call()
@@ -140,6 +179,7 @@ for call in (lambda: socket.create_connection(("192.0.2.1", 9), timeout=0), lamb
         pass
 """
     record, files = leaves_behind(code, tmp_path)
+    assert "writes 'elsewhere'\n" in record and f"writes '{tmp_path}/.home/deviceid'\n" in record
     assert "getaddrinfo ('192.0.2.1'" in record and "getaddrinfo ('host'" in record and "connect (" in record
     assert files == {"deviceid"}
 

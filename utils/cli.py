@@ -10,13 +10,14 @@ import functools
 import importlib
 import io
 import os
+import platform
 import re
 import select
 import signal
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils import numpy_sort
@@ -105,9 +106,32 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
+        self.add_argument("--version", action=_Version, nargs=0, help="print what a report of a fault should name")
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")
+
+
+class _Version(argparse.Action):
+    """Prints the commit of this project, if it is known, and the versions of Python and of the main libraries."""
+
+    def __call__(self, parser, *_):
+        import subprocess  # these two take longer to load than the rest of this module
+        from importlib.metadata import PackageNotFoundError, version
+
+        root = Path(__file__).resolve().parents[1]
+        try:
+            commit = subprocess.run(
+                ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # a download without its history
+            commit = "of an unknown commit"
+        versions = [f"Python {platform.python_version()}"]
+        for name in ("numpy", "pillow", "torch", "timm", "onnxruntime"):
+            with suppress(PackageNotFoundError):
+                versions.append(f"{name} {version(name)}")
+        print(f"SBKA {commit}, {', '.join(versions)}, {platform.platform()}")
+        parser.exit()
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -142,6 +166,8 @@ def existing_text(text):
     """An argparse type: the name of a file or folder. An empty text, as of an unset variable, is none."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError("an empty string is not a file or folder")
+    if re.match(r"[a-z][a-z0-9+]{1,9}://", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is an address; download the file, and name that")
     return text
 
 

@@ -16,14 +16,14 @@ from models.eval.evaluate import evaluate_grid
 from models.eval.feature_files import read_any
 from models.eval.image_order import UNKNOWN, in_order_of
 from models.eval.metrics import STANDARD
-from models.eval.report import print_results, summarise, write_report
-from models.options import add_grid, add_report, check_device, file_path, grid_of
+from models.eval.report import check_report_files, print_results, summarise, write_report
+from models.options import add_grid, add_report, check_device, grid_of
 from models.run_record import run_record
 from models.testing import check_features
 from utils import distributed
-from utils.cli import InputError, OneLineParser, one_line_errors, sigterm_as_exception
+from utils.cli import InputError, OneLineParser, one_line_errors, path_type, sigterm_as_exception
 from utils.distributed import log_rank0
-from utils.files import check_writable, folder_lock, sha256_of
+from utils.files import folder_lock, sha256_of
 
 
 @one_line_errors()
@@ -42,7 +42,7 @@ def main(argv=None):
     check_features(features, rows)
     if options.out is None:
         options.out = Path(f"{os.path.splitext(options.features[0])[0]}_results")
-    check_writable(options.out)
+    check_report_files(options.out)
     grid = grid_of(options, rows)
     metrics, dtype = tuple(dict.fromkeys((*STANDARD, *options.metrics))), getattr(torch, options.distances)
     with sigterm_as_exception(), folder_lock(options.out, "testing"):
@@ -75,10 +75,10 @@ def create_parser():
         "1, and their Euclidean distances rank as cosine similarity does; euclidean: features as they are")  # fmt: skip
     add_grid(parser, metrics=STANDARD, dtype="float64")
     add_report(parser)
-    add("--order", type=file_path, metavar="LISTS", help="folder of lists, such as datasets/Sketchy/zeroshot1, whose "
+    add("--order", type=path_type, metavar="LISTS", help="folder of lists, such as datasets/Sketchy/zeroshot1, whose "
         "order the features have, in the folder of the data set: for file names, class names and pictures")  # fmt: skip
-    add("--data_root", type=file_path, default=Path("."), metavar="DIR", help="what file names inside the features are "
+    add("--data_root", type=path_type, default=Path("."), metavar="DIR", help="what file names inside the features are "
         "relative to")  # fmt: skip
-    add("--out", type=file_path, metavar="DIR", help="where the results go (default: FILE_results)")
+    add("--out", type=path_type, metavar="DIR", help="where the results go (default: FILE_results)")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     return parser

@@ -14,8 +14,8 @@ from models.eval.matching import CLUSTER_WEIGHT
 from models.eval.metrics import STANDARD
 from utils.cli import InputError
 from utils.distributed import log_rank0
-from utils.files import atomic_write, write_json
-from utils.pictures import draw_or_note
+from utils.files import atomic_write, check_output, write_json
+from utils.pictures import OWN_PNG, draw_or_note
 
 QUERIES = "per_query.npz"
 
@@ -77,6 +77,14 @@ def _mean(tables):
 def _spread(values):
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"deviation": deviation, "range": [min(values), max(values)]}
+
+
+def check_report_files(folder):
+    """Raise InputError if a file that `write_report` writes would replace one that it did not write."""
+    for name in ("precision_recall.png", "tsne.png", "retrievals.png"):
+        check_output(folder / name, "", OWN_PNG)
+    check_output(folder / "results.json", "", rb'\A\{\s*"benchmark":')
+    check_output(folder / QUERIES, "", rb"\APK\3\4")
 
 
 def write_report(folder, results, features, result, images, count=4):

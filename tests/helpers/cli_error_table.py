@@ -1,4 +1,4 @@
-"""A table of bad input to the seven scripts and to `prepare`, and what each prints.
+"""A table of bad input to all commands, and what each prints.
 
     .venv/bin/python tests/helpers/cli_error_table.py            # prints the table; status 1 if a row is not one line and status 2
     .venv/bin/python tests/helpers/cli_error_table.py --quick   # without those of fault_injection.py: kills, full disks, two processes
@@ -11,7 +11,9 @@ import importlib
 import io
 import json
 import multiprocessing
+import os
 import pickle
+import shlex
 import shutil
 import sys
 import tempfile
@@ -68,6 +70,67 @@ PREPARE = [
 ]  # fmt: skip
 
 
+_PHOTO, _TEXT = "'{data}/photo of zero/0.png'", "{data}/zeroshot1/cname_cid.txt"
+_NEW = "index {data} --index {out}/index"
+SEARCH = [
+    "", "index '' --index {out}/index", "index {data} --index ''", "index --index {out}/index",
+    "index {data}/none --index {out}/index", "index {data}/zeroshot1 --index {out}/index", f"{_NEW} --exclude '*'",
+    *(f"{_NEW} --checkpoint {file}" for file in ("''", "https://host/m.onnx", "{data}/none.onnx", _TEXT, "{data}/fifo.onnx",
+                                                 "{data}/fifo.pt", "{data}/fifo.safetensors", "/dev/zero", "{data}")),
+    *(f"{_NEW} {option}" for option in ("--clusters 0", "--subspaces x", "--workers -1", "--batch_size 0", "--input_size 8",
+                                        "--backend tf", "--engine faiss", "--engine milvus", "--uri x", "--remove ''",
+                                        "--device abacus", "--device cuda:99", "--no_such_option")),
+    *(f"find {file} --index {{out}}/none" for file in ("", "''", "{data}", "{data}/none.png", _TEXT, "{data}/fifo.png",
+                                                        "/dev/zero", _PHOTO)),
+    *(f"find {_PHOTO} --index {{out}}/none {option}" for option in (
+        "-k 0", "-k many", "--matching both", "--cluster_weight 2", "--cluster_weight nan", "--json ''", f"--json {_TEXT}",
+        f"--json {_PHOTO}", "--json /dev/null", "--json {data}", "--json {data}/fifo.png", f"--json {_TEXT}/x",
+        f"--picture {_TEXT}", f"--picture {_PHOTO}", "--picture {data}", "--picture {data}/fifo.png",
+        "--json {out}/x --picture {out}/x")),
+    "page --index {out}/none", "page --port 99999", "page --port x", "page --host 256.1.1.1 --index {out}/none",
+]  # fmt: skip
+EXPORT = [
+    "", "{data}/none --to {out}/s.onnx", f"{_TEXT} --to {{out}}/s.onnx", "{data}/fifo.pt --to {out}/s.onnx",
+    "{data} --to {out}/s.onnx", "'' --to {out}/s.onnx", "https://host/c --to {out}/s.onnx", f"{_TEXT} --to ''",
+    f"{_TEXT} --to {{out}}/s.txt", f"{_TEXT} --to {{data}}/fifo.onnx",
+]  # fmt: skip
+COMPARE = ["", "''", "{data}", "{data}/none", _TEXT, "{data} --out ''", "{data} --names ''", "{data} --draws 1"]
+EVAL = [
+    "",
+    "''",
+    "{data}/none.npz",
+    _TEXT,
+    "{data}/fifo.npz",
+    "{data}/fifo.pickle",
+    "{data}",
+    "{data}/none.npz --out ''",
+]
+PREPARE += [
+    "check ''", "check {data} --custom --json ''", f"check {{data}} --custom --json {_TEXT}", "summary {data} --out ''",
+    "check {data} --custom --json /dev/null", "check {data} --custom --json {data}/fifo.pt", "lists '' --custom",
+    "mask {data} --protocol sketchy --wordnet ''", "miniature ''", "miniature {data}/fifo.pt",
+]  # fmt: skip
+MODULES = {"prepare": "datasets.prepare.__main__", "search_photos": "search_photos", "models.export": "models.export",
+           "models.compare": "models.compare", "models.eval": "models.eval.command"}  # fmt: skip
+FIFOS = ("fifo.png", "fifo.onnx", "fifo.pt", "fifo.safetensors", "fifo.npz", "fifo.pickle")
+
+
+def fifo(name):
+    def replace(data):
+        (data / name).unlink()
+        os.mkfifo(data / name)
+
+    return replace
+
+
+def device(name, target="/dev/zero"):
+    def replace(data):
+        (data / name).unlink()
+        (data / name).symlink_to(target)
+
+    return replace
+
+
 def overwrite(name, content):
     return lambda data: (data / name).write_bytes(content)
 
@@ -101,6 +164,10 @@ DAMAGES = {  # of the benchmark folder, before training
     "a mask with NaN": overwrite(MASK, pickle.dumps({0: np.full(1000, np.nan), 1: np.zeros(1000)})),
     "no validation list": remove("zeroshot1/sketch_tx_000000000000_ready_filelist_test.txt"),
     "no images": remove("photo of train"),
+    "a list that is a FIFO": fifo(LIST), "a list that is a device": device(LIST),
+    "a list that is a link to itself": device(LIST, "all_photo_filelist_train.txt"),
+    "class names that are a FIFO": fifo("zeroshot1/cname_cid.txt"), "a mask that is a FIFO": fifo(MASK),
+    "a mask that is a device": device(MASK), "a title that is a FIFO": fifo("zeroshot1/title.txt"),
     "torn images": lambda data: [path.write_bytes(path.read_bytes()[:40]) for path in (data / "photo of train").iterdir()],
     "images of text": lambda data: [path.write_text("hello") for path in (data / "sketch of train").iterdir()],
 }  # fmt: skip
@@ -142,8 +209,10 @@ def rows():
                 yield f"{option} {value!r}", script, [*common.split(), option, value], None
         for option in IDLE if first else ():
             yield option, script, [*common.split(), option], None
-    for command in PREPARE:
-        yield command or "no command", "prepare", command.split(), None
+    for script, commands in {"prepare": PREPARE, "search_photos": SEARCH, "models.export": EXPORT,
+                             "models.compare": COMPARE, "models.eval": EVAL}.items():  # fmt: skip
+        for command in commands:
+            yield command or "no command", script, shlex.split(command), None
     for name, damage in DAMAGES.items():
         yield name, "train_sketchy_ext", f"{SMALL} -s {{out}} --finetune none {TRAINING}".split(), damage
     test = f"{SMALL.replace('{data}', '{data}/none')} -s {{features}} --clusters 3 --subspaces 2".split()
@@ -169,10 +238,12 @@ def run(script, arguments, damage, folder, benchmark):
     shutil.copytree(benchmark, data)
     features.mkdir()
     (features / "features_zero.pickle").write_bytes(pickle.dumps([GALLERY, LABELS, GALLERY, LABELS, None]))
+    for name in FIFOS:
+        os.mkfifo(data / name)
     if damage:
         damage(data)
     arguments = [each.format(data=data, features=features, out=out) for each in arguments]
-    module = importlib.import_module("datasets.prepare.__main__" if script == "prepare" else script)
+    module = importlib.import_module(MODULES.get(script, script))
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
