@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from utils.cli import InputError
+from utils.files import open_regular
 
 MAX_BYTES = 1 << 30  # of the arrays of a file, unpacked
 
@@ -59,11 +60,12 @@ def read_head(path):
 
 def _read_arrays(path):
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
-                raise InputError(f"--teacher_head {path}: larger than 1 GiB, too large for a head")
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        with open_regular(path) as file:
+            with zipfile.ZipFile(file) as archive:
+                if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
+                    raise InputError(f"--teacher_head {path}: larger than 1 GiB, too large for a head")
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
     except FileNotFoundError:
         raise InputError(f"--teacher_head {path}: no such file") from None
     except (InputError, MemoryError):

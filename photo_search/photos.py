@@ -13,6 +13,7 @@ from typing import NamedTuple
 from datasets.images import decode_image, suffixes_of_formats, why_unreadable
 from datasets.unreadable import HEIF_ADVICE
 from utils.cli import InputError
+from utils.files import open_regular
 
 # What photos are in that are not decoded, and what reads them.
 _RAW_ADVICE = "save them as JPEG in the program that reads them"
@@ -171,7 +172,7 @@ def open_photo(index, row):
     """
     path = _inside(index.path(row), index.metadata["folders"])
     try:
-        file = open(path, "rb")  # noqa: SIM115, the caller closes it
+        file = open_regular(path)
     except OSError as error:
         raise FileNotFoundError(path) from error
     if kind := _kind(file.read(12)):

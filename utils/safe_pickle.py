@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.cli import InputError
+from utils.files import open_regular
 
 _MAX_BYTES_PER_BYTE = 10  # of arrays for a byte of the file; a bool in a list takes 1 byte there and 8 here
 _MAX_OBJECTS = 2_000_000  # strings, containers, calls and memo entries: labels as NumPy scalars need some 6 each
@@ -90,7 +91,7 @@ def read_pickled_dict(path):
 def _opened(path):
     """Open a pickle; gives (its content as stand-ins, an _ArrayBuilder). Every failure is an InputError."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
             copy, strings = _scan(file, size)

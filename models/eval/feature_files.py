@@ -9,6 +9,7 @@ in its first one; a line of column names that ends in "label" or "class" is left
 """
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from datasets.lists import FileList, QueryGallery
 from models.eval.features import Features
 from models.eval.image_order import numbered
 from utils.cli import InputError
+from utils.files import open_regular
 from utils.safe_pickle import read_pickled_list
 
 ARRAY_NAMES = ("gallery", "gallery_labels", "query", "query_labels")
@@ -135,13 +137,12 @@ def _suffix(path):
 def _load(path):
     """The array of a .npy, or {name: array} of a .npz; never a pickle."""
     try:
-        content = np.load(path, allow_pickle=False)
-        if not isinstance(content, np.lib.npyio.NpzFile):
-            return content
-        with content:
-            return {name: content[name] for name in content.files if name in (*ARRAY_NAMES, *FILES)} or dict.fromkeys(
-                content.files
-            )
+        with open_regular(path) as file:
+            content = np.load(file, allow_pickle=False)
+            if not isinstance(content, np.lib.npyio.NpzFile):
+                return content
+            known = [name for name in content.files if name in (*ARRAY_NAMES, *FILES)]
+            return {name: content[name] for name in known} or dict.fromkeys(content.files)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except MemoryError:
@@ -163,7 +164,7 @@ def _read_torch(path):
 def _read_csv(path):
     """(labels, file names or None) of a .csv, or of a .txt with one label a line."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file) if row] if _suffix(path) == ".csv" else [
                 [line.strip()] for line in file if line.strip()
             ]  # fmt: skip

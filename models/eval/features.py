@@ -23,7 +23,7 @@ from models.networks import arithmetic, normalise
 from utils import distributed
 from utils.cli import InputError
 from utils.distributed import bar_disabled, log_rank0
-from utils.files import open_own, sha256_of, write_json, write_pickle
+from utils.files import open_own, read_bytes, sha256_of, write_json, write_pickle
 from utils.safe_pickle import read_pickled_list
 
 FEATURES = "features_zero.pickle"
@@ -285,8 +285,8 @@ def _sidecar(path):
 def record(path):
     """The record that `write_features` wrote beside the features at `path`: {"source", "sha256"}, or {}."""
     try:
-        content = json.loads(_sidecar(path).read_text())
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(read_bytes(_sidecar(path), 1 << 20))
+    except (OSError, ValueError, RecursionError):  # InputError is a ValueError
         content = None
     content = content if isinstance(content, dict) else {}
     source = content.get("source")

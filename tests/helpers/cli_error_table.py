@@ -117,7 +117,7 @@ FIFOS = ("fifo.png", "fifo.onnx", "fifo.pt", "fifo.safetensors", "fifo.npz", "fi
 
 def fifo(name):
     def replace(data):
-        (data / name).unlink()
+        (data / name).unlink(missing_ok=True)
         os.mkfifo(data / name)
 
     return replace
@@ -125,7 +125,7 @@ def fifo(name):
 
 def device(name, target="/dev/zero"):
     def replace(data):
-        (data / name).unlink()
+        (data / name).unlink(missing_ok=True)
         (data / name).symlink_to(target)
 
     return replace
@@ -167,7 +167,7 @@ DAMAGES = {  # of the benchmark folder, before training
     "a list that is a FIFO": fifo(LIST), "a list that is a device": device(LIST),
     "a list that is a link to itself": device(LIST, "all_photo_filelist_train.txt"),
     "class names that are a FIFO": fifo("zeroshot1/cname_cid.txt"), "a mask that is a FIFO": fifo(MASK),
-    "a mask that is a device": device(MASK), "a title that is a FIFO": fifo("zeroshot1/title.txt"),
+    "a mask that is a device": device(MASK),
     "torn images": lambda data: [path.write_bytes(path.read_bytes()[:40]) for path in (data / "photo of train").iterdir()],
     "images of text": lambda data: [path.write_text("hello") for path in (data / "sketch of train").iterdir()],
 }  # fmt: skip

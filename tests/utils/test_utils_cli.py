@@ -1,7 +1,9 @@
 """Errors of users end in one line, bugs keep their traceback, and output that cannot be written is no bug."""
 
+import argparse
 import errno
 import os
+import platform
 import subprocess
 import sys
 from multiprocessing import Pipe
@@ -12,7 +14,8 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 
-from utils.cli import InputError, one_line_errors
+from utils.cli import InputError, OneLineParser, one_line_errors, path_type, printable
+from utils.distributed import log_rank0
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT_OF_MEMORY = "out of memory; lower --batch_size or --input_size"
@@ -171,3 +174,27 @@ def test_a_missing_requirement_ends_in_one_line(command):
     ended = run("-S", *command, "--help", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # no site-packages
     assert ended.returncode == 2 and not ended.stdout
     assert ended.stderr.count("\n") == 1 and " is not installed; " in ended.stderr
+
+
+def test_names_of_files_cannot_forge_lines_or_act_on_the_terminal(capsys):
+    line = outcome(capsys, throw, InputError("/nowhere/a\nb\x1b[2J\r\u202egpj.jpg\udcff: cannot be searched"))
+    assert line == "error: /nowhere/a\\nb\\x1b[2J\\r\\u202egpj.jpg\\udcff: cannot be searched\n"
+    log_rank0("note: \x1b[31m\n")
+    assert capsys.readouterr().err == "note: \\x1b[31m\\n\n"
+    assert printable("žluťoučký 雪 👨‍👩‍👧 صورة.jpg") == "žluťoučký 雪 👨‍👩‍👧 صورة.jpg"
+
+
+def test_paths_are_texts_and_no_addresses():
+    assert path_type("a b") == Path("a b")
+    for text, message in (("", "an empty string"), (" ", "an empty string"), ("a\0b", "an empty string"),
+                          ("https://host/m.onnx", "is an address; download the file")):  # fmt: skip
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            path_type(text)
+
+
+def test_the_version_names_what_a_report_needs(capsys):
+    with pytest.raises(SystemExit) as end:
+        OneLineParser(prog="p").parse_args(["--version"])
+    assert not end.value.code
+    printed = capsys.readouterr().out
+    assert printed.startswith("SBKA ") and f"Python {platform.python_version()}, numpy " in printed

@@ -1,6 +1,7 @@
 """python -m models.eval: the features of any method, from files of any form."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -154,3 +155,9 @@ def test_unusable_files_end_in_one_line(arrays, tmp_path, fails, trap):
     assert not trap.sprung()
     assert "--clusters 99: the gallery has only 45 photos" in fails(main, tmp_path / "a.npz", "--clusters", "99")
     assert "cannot be cut into 3" in fails(main, tmp_path / "a.npz", "--subspaces", "3")
+
+
+def test_no_file_is_waited_for(tmp_path, fails):
+    for name in ("f.npz", "f.pickle", "f.pt", "f.safetensors"):
+        os.mkfifo(tmp_path / name)
+        assert "not a regular file" in fails(main, tmp_path / name)
