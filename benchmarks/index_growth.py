@@ -58,7 +58,7 @@ def main():
         return
     sys.stdout.reconfigure(line_buffering=True)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    print("   photos   changed      update s   scan s   written MB   open s   search ms   memory GB")
+    print("   photos   changed  update s  of CPU  scan s  of CPU  written MB  open s  search ms  memory GB")
     results = []
     for count in options.photos:
         folder = options.folder / str(count)
@@ -81,8 +81,9 @@ def main():
 
 
 def print_result(each):
-    figures = f"{each['seconds']:13.2f} {each['scan']:8.2f} {each['bytes'] / 1e6:12.2f} {each['open']:8.2f}"
-    rest = f"{each['search'] * 1e3:11.1f} {each['memory']:11.2f}   {'' if each['appended'] else 'all written'}"
+    figures = f"{each['seconds']:9.2f} {each['cpu']:7.2f} {each['scan']:7.2f} {each['scan_cpu']:7.2f}"
+    figures += f" {each['bytes'] / 1e6:11.2f} {each['open']:7.2f}"
+    rest = f"{each['search'] * 1e3:10.1f} {each['memory']:10.2f}   {'' if each['appended'] else 'all written'}"
     print(f"{each['photos']:9,} {each['changed']:9,} {figures} {rest}")
 
 
@@ -156,14 +157,13 @@ def measure(folder, changed, is_appended):
         path.rename(path.with_suffix(".away"))
     update.MAX_TAIL_SHARE = update.MAX_TAIL_SHARE if is_appended else -1
     try:
-        started = time.perf_counter()
-        find_photos([str(album.resolve())])
-        scan, options = time.perf_counter() - started, update.IndexOptions([str(album.resolve())])
-        before, started = written(), time.perf_counter()
-        stats = update.update_index(index, Encoder, None, options)
-        seconds, bytes_ = time.perf_counter() - started, written() - before
+        options = update.IndexOptions([str(album.resolve())])
+        _, scan, scan_cpu = timed(lambda: find_photos(options.folders))
+        before = written()
+        stats, seconds, cpu = timed(lambda: update.update_index(index, Encoder, None, options))
+        figures = {"seconds": seconds, "cpu": cpu, "scan": scan, "scan_cpu": scan_cpu, "bytes": written() - before}
         assert (stats.new, stats.removed) == (len(added), len(removed))
-        return {"seconds": seconds, "scan": scan, "bytes": bytes_, "appended": is_appended, **search(index)}
+        return {**figures, "appended": is_appended, **search(index)}
     finally:
         for path in removed:
             path.with_suffix(".away").rename(path)
@@ -185,6 +185,13 @@ def search(folder):
     status = Path("/proc/self/status").read_text()
     memory = int(status.split("RssAnon:")[1].split()[0]) / 1e6
     return {"open": opened, "search": float(np.median(times[10:])), "memory": memory}
+
+
+def timed(function):
+    """(result, seconds, seconds of the processor) of a function."""
+    started, cpu = time.perf_counter(), time.process_time()
+    result = function()
+    return result, time.perf_counter() - started, time.process_time() - cpu
 
 
 def written():
