@@ -3,7 +3,7 @@
 # make test   run the tests, on all cores
 # make lint   check style
 # make torture   kill a training process a dozen times and compare where it ends
-# make fuzz   read 100,000 damaged features and masks, 40,000 damaged exports
+# make fuzz   read 100,000 damaged features and masks, 40,000 damaged exports, 20,000 damaged indexes
 # make gpu    check and measure what runs on a GPU, in ten minutes; writes gpu_report.md
 # Each sets up .venv first; `make PYTHON=python3.12 test` chooses the Python that it is made from.
 
@@ -45,6 +45,7 @@ torture: .venv/ready
 fuzz: .venv/ready
 	$(PY) tests/helpers/fuzz.py
 	$(PY) tests/helpers/fuzz_models.py
+	$(PY) tests/helpers/fuzz_index.py
 
 gpu: .venv/ready
 	$(PY) benchmarks/gpu.py

@@ -34,13 +34,8 @@ from photo_search.photos import find_photos  # noqa: E402
 
 WIDTH, CLUSTERS, PHOTOS_PER_FOLDER, BLOCK = 768, 100, 1000, 10_000
 METADATA = {
-    "checkpoint": "none",
-    "sha256": "",
-    "model": "none",
-    "imagenet_classes": 1,
-    "input_size": 32,
-    "width": WIDTH,
-}
+    "checkpoint": "none", "sha256": "", "model": "none", "imagenet_classes": 1, "input_size": 32, "width": WIDTH,
+}  # fmt: skip
 
 
 def main():

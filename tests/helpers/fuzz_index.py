@@ -45,17 +45,19 @@ ODD_BYTES = (b"\x00", b"\xff" * 8, b"(", b"'", b"9" * 30, b"-", b"|O", b"<f8", b
 def make(folder):
     """An index of 40 photos with a tail, and the source of its unfinished run."""
     encoder, album = FakeEncoder(), write_album(folder / "album", 40)
-    updates.MAX_TAIL_SHARE = 1
-    update(folder / "index", encoder, album, clusters=3)
-    (album / "0.png").unlink()
-    write_photo(album / "new.png", 100)
-    update(folder / "index", encoder, album)
-    write_photo(album / "newer.png", 101)
-    append, updates.append_to_index = updates.append_to_index, lambda *_: 1 / 0
+    before, updates.MAX_TAIL_SHARE, append = updates.MAX_TAIL_SHARE, 1, updates.append_to_index
     try:
+        update(folder / "index", encoder, album, clusters=3)
+        (album / "0.png").unlink()
+        write_photo(album / "new.png", 100)
+        update(folder / "index", encoder, album)
+        write_photo(album / "newer.png", 101)
+        updates.append_to_index = lambda *_: 1 / 0
         update(folder / "index", encoder, album)
     except ZeroDivisionError:
-        updates.append_to_index = append
+        pass
+    finally:
+        updates.MAX_TAIL_SHARE, updates.append_to_index = before, append
     assert (folder / "index" / PHOTOS_FILE).exists()
     return folder / "index"
 

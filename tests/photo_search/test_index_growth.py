@@ -419,3 +419,14 @@ def test_any_number_of_cores_finds_the_same(cores, album, grown, monkeypatch):
         monkeypatch.setattr(search_cells, "GROUP", 8)
         monkeypatch.setattr(search_cells, "SCAN_SHARE", 0)
         assert_finds_what_comparing_all_finds(grown, features_of_files(album.rglob("*.png")))
+
+
+def test_damaged_indexes_are_searched_or_refused_in_one_line(tmp_path):
+    """A few of those of `make fuzz`."""
+    from helpers import fuzz_index
+
+    whole = {path.name: path.read_bytes() for path in fuzz_index.make(tmp_path).iterdir()}
+    draw = random.Random(1)
+    for _ in range(60):
+        fuzz_index.write_damaged(draw, whole, tmp_path / "damaged")
+        fuzz_index.read(tmp_path / "damaged")
