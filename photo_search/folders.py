@@ -41,7 +41,8 @@ def folders_of(index):
             while place < last and len(found) < MAX_FOLDERS:
                 name, inside, _ = path(place).removeprefix(prefix).partition(_SEPARATOR)
                 deeper = inside and depth < MAX_FOLDER_DEPTH
-                place = add(prefix + name + inside, depth + 1, range(place, last)) if deeper else place + 1
+                end = add(prefix + name + inside, depth + 1, range(place, last)) if deeper else place
+                place = max(end, place + 1)  # paths of a damaged index may be in disorder
         return last
 
     for root in filter(os.path.isabs, index.metadata["folders"]):
