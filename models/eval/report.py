@@ -84,7 +84,7 @@ def check_report_files(folder):
     for name in ("precision_recall.png", "tsne.png", "retrievals.png"):
         check_output(folder / name, "", OWN_PNG)
     check_output(folder / "results.json", "", rb'\A\{\s*"benchmark":')
-    check_output(folder / QUERIES, "", rb"\APK\3\4")
+    check_output(folder / QUERIES, "", rb"\APK\x03\x04")
 
 
 def write_report(folder, results, features, result, images, count=4):
