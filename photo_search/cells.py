@@ -183,8 +183,8 @@ def find_nearest(cells, query, k, weight, allowed=None):
     if cells.not_removed is not None:
         allowed = cells.not_removed if allowed is None else allowed & cells.not_removed
     count = len(cells.path_order) if allowed is None else int(allowed.sum())
-    # BLAS threads would wait for each other longer than a product takes.
-    with _blas().limit(limits=1, user_api="blas"):
+    # BLAS threads would wait for each other longer than a product takes. Damaged features may overflow.
+    with _blas().limit(limits=1, user_api="blas"), np.errstate(all="ignore"):
         return _find_nearest(_LocalSearch(cells, query, min(k, count), weight, allowed), cells)
 
 

@@ -156,6 +156,7 @@ def main():
     faulthandler.enable()
     faulthandler.register(signal.SIGPROF, chain=True)
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="photo_search.cells")  # in threads
     folder = Path(tempfile.mkdtemp(prefix="fuzz-index-"))
     whole = {path.name: path.read_bytes() for path in make(folder).iterdir()}
     assert read(folder / "index") is None
@@ -172,6 +173,8 @@ def main():
         limit(CPU_SECONDS)
         refused = read(folder / "damaged") is not None
         limit()
+        if sum(counts.values()) % 1000 == 999:
+            print(f"{sum(counts.values()) + 1:,} indexes", file=sys.stderr, flush=True)
         counts[INDEX_FILE if name == INDEX_FILE else "a file of arrays" if "-" in name else name, refused] += 1
     for (name, refused), count in sorted(counts.items()):
         print(f"{name:20} {'refused' if refused else 'read':8} {count:7,}")
