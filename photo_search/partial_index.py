@@ -116,7 +116,7 @@ class PartialIndex:
     def _have_unit_length(self):
         """Whether each of the features in their file has length 1; a crash can leave blocks of zeros: (n,) bool."""
         checked = [np.empty(0, bool)]
-        with open_own(self.folder / FEATURES_FILE) as file:
+        with open_own(self.folder / FEATURES_FILE) as file, np.errstate(all="ignore"):
             while content := file.read(4 * self.width * BLOCK_FEATURES):
                 count = len(content) // (4 * self.width)
                 features = np.frombuffer(content, np.float32, count * self.width).reshape(count, self.width)
