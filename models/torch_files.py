@@ -66,6 +66,11 @@ def read_torch(path):
     """
     try:
         open_regular(path).close()  # the libraries would wait for a FIFO
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    try:
         if str(path).endswith(".safetensors"):
             _check_digest(path)
             return load_file(path)
@@ -75,10 +80,6 @@ def read_torch(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except pickle.UnpicklingError as error:
         harmless = "only tensors and plain data are read, nothing was run"
         if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):

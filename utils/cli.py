@@ -106,7 +106,13 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
-        self.add_argument("--version", action=_Version, nargs=0, help="print what a report of a fault should name")
+        self.add_argument(
+            "--version",
+            action=_Version,
+            nargs=0,
+            dest=argparse.SUPPRESS,
+            help="print what a report of a fault should name",
+        )
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from datasets.prepare.miniature import write_miniature  # noqa: E402
 from models.checkpoints import LAST, PREVIOUS  # noqa: E402
 
-TRAIN = """--model convnextv2_atto --finetune none --input_size 32 --batch_size 12 --drop_path 0.2 --device cpu
+TRAIN = """--model test_convnext --finetune none --input_size 32 --batch_size 12 --drop_path 0.2 --device cpu
     --warmup_epochs 1 --save_every 1s --print_freq 1""".split()
 MOMENTS = ("write", "step", "start")
 

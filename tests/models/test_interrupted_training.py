@@ -21,7 +21,7 @@ from models.networks import normalise
 from models.options import train_parser
 from models.run_record import RESULT_OPTIONS
 
-TRAIN = """--model convnextv2_atto --imagenet_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0
+TRAIN = """--model test_convnext --imagenet_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0
     --device cpu --epochs 3 --warmup_epochs 0 --drop_path 0.2 --print_freq 1""".split()
 
 
@@ -255,7 +255,9 @@ def test_every_option_of_training_changes_the_result_or_is_known_not_to():
 
 def test_a_disk_too_small_for_checkpoints_is_named_before_training(tiny, tmp_path, fails, monkeypatch):
     monkeypatch.setattr(resume.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**8))
-    message = fails(train_sketchy_ext.main, *TRAIN, "--data_root", tiny, "--savedir", tmp_path)
+    message = fails(
+        train_sketchy_ext.main, *TRAIN, "--model", "convnextv2_atto", "--data_root", tiny, "--savedir", tmp_path
+    )
     assert f"{tmp_path}: 0.1 GB are free" in message and "make room" in message
 
 

@@ -21,8 +21,9 @@ from models.weights import create_pair, load_published, published_state
 
 GOLDEN_NAMES = {"cls": "loss_cls", "ka_student": "loss_kd_1", "ma": "loss_kld", "student": "loss_total"}
 SMALL = (
-    "--model convnextv2_atto --imagenet_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0".split()
+    "--model test_convnext --imagenet_classes 1000 --finetune none --input_size 32 --batch_size 3 --workers 0".split()
 )
+RELEASE = ("--model", "convnextv2_atto")  # whose parameters have the names of the release in checkpoints
 SHORT = [*SMALL, "--device", "cpu", "--epochs", "3", "--warmup_epochs", "0"]
 
 
@@ -110,7 +111,7 @@ FIRST_STAGES = (*STEM, "stages.0.", "downsample_layers.1.", "stages.1.")
 
 @pytest.mark.parametrize(("count", "frozen"), [(1, STEM), (3, FIRST_STAGES)])
 def test_frozen_layers_keep_their_weights_also_in_a_resumed_run(tiny, tmp_path, monkeypatch, count, frozen):
-    more = ("--freeze", count, "--schedule", "cosine")
+    more = (*RELEASE, "--freeze", count, "--schedule", "cosine")
     run(tiny, tmp_path / "whole", *more)
     run_in_halves(tiny, tmp_path / "halves", monkeypatch, *more)
     one, two = (read_checkpoint(tmp_path / name / LAST)["state_dict"] for name in ("whole", "halves"))
@@ -201,7 +202,7 @@ def test_interrupted_and_resumed_ends_with_the_same_weights(tiny, tmp_path, monk
 @pytest.mark.parametrize("losses", [["cls"], ["cls", "ka_teacher"]])
 def test_a_run_with_some_losses_resumes_and_decays_no_unused_head(tiny, tmp_path, monkeypatch, losses):
     """A head without a gradient must not change by weight decay alone: in all epochs, or in warm-up."""
-    more = ["--losses", *losses]
+    more = [*RELEASE, "--losses", *losses]
     run(tiny, tmp_path / "whole", *more)
     torch.manual_seed(0)
     start, _ = create_pair("convnextv2_atto", 2, "none")
@@ -237,7 +238,7 @@ def test_only_the_head_of_the_teacher_changes_and_only_after_warmup(tiny, tmp_pa
     folders = {}
     for warmup in (0, 2):
         folders[warmup] = tmp_path / str(warmup)
-        run(tiny, folders[warmup], "--warmup_epochs", warmup)
+        run(tiny, folders[warmup], *RELEASE, "--warmup_epochs", warmup)
     both, alone = (read_checkpoint(folders[warmup] / LAST)["teacher"] for warmup in (0, 2))
     assert {name for name in both if not torch.equal(both[name], alone[name])} == {"head.weight", "head.bias"}
 

@@ -316,7 +316,7 @@ def tampered(index, folder, **metadata):
 
 
 def test_an_index_that_names_other_folders_gives_none_of_its_photos(index, tmp_path, monkeypatch):
-    reloading = reloading_index_of(tampered(index, tmp_path / "index", folders=["/etc", "/proc", "", "."]), monkeypatch)
+    reloading = reloading_index_of(tampered(index, tmp_path / "index", folders=["/etc", "/proc"]), monkeypatch)
     for row in range(6):
         assert "does not exist any more" in refused(
             visitor(reloading).get(f"/photo/{reloading.latest().version}/{row}"), 404
