@@ -8,13 +8,11 @@ bounds of memory and time. Each is written to the disk first, so that a crash le
 
 import argparse
 import collections
-import faulthandler
 import json
 import pickle
 import pickletools
 import random
 import shutil
-import signal
 import struct
 import sys
 import tempfile
@@ -25,9 +23,10 @@ import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from datasets.lists import read_mask  # noqa: E402
+from helpers.fuzz_bounds import crash_with_traceback, limit_memory, limit_time  # noqa: E402
 from models.eval.features import read_features  # noqa: E402
 from utils.cli import InputError  # noqa: E402
 
@@ -155,8 +154,7 @@ class Reader:
     """Reads files within bounds; any audit event but opening the file is an error."""
 
     def __init__(self):
-        faulthandler.enable()
-        faulthandler.register(signal.SIGPROF, chain=True)  # then the signal ends the process
+        crash_with_traceback()
         warnings.simplefilter("error")
         with tempfile.TemporaryDirectory() as folder:  # valid files first: libraries import some parts on first use
             for kind, content in valid_files():
@@ -164,12 +162,7 @@ class Reader:
                 READERS[kind](path)
         self.path, self.events = None, []
         sys.addaudithook(self._watch)
-        statm = Path("/proc/self/statm")
-        if statm.exists():
-            import resource
-
-            limit = int(statm.read_text().split()[0]) * resource.getpagesize() + MAX_EXTRA_BYTES
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        limit_memory(MAX_EXTRA_BYTES)
 
     def _watch(self, event, arguments):
         if self.path is not None and not (event == "open" and str(arguments[0]) == str(self.path)):
@@ -177,7 +170,7 @@ class Reader:
 
     def read(self, kind, path):
         """The error message, or None if the file was read. Raises AssertionError unless it is a single line."""
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        limit_time(CPU_SECONDS)
         message = None
         self.path, self.events = path, []
         try:
@@ -186,8 +179,8 @@ class Reader:
             message = str(error)
         finally:
             self.path = None
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        assert not self.events, f"{path}: reading it did {self.seen}"
+            limit_time()
+        assert not self.events, f"{path}: reading it did {self.events}"
         assert message is None or (message.startswith(f"{path}: ") and message.isprintable()), message
         assert message is None or "memory" not in message, message
         return message

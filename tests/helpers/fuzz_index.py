@@ -9,24 +9,23 @@ read. One process reads all, within bounds of memory and time, and leaves the in
 
 import argparse
 import collections
-import faulthandler
 import json
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/photo_search")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/photo_search")]
 
 import numpy as np  # noqa: E402
 from albums import FakeEncoder, update, write_album, write_photo  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from helpers.fuzz_bounds import crash_with_traceback, limit_memory, limit_time  # noqa: E402
 from photo_search import update as updates  # noqa: E402
 from photo_search.index import INDEX_FILE, open_index  # noqa: E402
 from photo_search.partial_index import PHOTOS_FILE, PartialIndex, unfinished_options  # noqa: E402
@@ -143,36 +142,25 @@ def read(folder):
     return None
 
 
-def limit(seconds=0):
-    """End this process after that many seconds of its time, with a traceback of where it was; 0: never."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=20_000, help="number of damaged indexes")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    faulthandler.enable()
-    faulthandler.register(signal.SIGPROF, chain=True)
+    crash_with_traceback()
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="photo_search.cells")  # in threads
     folder = Path(tempfile.mkdtemp(prefix="fuzz-index-"))
     whole = {path.name: path.read_bytes() for path in make(folder).iterdir()}
     assert read(folder / "index") is None
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        import resource
-
-        bound = int(statm.read_text().split()[0]) * resource.getpagesize() + MAX_EXTRA_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+    limit_memory(MAX_EXTRA_BYTES)
     print(f"--seed {options.seed}; a crash leaves its index in {folder}", flush=True)
     rng, counts = random.Random(options.seed), collections.Counter()
     for _ in tqdm(range(options.files), desc="fuzz", unit="index", disable=None):
         name = write_damaged(rng, whole, folder / "damaged")
-        limit(CPU_SECONDS)
+        limit_time(CPU_SECONDS)
         refused = read(folder / "damaged") is not None
-        limit()
+        limit_time()
         if sum(counts.values()) % 1000 == 999:
             print(f"{sum(counts.values()) + 1:,} indexes", file=sys.stderr, flush=True)
         counts[INDEX_FILE if name == INDEX_FILE else "a file of arrays" if "-" in name else name, refused] += 1

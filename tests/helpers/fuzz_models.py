@@ -8,11 +8,9 @@ reads them all, within bounds of memory and time: a crash or a hang leaves the f
 
 import argparse
 import collections
-import faulthandler
 import json
 import random
 import shutil
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -21,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from helpers.fuzz_bounds import crash_with_traceback, limit_memory, limit_time  # noqa: E402
 from models.checkpoints import read_checkpoint  # noqa: E402
 from models.export import EXPORT_FORMAT, _with_digest  # noqa: E402
 from models.weights import match_published  # noqa: E402
@@ -107,7 +106,7 @@ def mutant(rng, content, other):
 
 def read(kind, path):
     """The error message, or None if the file was read. Raises AssertionError unless it is a single line."""
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    limit_time(CPU_SECONDS)
     try:
         READERS[kind](path)
         return None
@@ -115,7 +114,7 @@ def read(kind, path):
         assert str(error).startswith(f"{path}: ") and "\n" not in str(error), error
         return str(error)
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        limit_time()
 
 
 def fuzz(count, seed, folder):
@@ -141,24 +140,14 @@ def main():
     parser.add_argument("--files", type=int, default=20_000, help="number of broken files of each kind")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    faulthandler.enable()
-    faulthandler.register(signal.SIGPROF, chain=True)  # then the signal ends the process
+    crash_with_traceback()
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     print(f"--seed {options.seed}; a crash leaves its file in {folder}", flush=True)
     fuzz(1, 0, folder)  # libraries load some parts on first use
-    _limit_memory()
+    limit_memory(MAX_EXTRA_BYTES)
     for (kind, end), number in sorted(fuzz(options.files, options.seed, folder).items()):
         print(f".{kind}: {number:,} {end}")
     shutil.rmtree(folder)
-
-
-def _limit_memory():
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        import resource
-
-        limit = int(statm.read_text().split()[0]) * resource.getpagesize() + MAX_EXTRA_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 if __name__ == "__main__":
