@@ -85,7 +85,7 @@ def decode_image(
             _check_scans(source, full)
         files.enter_context(_truncated_allowed() if truncated else nullcontext())
         image.load()
-        return as_rgb(_upright(image) if exif_transpose else image)
+        return as_rgb(upright(image) if exif_transpose else image)
 
 
 def _open_image(source, formats):
@@ -151,7 +151,7 @@ def _truncated_allowed():
             ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _upright(image):
+def upright(image):
     """A loaded image rotated by its EXIF orientation; as it is where EXIF is damaged."""
     try:
         return ImageOps.exif_transpose(image)

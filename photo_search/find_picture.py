@@ -6,6 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from utils.files import atomic_write
+from utils.pictures import SOFTWARE
 
 MAX_DRAWN_SKETCHES, MAX_DRAWN_PHOTOS, COLUMNS = 20, 40, 10  # at most in a picture; photos in a row of it
 CELL, MARGIN, CAPTION, FONT_SIZE = 144, 4, 18, 12  # pixels: a picture with its margins; the line below; its letters
@@ -30,7 +31,7 @@ def draw_found(path, rows):
             caption = _fitting(caption, font)
             draw.text((left + (CELL - font.getlength(caption)) / 2, top + CELL), caption, "black", font)
     program = PngInfo()
-    program.add_text("Software", "SBKA")  # find_results.OWN_PICTURE
+    program.add_text("Software", SOFTWARE)  # find_results.OWN_PICTURE
     with atomic_write(path) as file:
         sheet.save(file, "PNG", compress_level=1, pnginfo=program)
 

@@ -6,9 +6,10 @@ from collections import Counter
 from photo_search.find_picture import MAX_DRAWN_PHOTOS
 from photo_search.photos import UNREAD_SUFFIXES
 from utils.cli import printable
+from utils.pictures import SOFTWARE
 
 OWN_JSON = rb'\A\s*\[\s*(\{\s*"sketch":|\])'  # how the JSON begins
-OWN_PICTURE = rb"(?s)\A\x89PNG.{1,200}?Software\0SBKA"
+OWN_PICTURE = rb"(?s)\A\x89PNG.{1,200}?Software\0" + SOFTWARE.encode()
 
 
 def results_to_json(sketches, matching, weight, found):

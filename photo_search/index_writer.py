@@ -106,11 +106,9 @@ def sorted_order(index):
 def _places(old, paths):
     """How many sorted photos of the Index `old` come before each path: (n,)."""
     stored = np.argsort(sorted_order(old))
-    ends = old.records["path_end"]
 
     def path(place):
-        number = stored[place]
-        return old.path_bytes[ends[number - 1] if number else 0 : ends[number]].tobytes()
+        return os.fsencode(old.stored_path(stored[place]))
 
     return np.array([bisect_left(range(len(stored)), each, key=path) for each in paths], np.int32)
 

@@ -5,9 +5,9 @@ import html
 import os
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from datasets.images import as_rgb
+from datasets.images import as_rgb, upright
 from utils.cli import InputError
 
 MAX_SHOWN_ROWS = 200  # of a result in a notebook, which keeps the thumbnails in its file
@@ -52,7 +52,7 @@ def image_of(picture):
         return picture  # without transparency or EXIF
     if not isinstance(picture, Image.Image):
         picture = Image.fromarray(_pixels(np.asarray(picture)))
-    return as_rgb(ImageOps.exif_transpose(picture))
+    return as_rgb(upright(picture))
 
 
 def _pixels(array):

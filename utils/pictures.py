@@ -9,7 +9,7 @@ from utils.cli import InputError
 from utils.distributed import log_rank0
 from utils.files import atomic_write
 
-SOFTWARE = "SBKA"  # what a PNG of save_png names as the program that wrote it
+SOFTWARE = "SBKA"  # what our PNGs name as the program that wrote it
 OWN_PNG = rb"(?s)\A\x89PNG.{1,200}?Software\0(SBKA|Matplotlib)"  # its beginning; earlier versions named matplotlib
 
 

@@ -12,7 +12,7 @@ import pytest
 from albums import FakeEncoder, update, write_album, write_photo
 from PIL import Image
 from test_cells import WEIGHTS, brute_force
-from test_update import contents, count, killed_at, photos_of
+from test_update import contents, count, kills_until_new, photos_of
 
 from datasets.images import resize, stack
 from photo_search import index_writer
@@ -246,16 +246,7 @@ def test_a_killed_append_leaves_the_old_index_or_the_new_one(album, tmp_path, mo
     grow(album)
     shutil.copytree(tmp_path / "old", tmp_path / "new")
     update(tmp_path / "new", FakeEncoder(), album, batch_size=3)
-    states, whole, kills = [photos_of(tmp_path / name) for name in ("old", "new")], contents(tmp_path / "new"), 0
-    moments = random.Random(0)
-    for round_ in range(2):
-        index, most = tmp_path / f"index {round_}", 60
-        shutil.copytree(tmp_path / "old", index)
-        while killed_at(moments.randint(10, most), index, album):
-            kills, most = kills + 1, most + 12
-            assert photos_of(index) in states
-        assert contents(index) == whole
-    assert kills >= 6
+    assert kills_until_new(tmp_path, album, random.Random(0), rounds=2, most=60) >= 6
 
 
 @pytest.mark.parametrize("moment", ["append", "merge"])

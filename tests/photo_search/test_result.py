@@ -82,6 +82,11 @@ def test_pictures_of_every_kind_are_drawings(index):
         assert index.find(image, 3, matching) == index.find("bell.png", 3, matching)
 
 
+def test_damaged_exif_leaves_a_picture_as_it_is(monkeypatch):
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", lambda image: 1 / 0)
+    assert image_of(Image.new("L", (60, 20))).size == (60, 20)
+
+
 def test_a_phone_image_in_memory_is_upright():
     image, exif = Image.new("RGB", (60, 20), "white"), Image.Exif()
     exif[0x0112] = 6

@@ -263,6 +263,23 @@ def killed_at(moment, index, album):
     return os.WIFSIGNALED(status)
 
 
+def kills_until_new(folder, album, moments, rounds, most):
+    """How often updates of a copy of the index `old` in a folder are killed until one ends.
+
+    Each leaves the photos of `old` or those of `new`, and the last the contents of `new`. moments: random.Random; most:
+    the latest moment of the first kill in each of the rounds.
+    """
+    states, whole, kills = [photos_of(folder / name) for name in ("old", "new")], contents(folder / "new"), 0
+    for round_ in range(rounds):
+        index, latest = folder / f"index {round_}", most
+        shutil.copytree(folder / "old", index)
+        while killed_at(moments.randint(10, latest), index, album):
+            kills, latest = kills + 1, latest + 12
+            assert photos_of(index) in states
+        assert contents(index) == whole
+    return kills
+
+
 @pytest.fixture
 def moments():
     return random.Random(0)
@@ -290,15 +307,7 @@ def test_a_killed_update_leaves_the_old_index_or_the_new_one(album, tmp_path, mo
     (album / "0.png").unlink()
     shutil.copytree(tmp_path / "old", tmp_path / "new")
     update(tmp_path / "new", FakeEncoder(), album, batch_size=3)
-    states, whole, kills = [photos_of(tmp_path / name) for name in ("old", "new")], contents(tmp_path / "new"), 0
-    for round_ in range(3):
-        index, most = tmp_path / f"index {round_}", 90
-        shutil.copytree(tmp_path / "old", index)
-        while killed_at(moments.randint(10, most), index, album):
-            kills, most = kills + 1, most + 12
-            assert photos_of(index) in states
-        assert contents(index) == whole
-    assert kills >= 5
+    assert kills_until_new(tmp_path, album, moments, rounds=3, most=90) >= 5
 
 
 @pytest.mark.parametrize("damage", ["a torn line", "a torn feature", "zeros", "no thumbnails", "not ours"])
