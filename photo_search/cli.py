@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from photo_search import update
-from photo_search.clean_sketch import clean_up
+from photo_search.clean_sketch import clean_up, looks_like_photo
 from photo_search.encoder import (
     BACKENDS,
     STARTER,
@@ -318,6 +318,9 @@ def run_find(options):
     json_path, picture = _outputs(options)
     sketches = [read_sketch(path) for path in options.sketches]
     if not options.as_drawn:
+        for sketch, path in zip(sketches, options.sketches, strict=True):
+            if looks_like_photo(sketch):
+                log_rank0(f"note: {path}: looks like a photo, not like a drawing; --as_drawn compares it as it is")
         sketches = [clean_up(sketch, path) for sketch, path in zip(sketches, options.sketches, strict=True)]
     searcher = open_searcher(_location(options), options.checkpoint, options.device)
     matching, weight = (
@@ -331,7 +334,7 @@ def run_find(options):
         log_rank0(f"note: the index has only {len(searcher.index):,} photos; all are shown")
     found, missing = [], set()
     for features in _features(searcher.encoder, sketches):
-        hits, gone = searcher.find_present(features, options.k, matching, weight)
+        hits, gone = searcher.find_present(features, options.k, matching, weight=weight)
         missing.update(gone)
         found.append(hits)
     result = results_to_json(options.sketches, matching, weight, found)

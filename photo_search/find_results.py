@@ -21,7 +21,7 @@ def results_to_json(sketches, matching, weight, found):
 
 
 def _hit_to_json(hit):
-    copies = {"copies": list(hit.copies)} if hit.copies else {}
+    copies = {"copies": [each.path for each in hit.copies]} if hit.copies else {}
     return {
         "photo": hit.path, "score": hit.score, "distance": hit.distance,
         "cluster_distance": hit.cluster_distance, **copies,

@@ -32,11 +32,12 @@ async function search() {
   const next = await query();
   if (own !== turn) return;
   asked = next;
-  wanted = Math.min(pageful() + columns() - 1, MOST);  // copies that become one card leave the rows whole
+  wanted = pageful();
   const answer = await answered(own, wanted);
   if (!answer) return;
   const took = Math.round(performance.now() - began);
-  await settle(own, answer.found, answer.found.length < wanted, described(answer, took));
+  const areGone = answer.missing && !answer.found.length;
+  await settle(own, answer.found, answer.all, areGone ? "None of these photos exists now; is their disk mounted?" : described(answer, took));
   if (own === turn) performance.measure("photos", {start: began, end: performance.now()});
 }
 
@@ -49,7 +50,7 @@ async function more() {
   const own = turn;
   wanted = Math.min(wanted + pageful(), whole(MOST));
   const answer = await answered(own, wanted);
-  if (answer) await settle(own, answer.found, answer.found.length < wanted);
+  if (answer) await settle(own, answer.found, answer.all);
   adding = false;
   if (answer && own === turn && endIsNear()) more();
 }

@@ -25,7 +25,7 @@ class SearchHit(NamedTuple):
     score: float
     distance: float  # d
     cluster_distance: float | None  # D; None in an index without clusters
-    copies: tuple[str, ...] = ()  # paths of other photos with the same content, see Searcher.find_present
+    copies: tuple["SearchHit", ...] = ()  # other photos with the same content, see Searcher.find_present
 
 
 @dataclass(frozen=True)
@@ -91,21 +91,26 @@ class Searcher:
         )
         return SearchResult(hits, self.index)
 
-    def find_present(self, features, k=20, matching=None, weight=None):
-        """As `find_features`, of photos that exist now, copies of one photo as one hit: (hits, missing paths)."""
-        asked, count = k + 1, len(self.index)
+    def find_present(self, features, k=20, matching=None, allowed=None, weight=None, left_out=None):
+        """As `find_features`, of photos that exist now, copies of one photo as one hit: (hits, missing paths).
+
+        left_out: a row that is not a hit. Photos of an index in Milvus may be on another machine: there they count as
+        missing only if a folder of the index exists on this one.
+        """
+        asked, count = k + 2, len(self.index)
+        may_be_missing = isinstance(self.index, Index) or any(map(os.path.isdir, self.index.metadata["folders"]))
         while True:
-            hits = self.find_features(features, min(asked, count), matching, weight=weight)
-            missing = {hit.path for hit in hits if is_missing(hit)}
+            hits = self.find_features(features, min(asked, count), matching, allowed, weight)
+            missing = {hit.path for hit in hits if may_be_missing and is_missing(hit)}
             groups = {}
             for hit, digest in zip(hits, self.index.digests_of([hit.row for hit in hits]), strict=True):
-                if hit.path not in missing:
+                if hit.path not in missing and hit.row != left_out:
                     groups.setdefault(digest or hit.path, []).append(hit)
-            if len(groups) > k or asked >= count:  # a hit more, so that no copy of the k-th is left out
+            # A photo more, so that no copy of the k-th is left out.
+            if len(groups) > k or len(hits) < asked or asked >= count:
                 break
-            asked *= 2
-        present = [first._replace(copies=tuple(hit.path for hit in rest)) for first, *rest in groups.values()]
-        return present[:k], missing
+            asked *= 4
+        return [first._replace(copies=tuple(rest)) for first, *rest in groups.values()][:k], missing
 
 
 def open_searcher(location, checkpoint=None, device=None):

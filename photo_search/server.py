@@ -189,7 +189,7 @@ class Page:
         index, row = self._index_and_row(request.path_params)
         path = index.path(row)
         if not os.path.isfile(path):
-            raise HTTPException(404, "this photo does not exist any more; index again to remove it")
+            raise _missing_photo()
         if not self.show_file(path):
             raise HTTPException(501, "no file manager can be started here")
         return Response(status_code=204)
@@ -219,8 +219,8 @@ class Page:
             as_drawn = _integer(query.get("as_drawn") or "0", "as_drawn", 0, 1) == 1
             features.append(searcher.encoder.features([drawing if as_drawn else clean_up(drawing)])[0])
         features = _mean_direction(features)
-        hits = searcher.find_features(features, k + (left_out is not None), matching, allowed, weight)
-        hits = [hit for hit in hits if hit.row != left_out][:k]
+        present, missing = searcher.find_present(features, k + 1, matching, allowed, weight, left_out)
+        hits = [each for hit in present[:k] for each in (hit, *hit.copies)]
         digests = searcher.index.digests_of([hit.row for hit in hits])
         path = searcher.index.path(left_out) if left_out is not None else ""
         return {
@@ -228,6 +228,7 @@ class Page:
             "matching": searcher.matching(matching),
             "cluster_weight": searcher.cluster_weight(matching, weight),
             "found": [_as_json(hit, digest) for hit, digest in zip(hits, digests, strict=True)],
+            "all": len(present) <= k, "missing": len(missing),
         }  # fmt: skip
 
     def _open_photo(self, names):
@@ -238,7 +239,7 @@ class Page:
             return kind, file, name if kind == _kind_of(name) else f"{name}.{kind.removeprefix('image/')}"
         except FileNotFoundError as error:
             _refuse_without_files(error)
-            raise HTTPException(404, "this photo does not exist any more; index again to remove it") from None
+            raise _missing_photo() from None
         except InputError as error:
             raise HTTPException(404, f"this photo cannot be shown: {error}") from None
 
@@ -334,6 +335,10 @@ def _chunks(file, size):
                 raise BrokenResponse
             size -= len(chunk)
             yield chunk
+
+
+def _missing_photo():
+    return HTTPException(404, "this photo does not exist any more; index again to remove it")
 
 
 def _refuse_without_files(error):

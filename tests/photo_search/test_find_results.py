@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 import search_photos
 from datasets.images import resize, stack
 from photo_search.index import open_index
+from photo_search.search import Searcher
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,35 @@ def test_photos_that_are_not_there_are_left_out(index, album, capsys):
     (album / "b.away").rename(away)
     assert len(hits) == 2 and str(away) not in [hit["photo"] for hit in hits]
     assert "note: 1 photo that would be shown does not exist now" in capsys.readouterr().err
+
+
+def test_photos_of_another_machine_are_not_missing(index, album):
+    class Remote:  # as an index in Milvus
+        def __init__(self, folders):
+            self.local, self.metadata = open_index(index), {"folders": folders}
+
+        def __len__(self):
+            return len(self.local)
+
+        def __getattr__(self, name):
+            return getattr(self.local, name)
+
+    away = album / "b.png"
+    away.rename(album / "b.away")
+    for folder, count in (("/none", 3), (str(album), 2)):
+        searcher = Searcher(Remote([folder]), None)
+        assert len(searcher.find_present(open_index(index).features_of([0])[0])[0]) == count
+    (album / "b.away").rename(away)
+
+
+def test_a_photo_in_the_place_of_a_sketch_is_noticed(index, album, capsys):
+    command = ["find", str(album / "a.png"), "--index", "index"]
+    for options, said in (([], True), (["--as_drawn"], False)):
+        search_photos.main([*command, *options])
+        note = f"note: {album}/a.png: looks like a photo, not like a drawing; --as_drawn compares it as it is\n"
+        assert (note in capsys.readouterr().err) == said
+    find()
+    assert "looks like a photo" not in capsys.readouterr().err
 
 
 def test_notes_say_what_was_not_indexed(tmp_path, monkeypatch, capsys):

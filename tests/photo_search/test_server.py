@@ -205,6 +205,29 @@ def test_a_photo_that_is_gone_is_told(client, reloading):
     assert "this photo cannot be shown: " in client.get(f"/photo/{stamp}/6").json()["error"]
 
 
+def test_photos_that_are_gone_make_room_for_the_next(client):
+    every = find(client, drawing(), k=24)["found"]
+    for each in (every[0], every[2], every[23]):
+        os.remove(each["path"])
+    answer = find(client, drawing(), k=5)
+    assert [each["path"] for each in answer["found"]] == [every[place]["path"] for place in (1, 3, 4, 5, 6)]
+    assert not answer["all"]
+    answer = find(client, drawing(), k=21)
+    assert (len(answer["found"]), answer["missing"], answer["all"]) == (21, 3, True)
+    like = find(client, photo=every[1]["photo"], k=200)
+    assert len(like["found"]) == 20 and like["all"]
+
+
+def test_copies_do_not_take_the_room_of_other_photos(client, reloading, album, index):
+    first = find(client, drawing(), k=1)["found"][0]
+    for number in range(30):
+        shutil.copy(first["path"], album / f"copy {number}.png")
+    update(index, FakeEncoder(), album, clusters=3)
+    answer = find(client, drawing(), k=3)
+    assert len(answer["found"]) == 33 and len({each["digest"] for each in answer["found"]}) == 3
+    assert not answer["all"] and find(client, drawing(), k=24)["all"]
+
+
 def test_a_new_index_is_taken_while_the_page_is_open(client, reloading, album, index):
     before = client.get("/about").json()
     assert find(client, drawing(), index=before["index"])["index"] == before["index"]
