@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
+import h11
 import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from photo_search.access import (
     AUTO,
@@ -53,6 +55,7 @@ MAX_SHOWN_PHOTOS = 200
 MAX_PARALLEL_SEARCHES = 2
 MAX_WAITING_REQUESTS = 32  # each with a picture in memory
 UPLOAD_TIMEOUT_S = 15
+HEAD_TIMEOUT_S = 15  # from the first byte of a request, or from the connection, to the end of the request's head
 CHUNK = 1 << 16
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 
@@ -352,7 +355,8 @@ def serve(location, checkpoint=None, device=None, host="127.0.0.1", port=8000, t
 
     token: required from clients, and for access from other machines; see `choose_token`. port: 0 for a free one.
     open_page: whether the browser is opened. watch: seconds from one scan for new photos to the next; None for none.
-    Raises InputError as `open_searcher` does, for a host that is not an address of this machine, and for a port in use.
+    Raises InputError as `open_searcher` does, for a host that is not an address of this machine, for a port in use, and
+    for a token with an index that others can read without it.
     """
     token, shown_token = choose_token(token)
     if host not in LOOPBACK and not token:
@@ -361,7 +365,10 @@ def serve(location, checkpoint=None, device=None, host="127.0.0.1", port=8000, t
     if watch and not is_folder:
         raise InputError("--watch: only an index on disk can be watched; index into Milvus in a process of its own")
     if token and not is_folder and location.is_file:
-        print(f"note: {location.address}: other users of this machine can read it without the token", file=sys.stderr)
+        raise InputError(
+            f"--uri {location.uri}: other users of this machine can read such a file without the token; use an index on "
+            "disk, or a Milvus server, or leave the token out"
+        )
     with _listen(host, port) as listener, sigterm_as_exception():
         reloading = ReloadingIndex(location, checkpoint, device)
         port = listener.getsockname()[1]
@@ -384,6 +391,38 @@ class PageServer(uvicorn.Server):
         """As that of uvicorn.Server."""
         asyncio.get_running_loop().set_exception_handler(OutOfFilesHandler())
         await super().startup(sockets)
+
+
+class TimedProtocol(H11Protocol):
+    """uvicorn's HTTP protocol, which closes a connection where the head of a request is not whole in HEAD_TIMEOUT_S."""
+
+    timer = None
+
+    def connection_made(self, transport):
+        """As that of H11Protocol."""
+        super().connection_made(transport)
+        self._time_head()
+
+    def data_received(self, data):
+        """As that of H11Protocol."""
+        super().data_received(data)
+        self._time_head()
+
+    def connection_lost(self, exc):
+        """As that of H11Protocol."""
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def _time_head(self):
+        if self.conn.their_state is not h11.IDLE:  # the head is there
+            self._stop_timer()
+        elif self.timer is None:
+            self.timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+
+    def _stop_timer(self):
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
 
 class OutOfFilesHandler:
@@ -418,7 +457,7 @@ def _config(app):
     # A photo that becomes shorter while it is sent is no error of the program.
     logging.getLogger("uvicorn.error").addFilter(_is_not_broken_response)
     return uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, lifespan="off", http="h11", ws="none",
+        app, log_level="warning", access_log=False, server_header=False, lifespan="off", http=TimedProtocol, ws="none",
         limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=2, h11_max_incomplete_event_size=1 << 14,
     )  # fmt: skip
 

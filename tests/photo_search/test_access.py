@@ -9,13 +9,16 @@ import shutil
 import socket
 import struct
 import zlib
+from unittest.mock import Mock
 
 import pytest
 from albums import FakeEncoder, update, write_album, write_photo
 from pages import PORT, drawing, reloading_index_of, say, served, visitor
 from PIL import Image
 from starlette.testclient import TestClient
+from uvicorn.server import ServerState
 
+from photo_search import server as pages
 from photo_search.access import MAX_WRONG_TOKENS, WRONG_TOKENS_PERIOD_S
 from photo_search.photos import MAX_UPLOAD_BYTES
 from photo_search.server import create_app
@@ -256,6 +259,32 @@ def test_what_is_too_large_is_cut_off(reloading):
         assert not answer or answer.startswith(b"HTTP/1.1 413 ")
         assert len(sent) * CHUNK < 8 * MAX_UPLOAD_BYTES  # what was on its way counts, too
         assert say(port, [head(port, "GET /about HTTP/1.1", "Connection: close")]).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_connection_without_a_whole_head_is_closed(reloading, monkeypatch):
+    monkeypatch.setattr(pages, "HEAD_TIMEOUT_S", 0.05)
+    with served(reloading) as port:
+        for start in (b"", b"GET", head(port, "GET / HTTP/1.1", "X: y").removesuffix(b"\r\n")):
+            assert say(port, [start]) == b""
+
+
+def test_the_time_of_a_head_ends_with_it(reloading):
+    loop, transport = Mock(), Mock()
+    config = pages._config(create_app(reloading, PORT))
+    config.load()
+    connection = pages.TimedProtocol(config, ServerState(), {}, loop)
+    loop.create_task.side_effect = lambda coroutine, **_: [coroutine.close(), Mock()][1]
+    connection.connection_made(transport)
+    whole = head(PORT, "POST /find HTTP/1.1", "Content-Length: 2")
+    for part in (whole[:9], whole[9:-2]):
+        connection.data_received(part)
+    loop.call_later.assert_called_once_with(pages.HEAD_TIMEOUT_S, transport.close)
+    timer = loop.call_later.return_value
+    timer.cancel.assert_not_called()
+    connection.data_received(whole[-2:])
+    timer.cancel.assert_called_once()
+    connection.data_received(b"12")
+    loop.call_later.assert_called_once()
 
 
 def test_what_comes_too_slowly_is_given_up(reloading):
