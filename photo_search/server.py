@@ -366,8 +366,8 @@ def serve(location, checkpoint=None, device=None, host="127.0.0.1", port=8000, t
         raise InputError("--watch: only an index on disk can be watched; index into Milvus in a process of its own")
     if token and not is_folder and location.is_file:
         raise InputError(
-            f"--uri {location.uri}: other users of this machine can read such a file without the token; use an index on "
-            "disk, or a Milvus server, or leave the token out"
+            f"--uri {location.uri}: other users of this machine can read such a file without the token; use an index "
+            "on disk, or a Milvus server, or leave the token out"
         )
     with _listen(host, port) as listener, sigterm_as_exception():
         reloading = ReloadingIndex(location, checkpoint, device)

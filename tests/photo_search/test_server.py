@@ -424,10 +424,10 @@ def test_the_address_shows_a_token_that_is_made_and_no_other_secret(index, monke
 def test_a_database_that_others_can_read_is_not_served_with_a_token(monkeypatch):
     server = SimpleNamespace(uri="photos.db", is_file=True)
     monkeypatch.setattr(pages, "_listen", lambda *_: 1 / 0)
-    with pytest.raises(InputError, match="--uri photos.db: other users of this machine can read such a file without"):
+    with pytest.raises(InputError, match=r"--uri photos\.db: other users of this machine can read such a file without"):
         pages.serve(server, token="longenough")
     monkeypatch.setenv("PAGE_TOKEN", "longenough")
-    with pytest.raises(InputError, match="--uri photos.db: other users"):
+    with pytest.raises(InputError, match=r"--uri photos\.db: other users"):
         pages.serve(server)
     monkeypatch.delenv("PAGE_TOKEN")
     with pytest.raises(ZeroDivisionError):
