@@ -1,15 +1,11 @@
 """The web server of the drawing page: searches, thumbnails and photos of an index that may be replaced meanwhile."""
 
 import asyncio
-import errno
-import logging
 import mimetypes
 import os
 import re
-import socket
 import sys
 import threading
-import time
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -17,14 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-import h11
 import numpy as np
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from photo_search.access import (
     AUTO,
@@ -40,6 +33,7 @@ from photo_search.clean_sketch import clean_up
 from photo_search.encoder import share_cores
 from photo_search.file_manager import has_desktop, show_in_folder
 from photo_search.folders import Folder, readable
+from photo_search.http_server import OUT_OF_FILES, PageServer, listen, page_config
 from photo_search.index import INDEX_FILE, is_index
 from photo_search.partial_index import first_run_progress
 from photo_search.photos import MAX_UPLOAD_BYTES, open_photo, read_drawing
@@ -47,7 +41,6 @@ from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, Searcher, che
 from photo_search.watch import Watcher
 from utils.cli import InputError, sigterm_as_exception
 
-MAX_CONNECTIONS = 256
 HTML = Path(__file__).with_name("page.html")
 # Inlined into the page in this order, so that it is one file with one Content-Security-Policy.
 STYLES, SCRIPTS = ("page.css",), ("page_paper.js", "page_state.js", "page_photos.js", "page.js")
@@ -55,9 +48,7 @@ MAX_SHOWN_PHOTOS = 200
 MAX_PARALLEL_SEARCHES = 2
 MAX_WAITING_REQUESTS = 32  # each with a picture in memory
 UPLOAD_TIMEOUT_S = 15
-HEAD_TIMEOUT_S = 15  # from the first byte of a request, or from the connection, to the end of the request's head
 CHUNK = 1 << 16
-OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 class FirstRunError(InputError):
@@ -369,11 +360,11 @@ def serve(location, checkpoint=None, device=None, host="127.0.0.1", port=8000, t
             f"--uri {location.uri}: other users of this machine can read such a file without the token; use an index "
             "on disk, or a Milvus server, or leave the token out"
         )
-    with _listen(host, port) as listener, sigterm_as_exception():
+    with listen(host, port) as listener, sigterm_as_exception():
         reloading = ReloadingIndex(location, checkpoint, device)
         port = listener.getsockname()[1]
         show = show_in_folder if has_desktop() and not token else None  # with a token, the browser may be elsewhere
-        server = PageServer(_config(create_app(reloading, port, token, show=show)))
+        server = PageServer(page_config(create_app(reloading, port, token, show=show)))
         own = f"[{host}]" if ":" in host else host
         address = f"http://{own}:{port}/"
         shown = f"{address}?token={shown_token}" if token else address
@@ -382,62 +373,6 @@ def serve(location, checkpoint=None, device=None, host="127.0.0.1", port=8000, t
             print("note: no browser can be opened here; open the address yourself", file=sys.stderr)
         with Watcher(reloading, watch, checkpoint, device) if watch else nullcontext():
             server.run(sockets=[listener])
-
-
-class PageServer(uvicorn.Server):
-    """A uvicorn.Server that prints a line where asyncio prints a traceback for every connection it cannot take."""
-
-    async def startup(self, sockets=None):
-        """As that of uvicorn.Server."""
-        asyncio.get_running_loop().set_exception_handler(OutOfFilesHandler())
-        await super().startup(sockets)
-
-
-class TimedProtocol(H11Protocol):
-    """uvicorn's HTTP protocol, which closes a connection where the head of a request is not whole in HEAD_TIMEOUT_S."""
-
-    timer = None
-
-    def connection_made(self, transport):
-        """As that of H11Protocol."""
-        super().connection_made(transport)
-        self._time_head()
-
-    def data_received(self, data):
-        """As that of H11Protocol."""
-        super().data_received(data)
-        self._time_head()
-
-    def connection_lost(self, exc):
-        """As that of H11Protocol."""
-        super().connection_lost(exc)
-        self._stop_timer()
-
-    def _time_head(self):
-        if self.conn.their_state is not h11.IDLE:  # the head is there
-            self._stop_timer()
-        elif self.timer is None:
-            self.timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
-
-    def _stop_timer(self):
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-
-
-class OutOfFilesHandler:
-    """An exception handler of event loops: prints at most one line in `period` seconds if too many files are open."""
-
-    def __init__(self, clock=time.monotonic, period=60):
-        self.clock, self.period, self.printed = clock, period, -float("inf")
-
-    def __call__(self, loop, context):
-        error = context.get("exception")
-        if not (isinstance(error, OSError) and error.errno in OUT_OF_FILES):
-            loop.default_exception_handler(context)
-        elif self.clock() - self.printed >= self.period:
-            self.printed = self.clock()
-            print("note: connections wait, too many files are open; `ulimit -n` allows more", file=sys.stderr)
 
 
 def _described(reloading):
@@ -451,32 +386,3 @@ def _described(reloading):
 def _open_browser(address):
     """Open `address` in a browser with a window, if there is one. Returns whether that worked."""
     return has_desktop() and webbrowser.open(address)
-
-
-def _config(app):
-    # A photo that becomes shorter while it is sent is no error of the program.
-    logging.getLogger("uvicorn.error").addFilter(_is_not_broken_response)
-    return uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, lifespan="off", http=TimedProtocol, ws="none",
-        limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=2, h11_max_incomplete_event_size=1 << 14,
-    )  # fmt: skip
-
-
-def _is_not_broken_response(record):
-    return "without completing response" not in str(record.msg)
-
-
-def _listen(host, port):
-    """A socket that listens at host and port."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
-    except socket.gaierror as error:
-        raise InputError(f"--host {host}: not an address of this machine ({error.strerror})") from None
-    except UnicodeError:
-        raise InputError(f"--host {host}: not a name of a machine") from None
-    except OSError as error:
-        why = os.strerror(error.errno)
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise InputError(f"--host {host}: not an address of this machine ({why.lower()})") from None
-        raise InputError(f"--host {host} --port {port}: {why.lower()}; choose another --port") from None

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from datasets.images import resize, stack
 from datasets.prepare.drawings import CATEGORIES
+from photo_search import http_server
 from photo_search import server as page_server
 from photo_search.index import open_index
 from photo_search.search import Searcher
@@ -43,9 +44,9 @@ def visitor(reloading, host=f"127.0.0.1:{PORT}", **more):
 @contextmanager
 def served(reloading, **more):
     """Serve a page as the command does; yields its port, which takes connections from the start."""
-    with page_server._listen("127.0.0.1", 0) as listener:
+    with http_server.listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        server = uvicorn.Server(page_server._config(create_app(reloading, port, **more)))
+        server = uvicorn.Server(http_server.page_config(create_app(reloading, port, **more)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -18,7 +18,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 from uvicorn.server import ServerState
 
-from photo_search import server as pages
+from photo_search import http_server
 from photo_search.access import MAX_WRONG_TOKENS, WRONG_TOKENS_PERIOD_S
 from photo_search.photos import MAX_UPLOAD_BYTES
 from photo_search.server import create_app
@@ -262,7 +262,7 @@ def test_what_is_too_large_is_cut_off(reloading):
 
 
 def test_a_connection_without_a_whole_head_is_closed(reloading, monkeypatch):
-    monkeypatch.setattr(pages, "HEAD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.05)
     with served(reloading) as port:
         for start in (b"", b"GET", head(port, "GET / HTTP/1.1", "X: y").removesuffix(b"\r\n")):
             assert say(port, [start]) == b""
@@ -270,15 +270,15 @@ def test_a_connection_without_a_whole_head_is_closed(reloading, monkeypatch):
 
 def test_the_time_of_a_head_ends_with_it(reloading):
     loop, transport = Mock(), Mock()
-    config = pages._config(create_app(reloading, PORT))
+    config = http_server.page_config(create_app(reloading, PORT))
     config.load()
-    connection = pages.TimedProtocol(config, ServerState(), {}, loop)
+    connection = http_server.TimedProtocol(config, ServerState(), {}, loop)
     loop.create_task.side_effect = lambda coroutine, **_: [coroutine.close(), Mock()][1]
     connection.connection_made(transport)
     whole = head(PORT, "POST /find HTTP/1.1", "Content-Length: 2")
     for part in (whole[:9], whole[9:-2]):
         connection.data_received(part)
-    loop.call_later.assert_called_once_with(pages.HEAD_TIMEOUT_S, transport.close)
+    loop.call_later.assert_called_once_with(http_server.HEAD_TIMEOUT_S, transport.close)
     timer = loop.call_later.return_value
     timer.cancel.assert_not_called()
     connection.data_received(whole[-2:])

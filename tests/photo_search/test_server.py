@@ -19,6 +19,7 @@ from pages import drawing, reloading_index_of, say, served, visitor
 from PIL import Image
 
 import search_photos
+from photo_search import http_server
 from photo_search import server as pages
 from photo_search.clean_sketch import clean_up
 from photo_search.folders import folders_of
@@ -423,7 +424,7 @@ def test_the_address_shows_a_token_that_is_made_and_no_other_secret(index, monke
 
 def test_a_database_that_others_can_read_is_not_served_with_a_token(monkeypatch):
     server = SimpleNamespace(uri="photos.db", is_file=True)
-    monkeypatch.setattr(pages, "_listen", lambda *_: 1 / 0)
+    monkeypatch.setattr(pages, "listen", lambda *_: 1 / 0)
     with pytest.raises(InputError, match=r"--uri photos\.db: other users of this machine can read such a file without"):
         pages.serve(server, token="longenough")
     monkeypatch.setenv("PAGE_TOKEN", "longenough")
@@ -484,7 +485,7 @@ def test_a_photo_that_changes_while_it_is_sent_leaves_no_traceback(reloading, mo
 
 def test_too_many_open_files_are_one_line_a_minute_and_no_fault_of_the_index(client, reloading, monkeypatch, capsys):
     now, loop, passed = [0.0], SimpleNamespace(default_exception_handler=lambda context: passed.append(context)), []
-    handler = pages.OutOfFilesHandler(clock=lambda: now[0])
+    handler = http_server.OutOfFilesHandler(clock=lambda: now[0])
     for _ in range(1000):
         handler(loop, {"message": "accept", "exception": OSError(errno.EMFILE, "Too many open files")})
         now[0] += 0.1
