@@ -224,27 +224,36 @@ def timm_info(model):
         config = timm.get_pretrained_cfg(model)
     except RuntimeError as error:  # no pretrained weights of that name
         raise ValueError(str(error)) from None
-    classes = 0 if _is_projection(config.num_classes) else config.num_classes
+    classes = 0 if _is_projection(config.to_dict()) else config.num_classes
     return TimmInfo(classes, config.input_size[-1] if config.fixed_input_size else None)
 
 
-def _is_projection(outputs):
-    """Whether the last layer of a network that timm publishes projects to a space shared with texts, as CLIP's does.
+def _is_projection(config):
+    """Whether the last layer of a network projects to a space shared with texts, as CLIP's does, and is no classifier.
 
-    outputs: of that layer. timm's classifiers have ImageNet's 1,000 classes or more than 10,000, its projections 384 to
-    1,280 values, and networks without either have 0 outputs.
+    config: timm's record of the network, a dict. timm's own classifiers have ImageNet's 1,000 classes or more than
+    10,000, its projections 384 to 1,280 values, and networks without either have 0 outputs. A network that other code
+    registers in timm can have a classifier of any size, which its record names as "classifier".
     """
-    return 0 < outputs < 10_000 and outputs != 1000
+    outputs = config.get("num_classes", 1000)
+    return 0 < outputs < 10_000 and outputs != 1000 and not (config.get("classifier") and _is_registered(config))
+
+
+def _is_registered(config):
+    """Whether other code than timm registered the network of a record."""
+    import timm
+
+    model = config.get("architecture")
+    return timm.is_model(model) and not timm.model_entrypoint(model).__module__.startswith("timm.")
 
 
 def projections_of(model, width):
     """timm's names of weights of the architecture of `model` that end in a projection to `width` values."""
     import timm
 
-    if not _is_projection(width):
-        return []
     names = timm.list_models(f"{model.partition('.')[0]}.*", pretrained=True)
-    return [name for name in names if timm.get_pretrained_cfg(name).num_classes == width]
+    configs = ((name, timm.get_pretrained_cfg(name).to_dict()) for name in names)
+    return [name for name, config in configs if config["num_classes"] == width and _is_projection(config)]
 
 
 class DownloadError(Exception):
@@ -312,8 +321,7 @@ def has_imagenet_head(backbone):
 
     create_backbone leaves the latter as timm has them.
     """
-    published = getattr(backbone, "pretrained_cfg", {}).get("num_classes", 1000)
-    return backbone.num_classes > 0 and not _is_projection(published)
+    return backbone.num_classes > 0 and not _is_projection(getattr(backbone, "pretrained_cfg", {}))
 
 
 def _pool(backbone, images, has_head):

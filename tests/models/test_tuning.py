@@ -18,7 +18,11 @@ def trained(model, tune=None, freeze=0):
 
 @pytest.mark.parametrize(
     ("model", "layers", "last"),
-    [("tiny_dinov2", 3, "blocks.1."), ("tiny_clip", 3, "blocks.1."), ("test_convnext", 5, "stages.3.")],
+    [
+        ("tiny_dinov2", 3, "blocks.1."),
+        ("tiny_clip", 3, "blocks.1."),
+        ("test_convnext", 5, "stages.3."),
+    ],
 )
 def test_layers_counted_from_the_end_are_those_counted_from_the_front(model, layers, last):
     everything = trained(model)
@@ -32,7 +36,7 @@ def test_layers_counted_from_the_end_are_those_counted_from_the_front(model, lay
         trained(model, f"last:{layers + 1}")
 
 
-@pytest.mark.parametrize("model", ["tiny_dinov2", "tiny_clip", "test_convnext"])
+@pytest.mark.parametrize("model", ["tiny_dinov2", "tiny_clip", "tiny_siglip", "test_convnext"])
 def test_norm_trains_normalisation_layers_and_the_classifier(model):
     head = {"head.fc.weight", "head.fc.bias"} if model == "test_convnext" else set()
     names = trained(model, "norm")

@@ -52,6 +52,15 @@ def test_two_processes_take_the_golden_steps(golden, tmp_path):
         for parameter, value in state.items():
             torch.testing.assert_close(found[name][parameter], value, rtol=0, atol=1e-9)
         assert torch.equal(found[name]["head.weight"], z[f"{name}_initial/head.weight"].double())
+    # Parameters without a gradient, and frozen ones.
+    for tune, state in torch.load(tmp_path / "tuned.pt", weights_only=True).items():
+        start = golden_steps.tuned_steps(tune, 0)
+        for parameter, value in golden_steps.tuned_steps(tune).items():
+            torch.testing.assert_close(state[parameter], value, rtol=0, atol=1e-9)
+        changed = {parameter for parameter, value in state.items() if not torch.equal(value, start[parameter])}
+        assert {"linear.weight", "norm.weight"} <= changed and "mask_token" not in changed
+        assert ("pos_embed" in changed) == (tune == "all")
+        assert ("blocks.1.mlp.fc1.weight" in changed) == (tune != "norm")
 
 
 def test_two_processes_train_and_test_as_one(miniature, tmp_path):
