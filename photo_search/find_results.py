@@ -1,10 +1,9 @@
 """What `search_photos.py` prints and writes: tables and JSON of `find`, and notes of `index`."""
 
 import os
-from collections import Counter
 
 from photo_search.find_picture import MAX_DRAWN_PHOTOS
-from photo_search.photos import UNREAD_SUFFIXES
+from photo_search.photos import UNREAD_SUFFIXES, suffixes_of
 from utils.cli import printable
 from utils.pictures import SOFTWARE
 
@@ -67,9 +66,9 @@ def notes_of(stats, exclude, limit=10):
 
 
 def _unread_by_advice(unread):
-    """{advice: "12 .heic files, 1 .hif file"} of numbers of files by suffix."""
+    """{advice: "12 .heic files, 1 .hif file"} of paths."""
     texts = {}
-    for suffix, count in Counter(unread).most_common():
+    for suffix, count in suffixes_of(unread).most_common():
         text = f"{count:,} {suffix} file{'s' if count > 1 else ''}"
         texts.setdefault(UNREAD_SUFFIXES[suffix], []).append(text)
     return {advice: ", ".join(parts) for advice, parts in texts.items()}

@@ -29,6 +29,11 @@ MAX_UPLOAD_BYTES, MAX_UPLOAD_SIDE = 4 << 20, 4096  # of an uploaded picture
 THUMBNAIL_SIDE = 192  # pixels of its longer side
 
 
+def suffixes_of(paths):
+    """How many paths have each suffix: a Counter."""
+    return Counter(os.path.splitext(path)[1].lower() for path in paths)
+
+
 class PhotoFile(NamedTuple):
     """A file with the suffix of an image format. It counts as unchanged while all three fields are the same."""
 
@@ -43,7 +48,7 @@ class FoundPhotos:
 
     files: list[PhotoFile] = field(default_factory=list)  # sorted by the bytes of their paths
     unlisted: dict[str, str] = field(default_factory=dict)  # {folder: why it cannot be listed}
-    unread: Counter = field(default_factory=Counter)  # numbers of files by the one of UNREAD_SUFFIXES that they have
+    unread: list[str] = field(default_factory=list)  # paths of files with one of UNREAD_SUFFIXES
     hidden: int = 0  # photos and folders that are hidden
     excluded: set[str] = field(default_factory=set)  # patterns that excluded something
 
@@ -107,7 +112,7 @@ def _look_into(folder, root, rules, found, result):
                     time = max(-MAX_TIME_NS, min(about.st_mtime_ns, MAX_TIME_NS))
                     found[entry.path] = PhotoFile(entry.path, about.st_size, time)
                 else:
-                    result.unread[suffix] += 1
+                    result.unread.append(entry.path)
     except OSError as error:  # a folder without permission, or one that has just gone
         result.unlisted[folder] = error.strerror
     return folders

@@ -7,9 +7,22 @@ compute, so that they are removed only where few are missing, or where the user 
 import os
 from collections import Counter
 
-from photo_search.photos import is_excluded_below
+from photo_search.photos import UNREAD_SUFFIXES, is_excluded_below, suffixes_of
 
 MAX_REMOVED_SHARE = 1 / 2  # share of the photos of an index above which an update removes none by itself
+
+
+def unread_to_keep(known, found):
+    """([PhotoFile, ...] of the old index whose files cannot be decoded any more, [note, ...] which say why).
+
+    Their files are there: a library that reads them is not. known: update.KnownPhotos; found: photos.FoundPhotos.
+    """
+    unread = set(found.unread) if known.old else ()
+    kept = [file for file in known.exact if file.path in unread]
+    return kept, [
+        f"{count:,} {suffix} photos cannot be read any more ({UNREAD_SUFFIXES[suffix]}); the index keeps them"
+        for suffix, count in suffixes_of(file.path for file in kept).items()
+    ]
 
 
 def photos_to_keep(known, rows, unlisted, options):

@@ -9,7 +9,6 @@ A partial_index.PartialIndex keeps what an interrupted run has computed.
 import gc
 import os
 import time
-from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,8 +19,8 @@ from photo_search.encoder import add_photos
 from photo_search.index import RECORD, is_index, open_index
 from photo_search.index_writer import append_to_index, is_of_index, remove_old_generations, write_index
 from photo_search.partial_index import FEATURES_FILE, PHOTOS_FILE, PartialIndex, write_errors_as_input_errors
-from photo_search.photos import UNREAD_SUFFIXES, PhotoFile, find_photos
-from photo_search.retention import photos_to_keep
+from photo_search.photos import UNREAD_SUFFIXES, PhotoFile, find_photos, suffixes_of
+from photo_search.retention import photos_to_keep, unread_to_keep
 from photo_search.thumbnails import compact_thumbnails, restore_thumbnails
 from utils.cli import InputError
 from utils.distributed import log_rank0
@@ -65,7 +64,7 @@ class UpdateStats:
     unreadable: list[str] = field(default_factory=list)  # "path: why"
     extracted: int = 0  # photos whose features were computed
     extraction_seconds: float = 0.0
-    unread: Counter = field(default_factory=Counter)  # see photos.FoundPhotos, as the next two
+    unread: list[str] = field(default_factory=list)  # see photos.FoundPhotos, as the next two
     hidden: int = 0
     excluded: set[str] = field(default_factory=set)
     seconds: float = 0.0
@@ -112,16 +111,18 @@ def _update(folder, encoder, fit, options, add):
     _check_subspaces(options.subspaces, metadata["width"])
     may_be_missing = old.metadata["folders"] if old and not options.only else ()
     found = find_photos(options.folders, options.exclude, may_be_missing, folder, options.hidden)
-    files, unlisted = found.files, found.unlisted
-    _check_contains_photos([each for each in options.folders if each not in may_be_missing], files, found)
+    unlisted = found.unlisted
+    _check_contains_photos([each for each in options.folders if each not in may_be_missing], found.files, found)
     if old is None:
-        _check_clusters(options.clusters, len(files))
+        _check_clusters(options.clusters, len(found.files))
 
-    partial = _open_partial_index(folder, old, metadata, options, len(files))
+    partial = _open_partial_index(folder, old, metadata, options, len(found.files))
     known = KnownPhotos(old, partial)
+    unread, unread_notes = unread_to_keep(known, found)
+    files = sorted([*found.files, *unread], key=lambda file: os.fsencode(file.path)) if unread else found.files
     missing, known_rows = _split_by_known(files, known)
     kept, notes = photos_to_keep(known, dict.fromkeys(files) | known_rows, unlisted, options)
-    for note in notes:
+    for note in (*unread_notes, *notes):
         log_rank0(f"note: {note}")
     files = sorted([*files, *kept], key=lambda file: os.fsencode(file.path)) if kept else files
     _check_contains_photos(options.folders, files, found)
@@ -139,8 +140,9 @@ def _update(folder, encoder, fit, options, add):
     stats = _count_changes(rows, known)
     stats.photos, stats.extracted = len(rows), len(partial.photos) - before
     stats.extraction_seconds = extraction_seconds
-    stats.unread, stats.hidden, stats.excluded = found.unread, found.hidden, found.excluded
     in_folders = set(files)
+    stats.unread = [path for path in found.unread if path not in known.paths]
+    stats.hidden, stats.excluded = found.hidden, found.excluded
     unreadable = {file.path: why for file, why in partial.unreadable.items() if file in in_folders}
     unlisted = {path: why for path, why in sorted(unlisted.items()) if path not in may_be_missing}
     stats.unreadable = [f"{path}: {why}" for path, why in (unlisted | unreadable).items()]
@@ -178,7 +180,7 @@ def _check_contains_photos(folders, files, found):
     if not roots or any(file.path.startswith(roots) for file in files):
         return
     if found.unread:
-        suffix, count = found.unread.most_common(1)[0]
+        suffix, count = suffixes_of(found.unread).most_common(1)[0]
         reason, way_out = f"contains no photos that are read, but {count:,} {suffix} files", UNREAD_SUFFIXES[suffix]
     elif found.excluded:
         reason, way_out = f"contains no photos beside those of --exclude {min(found.excluded)}", "correct the pattern"

@@ -8,7 +8,7 @@ from PIL import Image
 
 from datasets import images
 from datasets.images import read_rgb, resize
-from photo_search.photos import find_photos, read_photo, thumbnail
+from photo_search.photos import find_photos, read_photo, suffixes_of, thumbnail
 from utils.cli import InputError
 
 
@@ -187,7 +187,7 @@ def test_files_that_are_not_decoded_are_counted(tmp_path, monkeypatch):
     photo = Image.new("RGB", (30, 20))
     photo.save(tmp_path / "two.mpo", "MPO", save_all=True, append_images=[photo])
     found = find_photos([tmp_path])
-    assert found.unread == {".heic": 2, ".cr2": 1} and names(tmp_path) == ["two.mpo"]
+    assert suffixes_of(found.unread) == {".heic": 2, ".cr2": 1} and names(tmp_path) == ["two.mpo"]
     assert read_photo(tmp_path / "two.mpo", 32).size == (30, 20)
 
 

@@ -150,6 +150,25 @@ def test_photos_of_a_folder_that_cannot_be_listed_stay(album, index, network, ca
     assert update(index, network, album, exclude=["a"]).removed == 4 and len(photos_of(index)) == 8
 
 
+def test_photos_stay_that_cannot_be_read_any_more(album, index, network, capsys, monkeypatch):
+    for number in range(8):  # more than half of the index
+        (album / f"{('', 'a/', 'b/c/')[number % 3]}{number}.png").rename(album / f"{number}.heic")
+    monkeypatch.setattr("photo_search.photos.suffixes_of_formats", lambda: {".png": "PNG", ".heic": "HEIF"})
+    update(index, network, album)
+    before = photos_of(index)
+    monkeypatch.setattr("photo_search.photos.suffixes_of_formats", lambda: {".png": "PNG"})
+    (album / "new.heic").write_bytes(b"new")
+    for options in ({}, {"only": True}):
+        totals = update(index, network, album, **options)
+        assert count(totals) == (0, 0, 0, 0, 0) and photos_of(index) == before
+        assert totals.unread == [str(album / "new.heic")]
+        note = "note: 8 .heic photos cannot be read any more (pip install pillow-heif); the index keeps them\n"
+        assert capsys.readouterr().err == note
+    (album / "0.heic").unlink()
+    (album / "9.png").unlink()
+    assert update(index, network, album).removed == 2 and len(photos_of(index)) == 10
+
+
 def test_more_than_half_of_the_photos_are_removed_only_if_the_user_says_so(album, index, network, capsys):
     update(index, network, album)
     before = photos_of(index)
