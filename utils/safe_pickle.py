@@ -21,6 +21,7 @@ from utils.files import open_regular
 _MAX_BYTES_PER_BYTE = 10  # of arrays for a byte of the file; a bool in a list takes 1 byte there and 8 here
 _MAX_OBJECTS = 2_000_000  # strings, containers, calls and memo entries: labels as NumPy scalars need some 6 each
 _SHORT = 1000  # bytes; longer strings are left in the file until an array is built from them
+_MAX_OUTLINED = 8  # items of a container that a message lists
 _NUMBERS = (bool, int, float)
 _DTYPES = re.compile(r"b1|[iu][1248]|f[248]|c8|c16|[SU]\d{1,9}")  # numbers, bools, strings
 
@@ -85,6 +86,36 @@ def read_pickled_dict(path):
                 return {}
             arrays[int(label.item())] = builder.numbers(value, levels=1)
         return arrays
+
+
+def describe_pickle(path):
+    """What a pickle holds, for messages: "dict of 2 ('photos': numbers (40, 512), 'names': list of 40, first text)".
+
+    Raises InputError as `read_pickled_list` does.
+    """
+    with _opened(path) as (content, builder):
+        return _outline(content, builder)
+
+
+def _outline(node, builder, levels=2):
+    """`describe_pickle` of a node, with the content of containers down to `levels` levels."""
+    if (array := builder.numbers(node, levels=2)) is not None:
+        return f"numbers {array.shape}" if array.ndim else "a number"
+    if type(node) in (str, bytes, _FileString):
+        return "text"
+    if type(node) in (list, tuple):
+        name, items = "list", [("", each) for each in node]
+    elif items := builder.pairs(node):
+        name, items = "dict", [(f"{key[:40]!r}: " if type(key) is str else "a key: ", each) for key, each in items]
+    else:
+        return "another object"
+    name = f"{name} of {len(items)}"
+    if not levels or not items:
+        return name
+    shown = [key + _outline(each, builder, levels - 1) for key, each in items[:_MAX_OUTLINED]]
+    if len(set(shown)) == 1:
+        return f"{name}, {'each' if len(items) == len(shown) else 'first'} {shown[0]}"
+    return f"{name} ({', '.join(shown)}{', ...' if len(items) > len(shown) else ''})"
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from datasets.lists import (
     CLASS_NAME_FILES,
     LIST_DESCRIPTIONS,
     MASK_FILE,
+    TITLE_FILE,
     WINDOWS_PATHS,
     Benchmark,
     check_root,
@@ -85,10 +86,11 @@ def check_benchmark(root, protocol_name=None, zero_version=None, decode=False, t
     except InputError as error:
         findings.fault("folders", str(error))
         return CheckResult(None, findings)
-    if custom:
-        title = f"{benchmark.title}, in the layout of {benchmark.protocol.title}"
+    other_split = custom or (benchmark.lists / TITLE_FILE).is_file()  # such as held-out classes
+    if other_split:
+        title = f"{benchmark.title}, in the layout of {benchmark.protocol.title}" if custom else benchmark.title
         benchmark = replace(benchmark, title=title, protocol=replace(benchmark.protocol, published={}))
-    _check_class_names(benchmark, custom, findings)
+    _check_class_names(benchmark, other_split, findings)
     lists = _read_lists(benchmark, custom, findings, {"zero"} if test_only else {"train", "test", "zero"})
     for (_, split), files in lists.items():
         _check_labels(files, benchmark, split, findings)
@@ -117,14 +119,14 @@ def _row(key, files, benchmark, missing, unreadable):
     }
 
 
-def _check_class_names(benchmark, custom, findings):
+def _check_class_names(benchmark, other_split, findings):
     protocol, names = benchmark.protocol, (benchmark.seen_names, benchmark.unseen_names)
     spellings = [{normalise_class_name(name): name for name in part} for part in names]
     for same in sorted(spellings[0].keys() & spellings[1].keys()):
         seen, unseen = (part[same] for part in spellings)
         if seen != unseen:  # open_benchmark reports equal names
             findings.fault("class names", f"{benchmark.lists}: {seen!r} is seen and {unseen!r} unseen: one class")
-    if custom:
+    if other_split:
         return
     for own, given, name in zip((protocol.seen_names, protocol.unseen_names), names, CLASS_NAME_FILES, strict=True):
         differing = set(map(normalise_class_name, own)) ^ set(map(normalise_class_name, given))

@@ -21,7 +21,7 @@ from models.eval.features import Features
 from models.eval.image_order import numbered
 from utils.cli import InputError
 from utils.files import open_regular
-from utils.safe_pickle import read_pickled_list
+from utils.safe_pickle import describe_pickle, read_pickled_list
 
 ARRAY_NAMES = ("gallery", "gallery_labels", "query", "query_labels")
 FILES = ("gallery_files", "query_files")
@@ -108,9 +108,11 @@ def _read_one(path):
         content = dict(zip(ARRAY_NAMES, content[:4], strict=True))
     if not isinstance(content, dict) or any(content.get(name) is None for name in ARRAY_NAMES):
         held = ", ".join(map(str, content)) if isinstance(content, dict) else ""
+        if suffix in (".pickle", ".pkl"):
+            held = f"a {describe_pickle(path)}; docs/testing.md has the lines that save it as .npz"
         raise InputError(
             f"{path}: expected the arrays {', '.join(ARRAY_NAMES)}, or a list of them"
-            + (f"; it holds {held[:200]}" if held else "")
+            + (f"; it holds {held[:600]}" if held else "")
         )
     return {
         name: _as_array(path, name, content[name]) for name in (*ARRAY_NAMES, *FILES) if content.get(name) is not None

@@ -11,7 +11,7 @@ import pytest
 from helpers import fuzz, malicious_pickles
 
 from utils.cli import InputError
-from utils.safe_pickle import read_pickled_dict, read_pickled_list
+from utils.safe_pickle import describe_pickle, read_pickled_dict, read_pickled_list
 
 VALUES = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 
@@ -194,3 +194,27 @@ def test_broken_files_are_read_or_refused(process):
     read, refused = (int(part.split()[0].replace(",", "")) for part in process.stdout.splitlines()[-1].split(", "))
     assert read + refused == 2000 and read > 50 and refused > 500
     assert not list(process.args[3].glob("fuzz-*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ((VALUES, [1, 2]), "list of 2 (numbers (4, 3), numbers (2,))"),
+        ([(VALUES, ["cat"] * 4), (VALUES, ["y", "z"])], "list of 2 (list of 2 (numbers (4, 3), list of 4), list of 2 "),
+        (["x" * 2000, {"y": "z"}], "list of 2 (text, dict of 1, each 'y': text)"),
+        (
+            {"photo": VALUES, "label": [0], 3: None},
+            "dict of 3 ('photo': numbers (4, 3), 'label': numbers (1,), a key: ",
+        ),
+        (
+            {"sketch": {"features": VALUES, "path": {}}},
+            "dict of 1, each 'sketch': dict of 2 ('features': numbers",
+        ),
+        ([[[["deep"]]], {}], "list of 2 (list of 1, each list of 1, another object)"),
+        ([*"abcdefghij", VALUES], "list of 11, first text"),
+        (None, "another object"),
+    ],
+)
+def test_a_pickle_is_described(tmp_path, content, words):
+    (tmp_path / "p").write_bytes(pickle.dumps(content))
+    assert describe_pickle(tmp_path / "p").startswith(words)

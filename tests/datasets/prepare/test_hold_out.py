@@ -69,7 +69,8 @@ def test_held_out_classes_are_the_unseen_ones_of_a_whole_benchmark(tmp_path, nam
     assert not set(UNSEEN) & {*new.seen_names, *new.unseen_names}
     written = b"".join(path.read_bytes() for path in new.lists.iterdir())
     assert not any(each.encode() in written for each in UNSEEN)
-    assert not check_benchmark(tmp_path, None, folder).findings.faults
+    for protocol_name in (None, name):  # --custom, --protocol
+        assert not check_benchmark(tmp_path, protocol_name, folder).findings.faults
     assert protocol_of(name, folder) == name
 
 

@@ -149,6 +149,10 @@ def test_unusable_files_end_in_one_line(arrays, tmp_path, fails, trap):
     assert "one file of features is a .npz" in fails(main, tmp_path / "a.mat")
     (tmp_path / "torn.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:200])
     assert "not a readable NumPy file" in fails(main, tmp_path / "torn.npz")
+    pairs = [(arrays[side], arrays[f"{side}_labels"].tolist()) for side in ("gallery", "query")]
+    (tmp_path / "pairs.pickle").write_bytes(pickle.dumps(pairs))
+    words = "it holds a list of 2 (list of 2 (numbers (45, 16), list of 45), list of 2 (numbers (8, 16), list of 8))"
+    assert f"{words}; docs/testing.md has the lines that save it as .npz" in fails(main, tmp_path / "pairs.pickle")
     for suffix in ("pickle", "pt", "npz"):
         (tmp_path / f"trap.{suffix}").write_bytes(pickle.dumps([trap] * 4))
         fails(main, tmp_path / f"trap.{suffix}")
