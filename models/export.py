@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import mmap
 import os
@@ -23,6 +24,7 @@ import numpy as np
 
 from utils.cli import InputError, OneLineParser, image_side, one_line_errors, path_type, positive_int, run_command
 from utils.files import atomic_write, check_output, open_regular, sha256_of
+from utils.memory import limited_memory
 
 EXPORT_FORMAT = "sbka student 1"  # value of the metadata entry "format"
 METADATA_TYPES = {"sha256": str, "model": str, "imagenet_classes": int, "input_size": int, "width": int}
@@ -74,10 +76,11 @@ def read_onnx_metadata(path):
     "sha256" is that of the exported checkpoint. Raises OSError, ImportError, and InputError for any other file.
     """
     with open_regular(path) as file:  # raises the OSError, which ONNX Runtime would hide
-        if name := _loop_in(file):
+        if name := _unbounded_part(file):
             raise InputError(f"{path}: its graph contains {name}, as no exported student does; {WAY_OUT}")
     try:
-        metadata = onnx_session(str(path), optimize=False).get_modelmeta().custom_metadata_map
+        with limited_memory():
+            metadata = onnx_session(str(path), optimize=False).get_modelmeta().custom_metadata_map
     except ImportError:
         raise
     except Exception as error:  # ONNX Runtime raises classes of its own
@@ -96,14 +99,58 @@ def read_onnx_metadata(path):
     return values
 
 
-def _loop_in(file):
-    """The name of an operator in an open ONNX file that could run without end; None if there is none."""
+def _unbounded_part(file):
+    """What an open ONNX file has that a small file could take endless time or memory with; None if it has nothing."""
     try:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            # The field op_type of a node: tag, length, text.
-            return next((name for name in ("Loop", "Scan") if content.find(b'"\x04' + name.encode()) >= 0), None)
-    except ValueError:  # an empty file
+            for name in ("Loop", "Scan", "SequenceMap"):
+                # The field op_type of a node: tag, length, text.
+                if content.find(b'"%c%s' % (len(name), name.encode())) >= 0:
+                    return name
+            fields = list(itertools.islice(_fields_of(content), MAX_FIELDS + 1))
+            return "functions" if _FUNCTIONS in fields or len(fields) > MAX_FIELDS else None
+    except (ValueError, IndexError):  # an empty file, or none of ONNX
         return None
+
+
+MAX_FIELDS = 1000  # of a model; each node and weight is a field of its graph
+_FUNCTIONS = 25  # the field of a model with functions, which may call each other; they are expanded when it is read
+
+
+def _fields_of(message):
+    """Yields the number of each field of a protobuf message (bytes). Raises IndexError, ValueError for others."""
+    position = 0
+
+    def number():
+        nonlocal position
+        value, shift = 0, 0
+        while True:
+            byte = message[position]
+            value, shift, position = value | (byte & 127) << shift, shift + 7, position + 1
+            if byte < 128:
+                return value
+            if shift > 63:
+                raise ValueError("not a number of protobuf")
+
+    while position < len(message):
+        tag = number()
+        if tag < 8:
+            raise ValueError("not a field of protobuf")
+        yield tag >> 3
+        match tag & 7:
+            case 0:
+                number()
+            case 1:
+                position += 8
+            case 2:
+                length = number()
+                position += length
+            case 5:
+                position += 4
+            case 3 | 4:  # begin and end of fields
+                pass
+            case _:
+                raise ValueError("not a field of protobuf")
 
 
 def parse_metadata(metadata):

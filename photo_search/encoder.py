@@ -13,15 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from datasets.images import resize, stack
-from models.export import INSTALL, onnx_session, read_onnx_metadata
+from models.export import INSTALL, import_onnxruntime, onnx_session, read_onnx_metadata
 from photo_search.photos import read_photo, thumbnail
 from utils.cli import InputError
 from utils.distributed import bar_disabled, local_device, log_rank0
 from utils.files import sha256_of
-from utils.process_pool import available_cores, parallel_map
+from utils.memory import limited_memory
+from utils.process_pool import available_cores, call_with_timeout, parallel_map
 
 STARTER = Path(__file__).resolve().parents[1] / "checkpoint/starter/student.onnx"  # comes with the project
 BACKENDS = ("torch", "onnx")
+MAX_SECONDS = 60  # for an image, and for loading a network, of an exported file; most take less than one
 PRECISION = "tf32"  # of PyTorch on a GPU, as in the test scripts
 
 
@@ -88,31 +90,47 @@ def _load_onnx(path, model, input_size, imagenet_classes, device):
         if given not in (None, metadata[name]):
             raise InputError(f"--{name} {given}: {path} was exported with {metadata[name]}; leave --{name} out")
     try:
-        session = onnx_session(str(path), available_cores())
+        with limited_memory():
+            session = call_with_timeout(lambda: onnx_session(str(path), available_cores()), MAX_SECONDS)
+    except TimeoutError:
+        raise _too_slow(path) from None
     except Exception as error:  # ONNX Runtime raises classes of its own
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise InputError(f"{path}: damaged ({reason}); export it again") from error
+        raise InputError(f"{path}: damaged ({_reason(error)}); export it again") from error
     shapes = [each.shape[1:] for each in (*session.get_inputs(), *session.get_outputs())]
     if shapes != [[3, metadata["input_size"], metadata["input_size"]], [metadata["width"]]]:
         raise InputError(f"{path}: its network is not the one of its metadata; export it again")
 
-    return Encoder({"checkpoint": str(path), **metadata}, partial(_run, session, path, metadata["width"]))
+    compute = partial(_run, session, path, metadata["width"])
+    with limited_memory():
+        compute(np.zeros((1, *shapes[0]), np.uint8))
+    return Encoder({"checkpoint": str(path), **metadata}, compute)
 
 
 def _run(session, path, width, images):
     """Features (n, width) float32 of images (n, 3, size, size) uint8. Raises InputError for anything else.
 
-    What a file says about its graph need not be true of it, and a damaged one can fail when it runs.
+    What a file says about its graph need not be true of it, and a damaged one can fail when it runs, or not end.
     """
+    options = import_onnxruntime().RunOptions()
+    run = partial(session.run, ["features"], {"images": np.ascontiguousarray(images)}, options)
     try:
-        (rows,) = session.run(["features"], {"images": np.ascontiguousarray(images)})
+        (rows,) = call_with_timeout(run, MAX_SECONDS * len(images), lambda: setattr(options, "terminate", True))
+    except TimeoutError:
+        raise _too_slow(path) from None
     except Exception as error:  # ONNX Runtime raises classes of its own
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise InputError(f"{path}: damaged, it fails when it runs ({reason}); export it again") from error
+        raise InputError(f"{path}: damaged, it fails when it runs ({_reason(error)}); export it again") from error
     fits = isinstance(rows, np.ndarray) and rows.dtype == np.float32 and rows.shape == (len(images), width)
     if not fits or (np.abs(np.linalg.norm(rows, axis=1) - 1) > 0.01).any():
         raise InputError(f"{path}: damaged, it does not compute features as its metadata say; export it again")
     return rows
+
+
+def _reason(error):
+    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+
+
+def _too_slow(path):
+    return InputError(f"{path}: does not compute an image within {MAX_SECONDS} seconds; use another checkpoint")
 
 
 def _read_metadata(path):

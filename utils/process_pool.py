@@ -1,14 +1,17 @@
-"""Parallel map over worker processes, with a progress bar."""
+"""Parallel map over worker processes, with a progress bar; calls of bounded time."""
 
+import atexit
 import os
 import signal
+import sys
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 
 from utils.cli import signals_blocked
 
+GRACE_S = 5  # for a call to end after it was asked to
 CHUNKS_AHEAD = 4  # chunks per worker that are computed before the first of them is consumed
 
 
@@ -72,6 +75,40 @@ def _start(reading, writing):
 def _end_with_parent(reading):
     reading.poll(None)  # returns once the pipe is closed
     os._exit(1)
+
+
+def call_with_timeout(function, seconds, stop=lambda: None):
+    """function(), in a thread; Ctrl-C does not wait for it. stop: a function that asks it to end.
+
+    Raises TimeoutError if it takes longer than `seconds`. It may then run on, and this process ends with status 2.
+    """
+    result = Future()
+
+    def run():
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        wait([result], seconds)
+        if not result.done():
+            raise TimeoutError(f"it takes longer than {seconds} seconds")
+    except BaseException:
+        stop()
+        wait([result], GRACE_S)
+        if not result.done():  # a library that is at work when the process ends can make it abort
+            atexit.register(_end_at_once)
+        raise
+    return result.result()
+
+
+def _end_at_once():
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(2)
 
 
 @contextmanager

@@ -204,7 +204,31 @@ def failing(helper):
     return nodes, {"shape": np.array([7, 320])}
 
 
-FAILING = {"one_row": repeated(320**-0.5, (3, 320)), "long_rows": repeated(1, (5, 320)), "fails": failing}
+def immense(helper):
+    """Four terabytes on the way to ordinary features."""
+    nodes = [
+        helper.make_node("Expand", ["one", "square"], ["ones"]),
+        helper.make_node("ReduceMean", ["ones"], ["mean"], keepdims=0),
+        helper.make_node("Expand", ["mean", "shape"], ["features"]),
+    ]
+    return nodes, {"one": np.float32(1), "square": np.array([1 << 20, 1 << 20]), "shape": np.array([1, 320])}
+
+
+def slow(helper):
+    """Products of matrices, without a loop, that take half a minute; they cannot be computed before the images come."""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=1),
+        helper.make_node("ReduceMean", ["floats"], ["mean"], keepdims=0),
+        helper.make_node("Expand", ["mean", "square"], ["product0"]),
+        *(helper.make_node("MatMul", [f"product{i}", "product0"], [f"product{i + 1}"]) for i in range(2000)),
+        helper.make_node("ReduceMean", ["product2000"], ["one"], keepdims=0),
+        helper.make_node("Expand", ["one", "shape"], ["features"]),
+    ]
+    return nodes, {"square": np.array([700, 700]), "shape": np.array([1, 320])}
+
+
+FAILING = {"one_row": repeated(320**-0.5, (3, 320)), "long_rows": repeated(1, (5, 320)), "fails": failing,
+           "immense": immense, "slow": slow}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +258,12 @@ def bad_files(place, tmp_path_factory):
     (folder / "nan.onnx").write_bytes(content[:middle] + b"\xff" * 4000 + content[middle + 4000 :])
     for name, make in FAILING.items():
         onnx.save(failing_model(make, metadata), folder / f"{name}.onnx")
+    expanding = failing_model(repeated(1, (1, 320)), metadata)
+    double = onnx.helper.make_node("Relu", ["x"], ["y"])
+    expanding.functions.append(
+        onnx.helper.make_function("own", "double", ["x"], ["y"], [double], expanding.opset_import)
+    )
+    onnx.save(expanding, folder / "expanding.onnx")
     os.mkfifo(folder / "fifo.onnx")
     (folder / "folder.onnx").mkdir()
     (folder / "s.bin").write_bytes(content)
@@ -249,6 +279,7 @@ BAD = [(f"{NEW} {name}.onnx", f"{name}.onnx: {message}") for name, message in [
     ("stolen", OTHER), ("small", OTHER), *((name, DAMAGED) for name in WITHOUT_METADATA),
     ("tiny", "its metadata do not describe"), ("giant", "its metadata do not describe"),
     ("flipped", "damaged, its SHA-256 is another one"), ("looping", "its graph contains Loop, as no exported student"),
+    ("expanding", "its graph contains functions, as no exported student"), ("immense", "damaged"),
     ("fifo", "cannot be read (not a regular file)"), ("fails", "damaged, it fails when it runs ("),
     *((name, "damaged, it does not compute features as its metadata say") for name in ("one_row", "long_rows")),
     ("nan", "its features are not finite"), ("none", "cannot be read (No such file"),
@@ -281,6 +312,12 @@ def test_bad_input_ends_in_one_line(arguments, told, bad_files, fails):
         Path(path.name).symlink_to(path)
     assert told in fails(search_photos.main, *arguments.split())
     assert not Path("new/index.json").exists()
+
+
+def test_a_network_that_takes_for_ever_ends_in_one_line(bad_files, fails, monkeypatch):
+    monkeypatch.setattr("photo_search.encoder.MAX_SECONDS", 0.5)
+    told = fails(search_photos.main, *NEW.split(), bad_files / "slow.onnx")
+    assert told.endswith("slow.onnx: does not compute an image within 0.5 seconds; use another checkpoint")
 
 
 def test_a_missing_onnxruntime_is_named(monkeypatch, fails):

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_info
 
 from datasets.prepare import __main__ as prepare
 from datasets.prepare import commands
+from utils import process_pool
 from utils.process_pool import _in_order, available_cores, parallel_map, thread_pool
 
 SCRIPT = """
@@ -148,3 +149,24 @@ def test_a_failure_cancels_threads_that_have_not_begun_and_waits_for_none():
     release.set()
     jobs[0].result(30)
     assert ran == [0] and all(one.cancelled() for one in jobs[1:])
+
+
+def test_a_call_that_takes_too_long_is_given_up(monkeypatch):
+    ended, exits, stuck = [], [], threading.Event()
+    monkeypatch.setattr(process_pool, "GRACE_S", 0.01)
+    monkeypatch.setattr(process_pool.atexit, "register", exits.append)
+    monkeypatch.setattr(process_pool.os, "_exit", ended.append)
+    assert process_pool.call_with_timeout(lambda: 7, 60) == 7
+    with pytest.raises(KeyError, match="own error"):
+        process_pool.call_with_timeout(lambda: {}["own error"], 60)
+    with pytest.raises(TimeoutError, match=r"longer than 0\.01 seconds"):
+        process_pool.call_with_timeout(stuck.wait, 0.01)
+    assert len(exits) == 1
+    exits[0]()
+    assert ended == [2]
+    asked = threading.Event()
+    monkeypatch.setattr(process_pool, "GRACE_S", 60)
+    with pytest.raises(TimeoutError):
+        process_pool.call_with_timeout(asked.wait, 0.01, asked.set)
+    assert len(exits) == 1
+    stuck.set()
