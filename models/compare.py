@@ -8,7 +8,6 @@ setting. The other settings are compared with the first. Writes a figure, a Mark
 
 import json
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from utils.cli import (
     printable,
     seed_type,
 )
-from utils.files import atomic_write, check_output, open_regular, read_bytes
+from utils.files import atomic_write, check_output, read_bytes, read_npz
 from utils.pictures import OWN_PNG, draw_or_note, save_png
 
 MAX_JSON_BYTES, MAX_QUERY_BYTES = 64 << 20, 1 << 30  # of results.json and train.json; of the arrays of per_query.npz
@@ -133,13 +132,7 @@ def _check_results(results):
 
 def _read_queries(path):
     """The arrays of a per_query.npz by name. Raises ValueError, and what zipfile and NumPy raise for damaged files."""
-    names = ("rows", "metrics", "values", "class", "sketch")
-    with open_regular(path) as file:
-        with zipfile.ZipFile(file) as archive:
-            if sum(archive.getinfo(f"{name}.npy").file_size for name in names) > MAX_QUERY_BYTES:
-                raise ValueError("too large")
-        with np.load(file, allow_pickle=False) as arrays:
-            stored = {name: arrays[name] for name in names}
+    stored = read_npz(path, MAX_QUERY_BYTES, ("rows", "metrics", "values", "class", "sketch"))
     rows, values = stored["rows"], stored["values"]
     shape = len(rows), len(stored["metrics"]), len(stored["class"])
     if rows.shape != (shape[0], 3) or values.shape != shape or stored["sketch"].shape != shape[2:] or not all(shape):

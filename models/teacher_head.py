@@ -7,15 +7,13 @@ The scale, which is 100 where it is left out, is that of the cosines of image an
 the semantic mask.
 """
 
-import zipfile
-
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from utils.cli import InputError
-from utils.files import open_regular
+from utils.files import read_npz
 
 MAX_BYTES = 1 << 30  # of the arrays of a file, unpacked
 
@@ -60,15 +58,10 @@ def read_head(path):
 
 def _read_arrays(path):
     try:
-        with open_regular(path) as file:
-            with zipfile.ZipFile(file) as archive:
-                if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
-                    raise InputError(f"--teacher_head {path}: larger than 1 GiB, too large for a head")
-            with np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
+        return read_npz(path, MAX_BYTES)
     except FileNotFoundError:
         raise InputError(f"--teacher_head {path}: no such file") from None
-    except (InputError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # a damaged file can fail in any way
         reason = str(error).split("\n")[0]

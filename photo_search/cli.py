@@ -15,6 +15,7 @@ from photo_search.encoder import (
     add_photos,
     backend_of,
     check_checkpoint,
+    check_encoder_device,
     encoder_of,
     fit_index_codebook,
     load_encoder,
@@ -111,7 +112,8 @@ def create_parser():
     add("--clusters", type=positive_int, metavar="K", help="number of clusters (default: a 25th of the photos, at "
         f"most {update.MAX_DEFAULT_CLUSTERS}; none below {update.MIN_PHOTOS_FOR_CLUSTERS} photos)")  # fmt: skip
     add("--subspaces", type=positive_int, metavar="M", help="number of subspaces of a feature (default: 2)")
-    add("--refit", action="store_true", help="fit the clusters again, to the present photos")
+    add("--refit", action="store_true", help="fit the clusters again, to the present photos; as many as "
+        "--clusters says, or its default, whatever the index has now")  # fmt: skip
     add("--batch_size", type=positive_int, default=64, help="photos in a batch")
     add("--workers", type=number_type(int, 0, 1000, "a whole number from 0 to 1000"), default=min(4, available_cores()),
         help="processes that decode photos")  # fmt: skip
@@ -188,6 +190,8 @@ def _check_index_options(options, old, recorded):
         if not options.folders and not recorded:
             raise InputError(f"{options.index}: there is no index yet, and a new one needs a folder of photos")
         return
+    if options.device:  # an index that is up to date needs none, and a wrong one would be found out much later
+        check_encoder_device(options.checkpoint or old["checkpoint"], options.device)
     if options.checkpoint:
         check_checkpoint(old, options.checkpoint)
     for name in ("model", "input_size", "imagenet_classes"):

@@ -66,15 +66,24 @@ def load_encoder(checkpoint, model=None, input_size=None, imagenet_classes=None,
     return load(path, model, input_size, imagenet_classes, device)
 
 
+def check_encoder_device(checkpoint, device):
+    """Raise InputError unless the network in a file can compute on `device`."""
+    if backend_of(checkpoint) == "torch":
+        from models.options import check_device
+
+        check_device("--device", device)
+    elif device != "cpu":
+        raise InputError(f"--device {device}: exported networks compute on the cpu; leave --device out")
+
+
 def _load_torch(path, model, input_size, imagenet_classes, device):
     import torch
 
     from models.checkpoints import load_student
     from models.eval.features import embed
-    from models.options import check_device
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device("--device", device)
+    check_encoder_device(path, device)
     device = local_device(device)
     student, metadata, _ = load_student(path, model, input_size, imagenet_classes)
     del metadata["seen_classes"]  # an index does not record them
@@ -83,8 +92,8 @@ def _load_torch(path, model, input_size, imagenet_classes, device):
 
 
 def _load_onnx(path, model, input_size, imagenet_classes, device):
-    if device not in (None, "cpu"):
-        raise InputError(f"--device {device}: exported networks compute on the cpu; leave --device out")
+    if device is not None:
+        check_encoder_device(path, device)
     metadata = _read_metadata(path)
     for name, given in (("model", model), ("input_size", input_size), ("imagenet_classes", imagenet_classes)):
         if given not in (None, metadata[name]):

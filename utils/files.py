@@ -10,6 +10,7 @@ import platform
 import re
 import stat
 import tempfile
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,6 +65,23 @@ def read_bytes(path, limit):
     if len(content) > limit:
         raise InputError(f"{path}: larger than {limit >> 20:,} MiB, so not a file of this kind; choose another")
     return content
+
+
+def read_npz(path, max_bytes, names=None):
+    """{name: array} of an .npz file, read as data; names: of the arrays to read (default: all).
+
+    max_bytes: of these arrays, unpacked: a small file could hold more than memory does. Raises FileNotFoundError, and
+    ValueError, KeyError and what zipfile and NumPy raise for other and damaged files.
+    """
+    import numpy as np
+
+    with open_regular(path) as file:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.namelist() if names is None else [f"{name}.npy" for name in names]
+            if sum(archive.getinfo(member).file_size for member in members) > max_bytes:
+                raise ValueError(f"its arrays are larger than {max_bytes >> 20:,} MiB")
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names or arrays.files}
 
 
 @contextmanager

@@ -258,6 +258,7 @@ def bad_sketches(folder):
     ("index photos --index new --checkpoint {} --subspaces 7", "--subspaces 7: features of 320 values"),
     ("index photos --index new --checkpoint {} --clusters 9", "--clusters 9: there are only 5 photos"),
     ("index photos --clusters 0", "argument --clusters"),
+    ("index photos --device abacus", "--device abacus: there is no such device"),  # though nothing is to be computed
     ("index photos --exclude *.png", "photos0: contains no photos beside those of --exclude *.png; correct"),
     ("index --remove empty", "--remove empty: not a folder of the index; its folders are "),
     ("index --remove photos", "--remove: no folder would be left; to delete the index, delete photo_index"),

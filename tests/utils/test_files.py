@@ -1,5 +1,6 @@
 import os
 
+import numpy as np
 import pytest
 
 from models import export
@@ -13,6 +14,7 @@ from utils.files import (
     open_own,
     open_regular,
     read_bytes,
+    read_npz,
     sha256_of,
     write_json,
 )
@@ -101,3 +103,14 @@ def test_an_export_does_not_replace_its_checkpoint(tmp_path, capsys):
         export.main([str(path), "--to", str(path)])
     assert end.value.code == 2 and "is the checkpoint itself" in capsys.readouterr().err
     assert path.read_bytes() == b"weights"
+
+
+def test_arrays_larger_than_allowed_are_not_unpacked(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", small=np.arange(3), large=np.zeros(10**6))
+    assert (tmp_path / "a.npz").stat().st_size < 10_000
+    assert read_npz(tmp_path / "a.npz", 1000, ("small",))["small"].tolist() == [0, 1, 2]
+    assert read_npz(tmp_path / "a.npz", 9_000_000).keys() == {"small", "large"}
+    with pytest.raises(ValueError, match="its arrays are larger than 7 MiB"):
+        read_npz(tmp_path / "a.npz", 7 << 20)
+    with pytest.raises(KeyError):
+        read_npz(tmp_path / "a.npz", 1000, ("other",))
