@@ -22,6 +22,7 @@ from models.networks import Student
 from models.torch_files import first_sentence, is_plain_tensor, read_torch, safetensors_metadata
 from models.train_step import LOGGED
 from models.weights import (
+    check_size,
     find_state_dict,
     fit_input_size,
     load_published,
@@ -184,6 +185,8 @@ def load_student(path, model=None, input_size=None, imagenet_classes=None):
     student = build()
     load_published(student, state, path)
     resize(student, metadata["model"], metadata["input_size"])
+    source = "--input_size" if input_size else f"{path}: trained with --input_size"
+    check_size(student, metadata["model"], metadata["input_size"], source)
     names = checkpoint.get("classes")
     fits = isinstance(names, list) and len(names) == seen_classes and all(isinstance(name, str) for name in names)
     return LoadedStudent(student.eval(), metadata | {"width": student.width}, names if fits else None)
@@ -233,9 +236,9 @@ def check_seen_classes(path, found, expected):
 
 
 def _recorded(options, name, kind, lowest=1):
-    """The value of an option of a checkpoint; None where there is none, not of its kind, or a number below `lowest`."""
+    """The value of an option of a checkpoint; None where there is none, not of its kind, or a number out of bounds."""
     value = options.get(name)
-    fits = type(value) is kind and (kind is str or lowest <= value <= 10**6)
+    fits = type(value) is kind and (kind is str or lowest <= value <= (4096 if name == "input_size" else 10**6))
     return value if fits else None
 
 

@@ -18,6 +18,7 @@ import itertools
 import json
 import mmap
 import os
+import re
 import warnings
 
 import numpy as np
@@ -30,8 +31,8 @@ EXPORT_FORMAT = "sbka student 1"  # value of the metadata entry "format"
 METADATA_TYPES = {"sha256": str, "model": str, "imagenet_classes": int, "input_size": int, "width": int}
 _BOUNDS = {"imagenet_classes": (0, 10**6), "input_size": (32, 4096), "width": (1, 10**5)}
 # Metadata at the end of an ONNX file: the length of what is before them, and its SHA-256. A safetensors file has the
-# SHA-256 of its values. Earlier versions wrote none.
-CONTENT_BYTES, CONTENT_SHA256 = "content_bytes", "content_sha256"
+# SHA-256 of its values, and that of its header without this entry. Earlier versions wrote some or none.
+CONTENT_BYTES, CONTENT_SHA256, HEADER_SHA256 = "content_bytes", "content_sha256", "header_sha256"
 MAX_DIFFERENCE = 1e-4  # between a value of a feature of ONNX Runtime and of PyTorch
 MAX_HALF_DIFFERENCE = 1e-3  # the same with --half
 MIN_HALF_SIZE = 30_000  # values of a matrix that --half stores in float16: smaller ones matter more, and save little
@@ -89,14 +90,33 @@ def read_onnx_metadata(path):
         raise InputError(f"{path}: an ONNX file of another program, or of another version of this one; {WAY_OUT}")
     try:
         values = parse_metadata(metadata)
-        content = int(metadata.get(CONTENT_BYTES, 0)), metadata.get(CONTENT_SHA256)
     except (KeyError, ValueError):
         values = None
     if values is None or any(not low <= values[name] <= high for name, (low, high) in _BOUNDS.items()):
         raise InputError(f"{path}: its metadata do not describe a student; {WAY_OUT}") from None
-    if content[1] is not None and content[1] != sha256_of(path, length=content[0]):
+    if metadata.keys() & {CONTENT_BYTES, CONTENT_SHA256} and not _has_digest(path, metadata.get(CONTENT_BYTES, "")):
         raise InputError(f"{path}: damaged, its SHA-256 is another one; export it again")
     return values
+
+
+def _has_digest(path, length):
+    """Whether an ONNX file ends in the digest of its first `length` (text) bytes, and in nothing else: _with_digest."""
+    if not re.fullmatch("[0-9]{1,15}", length):
+        return False
+    end = _digest_entries(length, sha256_of(path, length=int(length)))
+    with open_regular(path) as file:
+        start = file.seek(0, os.SEEK_END) - len(end)
+        file.seek(max(start, 0))
+        return start == int(length) and file.read() == end
+
+
+def _digest_entries(length, digest):
+    """Two entries of the metadata of an ONNX file, as protobuf: each is field 14 of a model, with a key and a value."""
+    entries = b""
+    for key, value in ((CONTENT_BYTES, length), (CONTENT_SHA256, digest)):
+        entry = b"\x0a%c%b\x12%c%b" % (len(key), key.encode(), len(value), value.encode())
+        entries += b"\x72%c%b" % (len(entry), entry)
+    return entries
 
 
 def _unbounded_part(file):
@@ -187,7 +207,6 @@ def create_parser():
 def main(argv=None):
     """Command line; returns the path that was written."""
     from models.checkpoints import load_student
-    from models.weights import check_size
 
     options = create_parser().parse_args(argv)
     if all(map(os.path.exists, (options.to, options.checkpoint))) and os.path.samefile(options.to, options.checkpoint):
@@ -196,7 +215,6 @@ def main(argv=None):
     student, metadata, classes = load_student(
         options.checkpoint, options.model, options.input_size, options.imagenet_classes
     )
-    check_size(student, metadata["model"], metadata["input_size"])
     strings = export_metadata(student, metadata, classes)
     if options.to.suffix == ".onnx":
         data = onnx_bytes(student, metadata, strings, options.half)
@@ -244,8 +262,19 @@ def safetensors_bytes(student, strings, half=False, no_head=False):
             for name, value in state.items()
         }
     data = save(state, strings)
-    values = data[8 + int.from_bytes(data[:8], "little") :]  # behind the length of the header and the header
-    return save(state, strings | {CONTENT_SHA256: hashlib.sha256(values).hexdigest()})
+    end = 8 + int.from_bytes(data[:8], "little")  # the length of the header, and the header
+    header = json.loads(data[8:end])
+    header["__metadata__"][CONTENT_SHA256] = hashlib.sha256(memoryview(data)[end:]).hexdigest()
+    header["__metadata__"][HEADER_SHA256] = header_sha256(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # values are aligned to 8 bytes
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[end:]))
+
+
+def header_sha256(header):
+    """SHA-256 of the header of a safetensors file (parsed), without its own entry of the metadata."""
+    metadata = {name: text for name, text in header["__metadata__"].items() if name != HEADER_SHA256}
+    return hashlib.sha256(json.dumps(header | {"__metadata__": metadata}, sort_keys=True).encode()).hexdigest()
 
 
 def onnx_bytes(student, metadata, strings, half=False):
@@ -288,11 +317,7 @@ def onnx_bytes(student, metadata, strings, half=False):
 
 def _with_digest(data):
     """An ONNX file (bytes) with its length and SHA-256 as metadata behind it: concatenated messages are one."""
-    import onnx
-
-    end = onnx.ModelProto()
-    onnx.helper.set_model_props(end, {CONTENT_BYTES: str(len(data)), CONTENT_SHA256: hashlib.sha256(data).hexdigest()})
-    return data + end.SerializeToString()
+    return data + _digest_entries(str(len(data)), hashlib.sha256(data).hexdigest())
 
 
 def _traced(student, images):

@@ -1,6 +1,7 @@
 """Reads torch and safetensors files as data: nothing in them is run, only tensors and plain values are taken."""
 
 import argparse
+import json
 import pathlib
 import pickle
 import re
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from models.export import CONTENT_SHA256, EXPORT_FORMAT
+from models.export import CONTENT_SHA256, HEADER_SHA256, header_sha256
 from utils.cli import InputError
 from utils.files import open_regular, sha256_of
 
@@ -102,13 +103,15 @@ def safetensors_metadata(path):
 
 
 def _check_digest(path):
-    """Raise InputError if a safetensors file of models.export does not have the SHA-256 that it records."""
-    metadata = safetensors_metadata(path)
-    if metadata.get("format") != EXPORT_FORMAT or CONTENT_SHA256 not in metadata:
+    """Raise InputError if a safetensors file of models.export does not have the SHA-256s that it records."""
+    recorded = safetensors_metadata(path)
+    if not recorded.keys() & {CONTENT_SHA256, HEADER_SHA256}:
         return
     with open_regular(path) as file:
-        header = int.from_bytes(file.read(8), "little")
-    if sha256_of(path, start=8 + header) != metadata[CONTENT_SHA256]:
+        length = int.from_bytes(file.read(8), "little")
+        digests = {HEADER_SHA256: header_sha256(json.loads(file.read(length)))}
+    digests[CONTENT_SHA256] = sha256_of(path, start=8 + length)
+    if any(recorded.get(name, digest) != digest for name, digest in digests.items()):
         raise UnreadableFile(f"{path}: damaged, its SHA-256 is another one", "export it again")
 
 

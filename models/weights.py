@@ -134,7 +134,7 @@ def match_published(module, state, source):
         missing = []
     for names, word in ((unexpected, "with"), (missing, "without")):
         if names:
-            more = f"{min(names)} and {len(names) - 1} more"
+            more = f"{min(names)[:100]} and {len(names) - 1} more"
             clip = any(name.startswith("visual.") for name in names)
             way_out = "a whole CLIP needs a name such as vit_base_patch16_clip_224.openai" if clip else "see --model"
             raise InputError(f"{source}: holds another network, {word} {more}; {way_out}")
@@ -192,10 +192,13 @@ def _is_counter(name, value):
     return name.endswith(".num_batches_tracked") and is_number
 
 
-def check_size(student, model, size):
-    """Raise InputError if a Student's backbone does not accept images of `size` × `size` pixels."""
+def check_size(student, model, size, source="--input_size"):
+    """Raise InputError if a Student's backbone does not accept images of `size` × `size` pixels.
+
+    source: how the message begins, before the size.
+    """
     if not takes_size(student.backbone, size):
-        raise InputError(f"--input_size {size}: {model} takes no images of that size; try 224, or leave it out")
+        raise InputError(f"{source} {size}: {model} takes no images of that size; use --input_size 224")
 
 
 def fit_input_size(model, size=None, source="--model"):
@@ -412,7 +415,7 @@ def _other_shape(name, found, expected):
         return f"its head has {found[0]} classes, not {expected[0]}; set --imagenet_classes {found[0]}"
     size = _STEM_WIDTHS.get(found[0]) if found and name.startswith("downsample_layers.0.") else None
     holds = f"the file holds a convnextv2_{size}" if size else "the file holds another network"
-    return f"{name} is {found}, expected {expected}: {holds}, see --model"
+    return f"{name} is {str(found)[:100]}, expected {expected}: {holds}, see --model"
 
 
 def other_split(found, expected):
