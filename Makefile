@@ -3,7 +3,7 @@
 # make test   run the tests, on all cores
 # make lint   check style
 # make torture   kill a training process a dozen times and compare where it ends
-# make fuzz   read 100,000 damaged features and masks, 40,000 damaged exports, 20,000 damaged indexes
+# make fuzz   read 180,000 damaged files: indexes, index.json, .onnx, .safetensors, features and masks
 # make gpu    check and measure what runs on a GPU, in ten minutes; writes gpu_report.md
 # Each sets up .venv first; `make PYTHON=python3.12 test` chooses the Python that it is made from.
 

@@ -1,14 +1,12 @@
 """The documentation is true: links have targets, options exist, and the scripts in docs/ run."""
 
 import argparse
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.forked import Forked
 
 from datasets.prepare.commands import create_parser
 from datasets.protocols import PROTOCOLS
@@ -106,11 +104,10 @@ def test_every_golden_array_is_described():
 
 
 def run(*arguments):
-    command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = Forked(*arguments)
+    printed, complaints = process.communicate()
+    assert process.returncode == 0, complaints.decode()
+    return printed.decode()
 
 
 def test_a_few_steps_of_both_phases_need_no_command_line(miniature):

@@ -9,6 +9,7 @@ read. One process reads all, within bounds of memory and time, and leaves the in
 
 import argparse
 import collections
+import copy
 import json
 import os
 import random
@@ -95,16 +96,18 @@ def damage_metadata(rng, metadata):
         elif change == "number" and type(place.get(name)) is int:
             place[name] += rng.choice((-1, 1, 8, -(2**40), 2**40))
         else:
-            place[name] = rng.choice(ODD_VALUES)
+            place[name] = copy.deepcopy(rng.choice(ODD_VALUES))
     return metadata
 
 
-def write_damaged(rng, whole, folder):
-    """Make `folder` the index `whole` ({name: bytes}) with a damage; returns what was damaged."""
+def write_damaged(rng, whole, folder, in_metadata):
+    """Make `folder` the index `whole` ({name: bytes}) with a damage in index.json or in another of its files.
+
+    Returns the name of that file.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    names = sorted(whole)
-    name = rng.choice([INDEX_FILE] * len(names) + names)
+    name = INDEX_FILE if in_metadata else rng.choice(sorted(whole.keys() - {INDEX_FILE}))
     files = dict(whole)
     if name == INDEX_FILE and rng.random() < 0.8:
         files[name] = json.dumps(damage_metadata(rng, json.loads(whole[name]))).encode()
@@ -144,7 +147,7 @@ def read(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", type=int, default=20_000, help="number of damaged indexes")
+    parser.add_argument("--files", type=int, default=20_000, help="number of indexes of each kind")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     crash_with_traceback()
@@ -156,16 +159,14 @@ def main():
     limit_memory(MAX_EXTRA_BYTES)
     print(f"--seed {options.seed}; a crash leaves its index in {folder}", flush=True)
     rng, counts = random.Random(options.seed), collections.Counter()
-    for _ in tqdm(range(options.files), desc="fuzz", unit="index", disable=None):
-        name = write_damaged(rng, whole, folder / "damaged")
+    for number in tqdm(range(2 * options.files), desc="fuzz", unit="index", disable=None):
+        name = write_damaged(rng, whole, folder / "damaged", in_metadata=number % 2 == 0)
         limit_time(CPU_SECONDS)
-        refused = read(folder / "damaged") is not None
+        is_refused = read(folder / "damaged") is not None
         limit_time()
-        if sum(counts.values()) % 1000 == 999:
-            print(f"{sum(counts.values()) + 1:,} indexes", file=sys.stderr, flush=True)
-        counts[INDEX_FILE if name == INDEX_FILE else "a file of arrays" if "-" in name else name, refused] += 1
-    for (name, refused), count in sorted(counts.items()):
-        print(f"{name:20} {'refused' if refused else 'read':8} {count:7,}")
+        counts[INDEX_FILE if name == INDEX_FILE else "index files", "refused" if is_refused else "read"] += 1
+    for (kind, end), count in sorted(counts.items()):
+        print(f"{kind}: {count:,} {end}")
     shutil.rmtree(folder)
 
 

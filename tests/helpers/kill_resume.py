@@ -29,16 +29,19 @@ TRAIN = """--model test_convnext --finetune none --input_size 32 --batch_size 12
 MOMENTS = ("write", "step", "start")
 
 
-def start(root, savedir, epochs, *more):
-    """A training process in a group of its own, resumed if `savedir` has a checkpoint."""
-    resume = any((savedir / name).exists() for name in (LAST, PREVIOUS))
-    command = [sys.executable, ROOT / "train_sketchy_ext.py", *TRAIN, "--epochs", epochs, "--data_root", root]
-    command += ["--savedir", savedir, *more, *(["--resume"] if resume else [])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # sums in the same order on every machine
+def start_script(*command):
+    """A process of a group of its own that runs a script of the project."""
     return subprocess.Popen(
-        [str(part) for part in command], start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        env=environment,
+        [sys.executable, *command], start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # sums in the same order on every machine
     )  # fmt: skip
+
+
+def start(root, savedir, epochs, *more):
+    """A training process, resumed if `savedir` has a checkpoint."""
+    resume = any((savedir / name).exists() for name in (LAST, PREVIOUS))
+    command = ["train_sketchy_ext.py", *TRAIN, "--epochs", epochs, "--data_root", root, "--savedir", savedir, *more]
+    return start_script(*(str(part) for part in (*command, *(["--resume"] if resume else []))))
 
 
 def finish(process):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo
 from helpers import kill_resume
+from helpers.forked import Forked
 
 import train_quickdraw_ext
 import train_sketchy_ext
@@ -61,6 +62,7 @@ def at_step(monkeypatch):
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_weights(miniature, tmp_path, monkeypatch):
+    monkeypatch.setattr(kill_resume, "start_script", Forked)
     monkeypatch.setattr(kill_resume, "TRAIN", [*kill_resume.TRAIN, "--max_steps", "12"])
     counts = kill_resume.torture(miniature, tmp_path, kills=2, epochs=2)
     assert counts["write"] == 1 and counts["step"] == 1

@@ -1,14 +1,10 @@
 """Several processes (gloo) make the index that one makes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from albums import write_album
+from helpers.forked import run_ranks
 
 import search_photos
 from models.checkpoints import save_checkpoint
@@ -16,7 +12,6 @@ from models.networks import Student, create_backbone
 from photo_search.index import open_index
 
 OPTIONS = "--device cpu --batch_size 3 --workers 0".split()
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +25,9 @@ def checkpoint(tmp_path_factory):
 
 def index(*arguments):
     """`search_photos.py index` in two processes; what it says, once it has ended well."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, ROOT / "search_photos.py", "index", *arguments, *OPTIONS]
-    result = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode == 0 and "error" not in result.stderr, result.stderr
-    return result.stdout, result.stderr
+    status, said, told = run_ranks(2, "search_photos.py", "index", *arguments, *OPTIONS)
+    assert status == 0 and "error" not in told, told
+    return said, told
 
 
 def test_two_processes_make_the_index_that_one_makes(checkpoint, tmp_path):

@@ -418,6 +418,6 @@ def test_damaged_indexes_are_searched_or_refused_in_one_line(tmp_path):
 
     whole = {path.name: path.read_bytes() for path in fuzz_index.make(tmp_path).iterdir()}
     draw = random.Random(1)
-    for _ in range(60):
-        fuzz_index.write_damaged(draw, whole, tmp_path / "damaged")
+    for in_metadata in (True, False) * 30:
+        fuzz_index.write_damaged(draw, whole, tmp_path / "damaged", in_metadata)
         fuzz_index.read(tmp_path / "damaged")

@@ -1,4 +1,4 @@
-"""Several real processes (gloo) do what one does."""
+"""Several real processes (gloo) do what one does; torchrun starts those of two tests."""
 
 import itertools
 import json
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import golden_steps
+from helpers.forked import run_ranks
 from helpers.golden_steps import ONLY_CLS
 
 import search_photos
@@ -28,8 +29,8 @@ TRAIN = [*MODEL, *"--finetune none --batch_size 12 --epochs 2 --warmup_epochs 0 
 TRAIN += "--max_steps 6 --print_freq 3".split()
 
 
-def together(processes, *command):
-    """Run a script in several processes; what they print, stdout and stderr."""
+def torchrun(processes, *command):
+    """Run a script in several processes: (exit status, stdout, stderr)."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
     result = subprocess.run(
         [str(part) for part in (*launcher, *command)], cwd=ROOT, capture_output=True, text=True,
@@ -40,7 +41,7 @@ def together(processes, *command):
 
 def test_two_processes_take_the_golden_steps(golden, tmp_path):
     z, script = golden("train_step"), ROOT / "tests/helpers/golden_steps.py"
-    status, _, complaints = together(2, script, ROOT / "tests/golden/train_step.npz", tmp_path)
+    status, _, complaints = run_ranks(2, script, ROOT / "tests/golden/train_step.npz", tmp_path)
     assert status == 0, complaints
     for accum_steps in (1, 2):
         for name, state in torch.load(tmp_path / f"{accum_steps}.pt", weights_only=True).items():
@@ -65,7 +66,7 @@ def test_two_processes_take_the_golden_steps(golden, tmp_path):
 
 def test_two_processes_train_and_test_as_one(miniature, tmp_path):
     arguments = ["--data_root", miniature, *TRAIN]
-    status, printed, complaints = together(2, "train_sketchy_ext.py", *arguments, "--savedir", tmp_path / "two")
+    status, printed, complaints = run_ranks(2, "train_sketchy_ext.py", *arguments, "--savedir", tmp_path / "two")
     assert status == 0, complaints
     assert len(printed.splitlines()) == 3 and complaints.count("no epoch after warm-up") <= 1
     train_sketchy_ext.main([str(part) for part in (*arguments, "--savedir", tmp_path / "one")])
@@ -85,7 +86,7 @@ def test_two_processes_train_and_test_as_one(miniature, tmp_path):
     path, results = tmp_path / "one/features_zero.pickle", tmp_path / "one/results.json"
     test_sketchy_ext_zeroshot.main([str(part) for part in test])
     alone = pickle.loads(path.read_bytes())
-    status, printed, complaints = together(2, "test_sketchy_ext_zeroshot.py", *test, "--recompute")
+    status, printed, complaints = run_ranks(2, "test_sketchy_ext_zeroshot.py", *test, "--recompute")
     assert status == 0, complaints
     assert printed.count("one-to-one") == 1 and printed.count("one-to-many") == 3
     rows = [json.loads(results.read_text())["rows"]]
@@ -117,13 +118,13 @@ print(*(path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/com
 def test_no_thread_outlives_the_connection(tmp_path):
     """Threads that do can abort the process as it ends."""
     (tmp_path / "leaves.py").write_text(LEAVES)
-    status, printed, complaints = together(2, tmp_path / "leaves.py", ROOT)
+    status, printed, complaints = torchrun(2, tmp_path / "leaves.py", ROOT)
     assert status == 0 and printed.count("python") >= 2, complaints
     assert "gloo" not in printed
 
 
 def test_bad_input_is_told_once(tmp_path):
-    status, _, complaints = together(2, "train_sketchy_ext.py", *TRAIN, "--data_root", tmp_path / "nowhere")
+    status, _, complaints = torchrun(2, "train_sketchy_ext.py", *TRAIN, "--data_root", tmp_path / "nowhere")
     assert status != 0 and complaints.count("error: ") == 1 and "no such data folder" in complaints
 
 
