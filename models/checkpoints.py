@@ -238,7 +238,8 @@ def check_seen_classes(path, found, expected):
 def _recorded(options, name, kind, lowest=1):
     """The value of an option of a checkpoint; None where there is none, not of its kind, or a number out of bounds."""
     value = options.get(name)
-    fits = type(value) is kind and (kind is str or lowest <= value <= (4096 if name == "input_size" else 10**6))
+    bounds = (0, 200) if kind is str else (lowest, 4096 if name == "input_size" else 10**6)
+    fits = type(value) is kind and bounds[0] <= (len(value) if kind is str else value) <= bounds[1]
     return value if fits else None
 
 

@@ -40,11 +40,12 @@ def test_a_recorded_input_size_that_the_network_does_not_take_is_refused(tmp_pat
 
 
 def test_long_names_of_a_file_are_cut_in_messages(tmp_path):
-    path = tmp_path / "a.pt"
-    torch.save({"linear.weight": torch.ones(3, 8), "x" * 5000: torch.ones(2)}, path)
-    with pytest.raises(InputError) as error:
-        load_student(path, fuzz_models.MODEL)
-    assert len(str(error.value)) < 500
+    path, state = tmp_path / "a.pt", {"linear.weight": torch.ones(3, 8)}
+    for content in (state | {"x" * 5000: torch.ones(2)}, {"state_dict": state, "options": {"model": "x" * 5000}}):
+        torch.save(content, path)
+        with pytest.raises(InputError) as error:
+            load_student(path, None if "options" in content else fuzz_models.MODEL)
+        assert len(str(error.value)) < 500
 
 
 def test_the_files_that_are_damaged_are_whole_before(tmp_path):
