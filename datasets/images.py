@@ -75,12 +75,12 @@ def decode_image(
         if isinstance(source, str | os.PathLike):
             source = files.enter_context(open_regular(source))
         image = files.enter_context(_open_image(source, formats))
-        full = image.width * image.height
+        full_size, full = image.size, image.width * image.height
         if draft_side and full > DRAFT_PIXELS and _is_jpeg(image):
             image.draft(None, (draft_side, draft_side))
         pixels = image.width * image.height
         if pixels > (max_pixels or MAX_PIXELS) or max(image.size) > (max_side or math.inf) or full > MAX_REDUCED_PIXELS:
-            raise InputError(f"{image.width} × {image.height} pixels are too many")
+            raise InputError("{} × {} pixels are too many".format(*full_size))
         if _is_jpeg(image):
             _check_scans(source, full)
         files.enter_context(_truncated_allowed() if truncated else nullcontext())

@@ -23,7 +23,16 @@ import warnings
 
 import numpy as np
 
-from utils.cli import InputError, OneLineParser, image_side, one_line_errors, path_type, positive_int, run_command
+from utils.cli import (
+    InputError,
+    OneLineParser,
+    image_side,
+    is_out_of_memory,
+    one_line_errors,
+    path_type,
+    positive_int,
+    run_command,
+)
 from utils.files import atomic_write, check_output, open_regular, sha256_of
 from utils.memory import limited_memory
 
@@ -85,6 +94,8 @@ def read_onnx_metadata(path):
     except ImportError:
         raise
     except Exception as error:  # ONNX Runtime raises classes of its own
+        if is_out_of_memory(error):
+            raise InputError(f"{path}: needs more memory than there is; free some, or use another file") from error
         raise InputError(f"{path}: damaged, or not an ONNX file ({_reason(error)}); {WAY_OUT}") from error
     if metadata.get("format") != EXPORT_FORMAT:
         raise InputError(f"{path}: an ONNX file of another program, or of another version of this one; {WAY_OUT}")

@@ -31,6 +31,7 @@ from photo_search.find_results import (
 )
 from photo_search.index import is_index, open_index
 from photo_search.partial_index import unfinished_options
+from photo_search.photos import PICTURE
 from photo_search.search import DEFAULT_CLUSTER_WEIGHT, MATCHINGS, ONE_TO_ONE, open_searcher, read_sketch
 from utils.cli import (
     InputError,
@@ -346,7 +347,7 @@ def run_find(options):
         write_json(json_path, result)
     if missing:
         photos = "1 photo that would be shown does" if len(missing) == 1 else f"{len(missing):,} photos found do"
-        log_rank0(f"note: {photos} not exist now; index again to remove them")
+        log_rank0(f"note: {photos} not exist now, or cannot be reached; index removes those that were deleted")
     if options.json == STDOUT:
         print(json.dumps(result, indent=2))
     else:
@@ -378,11 +379,11 @@ def _default_picture(options):
     """found.png in the index; None, with a note, where that cannot be written or holds another picture."""
     if options.json == STDOUT:
         return None
-    path = (options.index if options.engine == LOCAL else Path()) / "found.png"
+    path = (options.index if options.engine == LOCAL else Path()) / PICTURE
     try:
         return check_output(path, "", OWN_PICTURE)
     except InputError as error:
-        log_rank0(f"note: found.png is not drawn: {str(error).rpartition('; ')[0]}; --picture FILE names another place")
+        log_rank0(f"note: {PICTURE} is not drawn: {str(error).rpartition('; ')[0]}; --picture FILE names another place")
         return None
 
 

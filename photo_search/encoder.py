@@ -15,7 +15,7 @@ import numpy as np
 from datasets.images import resize, stack
 from models.export import INSTALL, import_onnxruntime, onnx_session, read_onnx_metadata
 from photo_search.photos import read_photo, thumbnail
-from utils.cli import InputError
+from utils.cli import InputError, is_out_of_memory
 from utils.distributed import bar_disabled, local_device, log_rank0
 from utils.files import sha256_of
 from utils.memory import limited_memory
@@ -104,7 +104,7 @@ def _load_onnx(path, model, input_size, imagenet_classes, device):
     except TimeoutError:
         raise _too_slow(path) from None
     except Exception as error:  # ONNX Runtime raises classes of its own
-        raise InputError(f"{path}: damaged ({_reason(error)}); export it again") from error
+        raise _failure(path, "damaged", error) from error
     shapes = [each.shape[1:] for each in (*session.get_inputs(), *session.get_outputs())]
     if shapes != [[3, metadata["input_size"], metadata["input_size"]], [metadata["width"]]]:
         raise InputError(f"{path}: its network is not the one of its metadata; export it again")
@@ -127,15 +127,19 @@ def _run(session, path, width, images):
     except TimeoutError:
         raise _too_slow(path) from None
     except Exception as error:  # ONNX Runtime raises classes of its own
-        raise InputError(f"{path}: damaged, it fails when it runs ({_reason(error)}); export it again") from error
+        raise _failure(path, "damaged, it fails when it runs", error) from error
     fits = isinstance(rows, np.ndarray) and rows.dtype == np.float32 and rows.shape == (len(images), width)
     if not fits or (np.abs(np.linalg.norm(rows, axis=1) - 1) > 0.01).any():
         raise InputError(f"{path}: damaged, it does not compute features as its metadata say; export it again")
     return rows
 
 
-def _reason(error):
-    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+def _failure(path, what, error):
+    """The InputError for an exception of ONNX Runtime."""
+    if is_out_of_memory(error):
+        return InputError(f"{path}: needs more memory than there is; free some, or use another checkpoint")
+    reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+    return InputError(f"{path}: {what} ({reason}); export it again")
 
 
 def _too_slow(path):
@@ -160,7 +164,8 @@ def encoder_of(metadata, checkpoint=None, device=None):
     """
     path = checkpoint or metadata["checkpoint"]
     if not Path(path).is_file():
-        raise InputError(f"{path}: the checkpoint of the index does not exist; give its path with --checkpoint")
+        why = "is not a file" if Path(path).exists() else "does not exist"
+        raise InputError(f"{path}: the checkpoint of the index {why}; give its path with --checkpoint")
     check_checkpoint(metadata, path)
     own = {name: metadata[name] for name in ("model", "input_size", "imagenet_classes")}
     encoder = load_encoder(path, **own, device=device)

@@ -7,7 +7,7 @@ from photo_search.photos import UNREAD_SUFFIXES, suffixes_of
 from utils.cli import printable
 from utils.pictures import SOFTWARE
 
-OWN_JSON = rb'\A\s*\[\s*(\{\s*"sketch":|\])'  # how the JSON begins
+OWN_JSON = rb'\A\s*\[\s*\{\s*"sketch":'  # how the JSON begins
 OWN_PICTURE = rb"(?s)\A\x89PNG.{1,200}?Software\0" + SOFTWARE.encode()
 
 

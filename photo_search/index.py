@@ -173,6 +173,8 @@ def open_index(folder):
         metadata = read_metadata(folder)
         try:
             return _open(folder, metadata)
+        except PermissionError as error:
+            raise InputError(f"{error.filename}: {error.strerror}; correct its permissions, or set --index") from None
         except Exception as error:  # damaged files can fail in any way
             if read_metadata(folder)["generation"] != metadata["generation"]:
                 continue  # a writer has replaced it meanwhile

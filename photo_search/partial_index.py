@@ -7,6 +7,7 @@
 A batch is complete once its line is written, which happens last. Its thumbnails are in the index's file of thumbnails.
 """
 
+import errno
 import json
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -154,7 +155,11 @@ class PartialIndex:
         """All features so far, (n, width) float32, mapped."""
         if not self.photos:
             return np.empty((0, self.width), np.float32)
-        return np.memmap(self.folder / FEATURES_FILE, np.float32, "r", shape=(len(self.photos), self.width))
+        path = self.folder / FEATURES_FILE
+        try:
+            return np.memmap(path, np.float32, "r", shape=(len(self.photos), self.width))
+        except (OSError, ValueError):  # removed, or shorter than what was written
+            raise InputError(f"{path}: was changed meanwhile; run the command again to continue") from None
 
     def remove(self):
         """Delete its files, once its photos are in the index."""
@@ -169,8 +174,9 @@ def write_errors_as_input_errors(folder):
         yield
     except OSError as error:
         reason = error.strerror or error
+        first = "free some space, and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise InputError(
-            f"{folder}: the index cannot be written ({reason}); free some space, and run the command again to continue"
+            f"{folder}: the index cannot be written ({reason}); {first}run the command again to continue"
         ) from error
 
 

@@ -26,6 +26,7 @@ MAX_TIME_NS = (1 << 63) - 1  # nanoseconds, in the year 2262; file systems know 
 
 MAX_UPLOAD_BYTES, MAX_UPLOAD_SIDE = 4 << 20, 4096  # of an uploaded picture
 
+PICTURE = "found.png"  # which `find` draws into the folder of the index
 THUMBNAIL_SIDE = 192  # pixels of its longer side
 
 
@@ -59,7 +60,7 @@ class Rules(NamedTuple):
     suffixes: frozenset[str]
     exclude: tuple[str, ...]
     hidden: bool
-    own: str | None  # the folder of the index
+    own: tuple[str, ...]  # paths of the folder of the index, and of the picture of `find` in it
 
 
 def find_photos(folders, exclude=(), may_be_missing=(), index=None, hidden=False):
@@ -71,7 +72,8 @@ def find_photos(folders, exclude=(), may_be_missing=(), index=None, hidden=False
     those of systems, such as @eaDir.
     Raises InputError for any other folder that does not exist or cannot be read.
     """
-    rules = Rules(frozenset(suffixes_of_formats()), tuple(exclude), hidden, index and os.path.realpath(index))
+    own = (os.path.realpath(index), os.path.realpath(os.path.join(index, PICTURE))) if index else ()
+    rules = Rules(frozenset(suffixes_of_formats()), tuple(exclude), hidden, own)
     result, found = FoundPhotos(), {}
     for folder in folders:
         root = os.path.realpath(folder)
@@ -99,7 +101,7 @@ def _look_into(folder, root, rules, found, result):
                 suffix = os.path.splitext(entry.name)[1].lower()
                 if not is_folder and (suffix not in rules.suffixes and suffix not in UNREAD_SUFFIXES):
                     continue
-                if not (is_folder or entry.is_file(follow_symlinks=False)) or entry.path == rules.own:
+                if not (is_folder or entry.is_file(follow_symlinks=False)) or entry.path in rules.own:
                     continue
                 if pattern := _excluding(os.path.relpath(entry.path, root) if rules.exclude else "", rules.exclude):
                     result.excluded.add(pattern)

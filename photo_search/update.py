@@ -11,6 +11,7 @@ import os
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial as partial_call
 from typing import NamedTuple
 
 import numpy as np
@@ -110,27 +111,30 @@ def _update(folder, encoder, fit, options, add):
     metadata = _metadata_of(old, options) if old else encoder().metadata
     _check_subspaces(options.subspaces, metadata["width"])
     may_be_missing = old.metadata["folders"] if old and not options.only else ()
-    found = find_photos(options.folders, options.exclude, may_be_missing, folder, options.hidden)
-    unlisted = found.unlisted
+    find = partial_call(
+        find_photos, options.folders, options.exclude, may_be_missing, index=folder, hidden=options.hidden
+    )
+    found = find()
     _check_contains_photos([each for each in options.folders if each not in may_be_missing], found.files, found)
     if old is None:
         _check_clusters(options.clusters, len(found.files))
 
     partial = _open_partial_index(folder, old, metadata, options, len(found.files))
-    known = KnownPhotos(old, partial)
-    unread, unread_notes = unread_to_keep(known, found)
-    files = sorted([*found.files, *unread], key=lambda file: os.fsencode(file.path)) if unread else found.files
-    missing, known_rows = _split_by_known(files, known)
-    kept, notes = photos_to_keep(known, dict.fromkeys(files) | known_rows, unlisted, options)
-    for note in (*unread_notes, *notes):
-        log_rank0(f"note: {note}")
-    files = sorted([*files, *kept], key=lambda file: os.fsencode(file.path)) if kept else files
-    _check_contains_photos(options.folders, files, found)
-    known_rows |= {file: known.exact[file] for file in kept}
     before, extraction_started = len(partial.photos), time.perf_counter()
-    if missing:
-        with _garbage_collection(True):
-            add(encoder, metadata, missing, partial, options.batch_size, options.workers, options.truncated)
+    while True:
+        known = KnownPhotos(old, partial)
+        files, known_rows, missing = _compare(found, known, options)
+        _check_contains_photos(options.folders, files, found)
+        if missing:
+            with _garbage_collection(True):
+                add(encoder, metadata, missing, partial, options.batch_size, options.workers, options.truncated)
+        vanished = [file for file in missing if file in partial.unreadable and not os.path.lexists(file.path)]
+        if not vanished:
+            break
+        log_rank0(f"note: {len(vanished):,} photos have gone meanwhile; their folders are searched again")
+        for file in vanished:
+            del partial.unreadable[file]
+        found = find()
     extraction_seconds = time.perf_counter() - extraction_started
     rows = _rows_of_readable(files, known_rows, partial, known.first)
     if not rows:
@@ -144,7 +148,7 @@ def _update(folder, encoder, fit, options, add):
     stats.unread = [path for path in found.unread if path not in known.paths]
     stats.hidden, stats.excluded = found.hidden, found.excluded
     unreadable = {file.path: why for file, why in partial.unreadable.items() if file in in_folders}
-    unlisted = {path: why for path, why in sorted(unlisted.items()) if path not in may_be_missing}
+    unlisted = {path: why for path, why in sorted(found.unlisted.items()) if path not in may_be_missing}
     stats.unreadable = [f"{path}: {why}" for path, why in (unlisted | unreadable).items()]
     codebook, is_changed = _choose_codebook(rows, known, fit, options, metadata["width"])
     metadata = metadata | _walk_metadata(options)
@@ -155,6 +159,23 @@ def _update(folder, encoder, fit, options, add):
     remove_old_generations(folder)
     stats.seconds = time.perf_counter() - started
     return stats
+
+
+def _compare(found, known, options):
+    """(all PhotoFiles of the index to be, {PhotoFile: row} of those that are known, those that must be computed).
+
+    found: FoundPhotos. Prints which photos stay though they are not found, or cannot be decoded.
+    """
+    unread, unread_notes = unread_to_keep(known, found)
+    files = [*found.files, *unread]
+    missing, known_rows = _split_by_known(files, known)
+    kept, notes = photos_to_keep(known, dict.fromkeys(files) | known_rows, found.unlisted, options)
+    for note in (*unread_notes, *notes):
+        log_rank0(f"note: {note}")
+    files += kept
+    if unread or kept:
+        files.sort(key=lambda file: os.fsencode(file.path))
+    return files, known_rows | {file: known.exact[file] for file in kept}, missing
 
 
 def _check_own_folder(folder):

@@ -30,6 +30,7 @@ def run_command(module, *arguments):
 
     Before the module is imported, NumPy's sort kernel is chosen. Ends in one line if a requirement is not installed.
     """
+    _open_standard_streams()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # timm loads huggingface_hub
     numpy_sort.choose_sort_kernel()
     try:
@@ -47,6 +48,20 @@ def run_command(module, *arguments):
         print(f"error: {error.name} is not installed; {way_out}; or pip install -r requirements.txt", file=sys.stderr)
         raise SystemExit(2) from None
     return command(*arguments)
+
+
+def _open_standard_streams():
+    """Open the null device in the place of standard streams that are closed: files would get their descriptors."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
 
 
 # Control characters, line separators, marks of the direction of writing, and bytes of names that are not UTF-8.
@@ -285,14 +300,16 @@ def is_dead_worker(error):
 
 
 def is_out_of_memory(error):
-    """Whether an error says that memory is exhausted: an exception of Python, of torch, or of CUDA's libraries."""
+    """Whether an error says that memory is exhausted: of Python, torch, CUDA's libraries or ONNX Runtime."""
     if isinstance(error, MemoryError):
         return True
     # torch raises OutOfMemoryError, a RuntimeError, for its own CUDA allocator only.
-    pattern = r"CUDA( error:)? out of memory|DefaultCPUAllocator: |_STATUS_ALLOC_FAILED"
-    return isinstance(error, RuntimeError) and (
-        type(error).__name__ == "OutOfMemoryError" or bool(re.search(pattern, str(error)))
+    pattern = (
+        r"CUDA( error:)? out of memory|DefaultCPUAllocator: |_STATUS_ALLOC_FAILED|"
+        r"\[ONNXRuntimeError\].*(bad_alloc|Failed to allocate memory)"
     )
+    is_of_runtime = isinstance(error, RuntimeError) or str(error).startswith("[ONNXRuntimeError]")
+    return is_of_runtime and (type(error).__name__ == "OutOfMemoryError" or bool(re.search(pattern, str(error))))
 
 
 _MACHINE_LIMITS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
@@ -308,6 +325,8 @@ def _user_message(error):
         return f"{error.filename}: {error.strerror}; change its permissions, or choose another"
     if is_dead_worker(error) and _raised_in(error, "torch.utils.data", "multiprocessing"):
         return "a process that decodes images was killed, perhaps for memory; lower --workers"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+        return f"the output cannot be written ({error.strerror}); make room, or redirect it elsewhere"
     if isinstance(error, OSError) and error.errno and (error.filename or error.errno in _MACHINE_LIMITS):
         return str(error)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

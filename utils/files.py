@@ -124,6 +124,9 @@ def check_output(path, option, ours):
     folder cannot be written: before any work is done.
     """
     target, option = Path(os.path.realpath(path)), f"{option} " if option else ""
+    no_file = f"{option}{path}: is not a file but a folder, a FIFO or a device; choose a file"
+    if os.path.exists(path) and not os.path.isfile(path):  # standard output by its name, too
+        raise InputError(no_file)
     try:
         with open_regular(target) as file:
             start = file.read(1 << 16)
@@ -136,7 +139,7 @@ def check_output(path, option, ours):
     except PermissionError as error:
         raise InputError(f"{option}{path}: {error.strerror}; choose another file") from None
     except OSError:
-        raise InputError(f"{option}{path}: is not a file but a folder, a FIFO or a device; choose a file") from None
+        raise InputError(no_file) from None
     if content and not re.search(ours, content):
         raise InputError(f"{option}{path}: holds something that this command did not write; choose another file")
     check_writable(target.parent)

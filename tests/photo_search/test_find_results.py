@@ -80,7 +80,11 @@ def test_only_own_results_are_replaced(index, fails, capsys):
     Path("thesis.txt").write_text("thesis")
     other = [("--json", "p.png"), ("--json", "sketch.png"), ("--json", "thesis.txt"), ("--picture", "found.json"),
              ("--picture", "sketch.png"), ("--picture", "link.png")]  # fmt: skip
-    odd = [("--json", "fifo"), ("--json", "/dev/null"), ("--picture", "."), ("--picture", "fifo")]
+    Path("empty.json").write_text("[]")
+    other.append(("--json", "empty.json"))
+    pipe = os.pipe()[1]
+    odd = [("--json", "fifo"), ("--json", "/dev/null"), ("--picture", "."), ("--picture", "fifo"),
+           ("--json", f"/dev/fd/{pipe}")]  # fmt: skip
     command = search_photos.main, "find", "sketch.png", "--index", "index"
     for pairs, message in ((other, "holds something that this command did not write"), (odd, "is not a file but a")):
         for option, path in pairs:

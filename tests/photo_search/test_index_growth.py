@@ -20,6 +20,7 @@ from photo_search import update as updates
 from photo_search.index import TAIL_ARRAYS, open_index
 from photo_search.photos import read_photo, thumbnail
 from utils.cli import InputError
+from utils.files import open_regular
 
 FORMAT_1 = Path(__file__).with_name(
     "index_of_format_1"
@@ -367,6 +368,20 @@ def test_lost_thumbnails_are_made_again_and_no_features(damage, album, index, ne
     again = photos_of(grown)
     assert held.items() < again.items() and len(again) == 41
     assert [path.name for path in grown.glob("thumbnails*")] == ["thumbnails-2.bin"]
+
+
+def test_files_that_may_not_be_read_are_no_damage(tmp_path, monkeypatch):
+    update(tmp_path / "index", FakeEncoder(), write_album(tmp_path / "album"))
+    name = str(tmp_path / "index/records-1.npy")
+
+    def refuse(path, *more):
+        if str(path) == name:
+            raise PermissionError(13, "Permission denied", name)
+        return open_regular(path, *more)
+
+    monkeypatch.setattr("photo_search.index.open_regular", refuse)
+    with pytest.raises(InputError, match=r"records-1\.npy: Permission denied; correct its permissions"):
+        open_index(tmp_path / "index")
 
 
 @pytest.mark.parametrize("name", ["features-7.npy", "thumbnails-2.bin", "tail_paths-1.bin", "unfinished.features"])

@@ -167,6 +167,12 @@ def test_the_folder_of_the_index_is_left_out(tmp_path):
     assert [each.path for each in find_photos([album], index=album / "photo_index").files] == photos
 
 
+def test_the_picture_of_find_is_left_out_where_photos_and_index_are_in_one_folder(album):
+    write_photo(album / "found.png", 90)
+    assert "found.png" in names(album)
+    assert len(names(album, index=album)) == 12 and "found.png" not in names(album, index=album)
+
+
 def test_hidden_files_and_folders_of_systems_are_left_out(tmp_path):
     write_photo(tmp_path / "a.png", 0)
     for name in (".Trash-1000/b.png", "@eaDir/c.png", "#recycle/d.png", "._a.png", "sub/.thumbnails/e.png"):

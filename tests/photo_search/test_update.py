@@ -134,6 +134,28 @@ def test_photos_of_a_disk_that_is_away_stay(album, tmp_path, index, network, cap
     assert len(photos_of(index)) == 4
 
 
+@pytest.mark.parametrize("is_mount", [False, True])
+def test_a_disk_that_goes_while_photos_are_read_takes_none_of_them(is_mount, album, tmp_path, index, capsys):
+    class Unmounting(FakeEncoder):
+        def embed(self, images):
+            if self.seen == 12:
+                album.rename(tmp_path / "away")
+                if is_mount:
+                    album.mkdir()
+            return super().embed(images)
+
+    network = Unmounting()
+    update(index, network, album)
+    before = photos_of(index)
+    for path in album.glob("**/*.png"):
+        write_photo(path, 50 + int(path.stem))
+    assert count(update(index, network, album)) == (0, 0, 0, 0, 0) and photos_of(index) == before
+    assert "note: 7 photos have gone meanwhile; their folders are searched again\n" in capsys.readouterr().err
+    shutil.rmtree(album, ignore_errors=True)
+    (tmp_path / "away").rename(album)
+    assert count(update(index, network, album)) == (0, 12, 0, 0, 0)
+
+
 def test_photos_of_a_folder_that_cannot_be_listed_stay(album, index, network, capsys, monkeypatch):
     update(index, network, album)
     before, scandir = photos_of(index), os.scandir

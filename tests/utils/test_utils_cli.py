@@ -58,7 +58,14 @@ def test_input_errors_end_in_one_line(capsys, message):
     [
         (OSError(errno.EMFILE, "Too many open files", "a.txt"), "[Errno 24] Too many open files: 'a.txt'"),
         (OSError(errno.EMFILE, "Too many open files"), "[Errno 24] Too many open files"),
-        (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "the output cannot be written (No space left on device); make room, or redirect it elsewhere",
+        ),
+        (
+            Exception("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc"),
+            OUT_OF_MEMORY,
+        ),
         (FileNotFoundError(2, "No such file", "a.txt"), "[Errno 2] No such file: 'a.txt'"),
         (PermissionError(13, "Denied", "a.txt"), "a.txt: Denied; change its permissions, or choose another"),
         (MemoryError(), OUT_OF_MEMORY),
@@ -71,6 +78,12 @@ def test_input_errors_end_in_one_line(capsys, message):
 )
 def test_limits_of_the_machine_end_in_one_line(capsys, error, line):
     assert outcome(capsys, throw, error) == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(("arguments", "status"), [("--help", 0), ("check /none", 2)])
+def test_a_command_without_standard_streams_does_its_work(arguments, status):
+    command = f"{sys.executable} -m datasets.prepare {arguments} >&- 2>&-"
+    assert subprocess.run(command, shell=True, cwd=ROOT).returncode == status
 
 
 @pytest.mark.parametrize("module", ["torch.distributed.distributed_c10d", "torch.autograd.graph"])
@@ -158,7 +171,9 @@ def test_a_closed_pipe_ends_a_command_quietly(arguments):
 def test_a_full_disk_ends_in_one_line(arguments):
     with open("/dev/full", "w") as full:
         ended = run(*arguments, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert ended.returncode == 2 and ended.stderr == "error: [Errno 28] No space left on device\n"
+    assert ended.returncode == 2 and ended.stderr == (
+        "error: the output cannot be written (No space left on device); make room, or redirect it elsewhere\n"
+    )
 
 
 @pytest.mark.parametrize("utf8", ["0", "1"])
