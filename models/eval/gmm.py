@@ -12,38 +12,26 @@ one component and 0 in all others. In an iteration of screened EM a point is one
   distance to its own component and new bounds of the others are computed; then it is hard-assigned or ambiguous.
 
 The M step, too, adds only the responsibilities that changed to the scatter matrices. What is left out is below the last
-bits of every sum.
-
-Two facts bound the Mahalanobis distance of a point to a component, ‖P · (point − mean)‖, where P is the inverse of the
-covariance's lower Cholesky factor (`precisions_cholesky`):
-
-- P is lower triangular: its first p rows give the distance in the first p coordinates, which is no greater.
-- An EM step takes y = P · (point − mean) to A · y + mean_shift. So ‖y‖ changes by at most ‖A − 1‖ · ‖y‖ + ‖mean_shift‖,
-  and an old bound less that is still a bound.
-
-`DistanceBounds.project` gives a third one. Bounds are float32 and allow for its rounding. Depends on NumPy and PyTorch.
+bits of every sum. models.eval.distance_bounds has the bounds. Depends on NumPy, SciPy and PyTorch.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch.nn import functional as F
+from scipy.linalg import lapack
 
 from models.eval.codebooks import CollapsedComponent
+from models.eval.distance_bounds import BLOCK_POINTS, DistanceBounds, coordinate_chunks, pca_rotation
 from models.eval.matching import matmul
 
 TOLERANCE, REGULARISATION, ITERATIONS = 1e-3, 1e-6, 100  # scikit-learn's defaults
 TINY = 10 * torch.finfo(torch.float64).eps  # what scikit-learn adds to a component's total, so that none is 0
 DENSE_BYTES = 1 << 27  # largest matrix in an iteration of fit_dense
-NUM_CHUNKS = 4  # coordinate chunks of a distance, with early exit after each
-PROJECTED_POINTS = 1024  # points at a time in DistanceBounds.project
-PROJECTED_SHARE = 0.25  # share of distances whose bounds prove nothing, above which all points are projected
-BLOCK_POINTS = 4096  # points at a time: bounds the memory, fits a cache
-# A component whose log-probability is this far below the likeliest component's has a responsibility below
-# e^-50 = 2e-22. A million of those are 2e-16. Where a component's total is below WEAK they could move it: then all
-# distances are computed.
-NEGLIGIBLE, WEAK = 50.0, 1e-3
+# A responsibility is negligible if N of them would be NEGLIGIBLE of the component's total: a tenth of its last bit. If
+# an E step leaves less than WEAK of a component's total, they could move it: then all distances are computed.
+NEGLIGIBLE, WEAK = torch.finfo(torch.float64).eps / 10, 1e-3
 
 
 @dataclass(frozen=True)
@@ -183,24 +171,25 @@ def _expect_screened(components, bounds):
 
     # Of ambiguous points, every component with a responsibility is computed again: one that has become negligible must
     # be replaced, too, before the point can be hard-assigned.
-    shared = old > math.exp(-NEGLIGIBLE)
+    negligible = components.negligible()
+    shared = old > negligible[:, None]
     ambiguous = shared.sum(dim=0) > 1
     shared &= ambiguous
-    stale = bounds.below(bounds.thresholds(constants, NEGLIGIBLE)).any(dim=0)
+    stale = bounds.below(bounds.thresholds(constants, -negligible.log())).any(dim=0)
     components.compute(squares, shared)
     bounds.update_own(likeliest, squares)
 
     # Find the other components that matter to stale points.
     current = components.means, components.precisions_cholesky, components.norms
     bounds.bound_own(*current, stale & ~ambiguous)
-    thresholds = bounds.thresholds(constants, NEGLIGIBLE).masked_fill_(shared, 0)
+    thresholds = bounds.thresholds(constants, -negligible.log()).masked_fill_(shared, 0)
     candidates = bounds.tighten(*current, thresholds)
     newly_ambiguous = candidates.any(dim=0) & ~ambiguous
     components.compute(squares, candidates.scatter_(0, likeliest[None], newly_ambiguous[None]))
     ambiguous |= newly_ambiguous
 
     responsibilities, log_likelihood = _replace_ambiguous(old, constants, squares, ambiguous)
-    if (responsibilities.sum(dim=1) < WEAK).any():
+    if (responsibilities.sum(dim=1) < WEAK * components.totals).any():
         components.compute(squares, squares == math.inf)
         ambiguous.fill_(True)
         responsibilities, log_likelihood = _replace_ambiguous(old, constants, squares, ambiguous)
@@ -262,13 +251,20 @@ class _Components:
                 offsets, total = self.points.index_select(0, block).sub_(self.means[component]), 0
                 for start, stop in self.chunks:  # skips the zeros of the triangular matrix
                     rows = self.precisions_cholesky[component, start:stop, :stop]
-                    total += (offsets[:, :stop] @ rows.T).square_().sum(dim=1)
+                    total += matmul(offsets[:, :stop], rows.T).square_().sum(dim=1)
                 squares[component].index_copy_(0, block, total)
 
+    def negligible(self):
+        """(K,): responsibilities up to these are negligible, see NEGLIGIBLE."""
+        return NEGLIGIBLE / len(self.points) * self.totals
+
     def maximise(self, responsibilities):
-        """M step. Raises CollapsedComponent."""
-        first = self.responsibilities is None
-        changes = responsibilities if first else responsibilities - self.responsibilities
+        """M step. Leaves out negligible changes of responsibilities. Raises CollapsedComponent."""
+        first, changes = self.responsibilities is None, responsibilities
+        if not first:
+            changes = responsibilities - self.responsibilities
+            changes.masked_fill_(changes.abs() <= self.negligible()[:, None], 0)
+            responsibilities = torch.where(changes == 0, self.responsibilities, responsibilities)
         self.responsibilities = responsibilities
         self.totals = responsibilities.sum(dim=1) + TINY
         self.scale_change, self.mean_shift = torch.zeros_like(self.totals), torch.zeros_like(self.totals)
@@ -290,7 +286,7 @@ class _Components:
             self.first_moments[component] += weighted.sum(dim=0)
             for start, stop in self.chunks:
                 rows = self.scatter_matrices[component, start:stop, :stop]
-                rows.addmm_(weighted[:, start:stop].T, offsets[:, :stop])
+                rows += matmul(weighted[:, start:stop].T, offsets[:, :stop])
 
     def _factorise(self, component):
         """Compute mean, Cholesky factor and its inverse from the moments."""
@@ -303,13 +299,15 @@ class _Components:
         scatter = self.scatter_matrices[component].addr(moved, half, alpha=-1).addr_(half, moved, alpha=-1)
         covariance = scatter.div_(total)
         covariance.diagonal().add_(REGULARISATION)
-        factor, failed = torch.linalg.cholesky_ex(covariance)  # of its lower triangle
+        # The lower triangle in NumPy's order of memory is the upper one in LAPACK's, and upper.T @ upper = covariance.
+        upper, failed = lapack.dpotrf(covariance.T.numpy(), lower=False, overwrite_a=True)
         if failed:
             raise CollapsedComponent(f"component {component} collapsed onto too few photos")
-        inverse = _inverse(factor)
+        factor, inverse = torch.from_numpy(upper.T), torch.zeros_like(covariance)
+        _invert(factor.numpy(), inverse.numpy())
         square = 0
         for start, stop in self.chunks:  # A − 1 = inverse · old factor − 1
-            rows = inverse[start:stop, :stop] @ self.factors[component, :stop, :stop]
+            rows = matmul(inverse[start:stop, :stop], self.factors[component, :stop, :stop])
             rows.diagonal(start).sub_(1)
             square += rows.square_().sum()
         self.scale_change[component] = square.sqrt()
@@ -318,131 +316,13 @@ class _Components:
         self.means[component], self.factors[component], self.precisions_cholesky[component] = mean, factor, inverse
 
 
-def _inverse(factor):
-    """Inverse of a lower triangular (d, d), recursively by halves, which skips the zeros."""
+def _invert(factor, inverse):
+    """Write the inverse of a lower triangular array (d, d) over zeros, recursively by halves, which skips the zeros."""
     half = len(factor) // 2
-    if half < 64:
-        return torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False)
-    inverse = torch.zeros_like(factor)
-    inverse[:half, :half], inverse[half:, half:] = _inverse(factor[:half, :half]), _inverse(factor[half:, half:])
-    inverse[half:, :half] = -inverse[half:, half:] @ (factor[half:, :half] @ inverse[:half, :half])
-    return inverse
-
-
-# --- bounds of distances
-
-
-def coordinate_chunks(width):
-    """[(start, stop)] of NUM_CHUNKS chunks of `width` coordinates."""
-    stops = sorted({-(-width * chunk // NUM_CHUNKS) for chunk in range(1, NUM_CHUNKS + 1)})
-    return list(zip([0, *stops], stops, strict=False))
-
-
-def pca_rotation(points, least):
-    """Orthogonal (d, d): principal directions of points (N, d) float64, in order of descending variance.
-
-    A rotation keeps distances, and then the first few coordinates have most of them. Where a variance of `least` is
-    lost in the rounding of the largest variance, whether Cholesky succeeds depends on rounding: then this is the
-    identity, so that it matches fit_dense.
-    """
-    sample = points[:: 1 + len(points) // BLOCK_POINTS]
-    variances, vectors = torch.linalg.eigh(torch.atleast_2d(torch.cov(sample.T, correction=0)))
-    rounding = len(variances) * torch.finfo(points.dtype).eps * variances[-1]
-    return vectors.flip(1) if rounding < least else torch.eye(len(variances), dtype=points.dtype)
-
-
-def linear(points, matrix):
-    """points (n, i) @ matrix (j, i).T, float32. By oneDNN, which takes half the time of BLAS on some processors."""
-    if torch.backends.mkldnn.is_available() and torch.get_float32_matmul_precision() == "highest":
-        return F.linear(points.to_mkldnn(), matrix.to_mkldnn()).to_dense()
-    return points @ matrix.T
-
-
-class DistanceBounds:
-    """Bounds of the distances of N points to K components.
-
-    likeliest: (N,) int64, the component with the greatest responsibility; own: (N,) float64, upper bounds of the
-    distances to it; lower: (K, N) float32, lower bounds of the distances to all components.
-    """
-
-    def __init__(self, points, likeliest, count):
-        """points: (N, d) float64 with a mean of 0; likeliest: (N,) int64; count: K."""
-        self.points, self.chunks = points.float(), coordinate_chunks(points.shape[1])
-        self.longest = self.points.norm(dim=1).max().double()
-        self.likeliest, self.own = likeliest, torch.full_like(points[:, 0], torch.inf)
-        self.lower = self.points.new_zeros(count, len(points))
-
-    def loosen(self, scale_change, mean_shift):
-        """Loosen all bounds after an M step: scale_change (K,) is ‖A − 1‖, mean_shift (K,) ‖mean_shift‖."""
-        self.own.mul_((1 + scale_change)[self.likeliest]).add_(mean_shift[self.likeliest])
-        factor, shift = (1 - 1e-5 - scale_change).float(), mean_shift.float()  # 1e-5 is more than float32 rounds off
-        self.lower.mul_(factor[:, None]).sub_(shift[:, None]).clamp_(min=0)
-
-    def thresholds(self, constants, negligible):
-        """Squared distances (K, N) float32 from which on a log-probability is `negligible` below the likeliest's.
-
-        A component's log-probability is its constants (K,) less half the squared distance. 0 for the likeliest itself.
-        """
-        own = self.own.square() - 2 * constants[self.likeliest]
-        thresholds = own.float() + 2 * (constants + negligible).float()[:, None]
-        return thresholds.clamp_(min=0).scatter_(0, self.likeliest[None], 0)
-
-    def below(self, thresholds):
-        """Whether (K, N) the squared distance may be below thresholds (K, N), by the bounds."""
-        return self.lower < thresholds.sqrt()
-
-    def bound_own(self, means, precisions_cholesky, norms, chosen):
-        """Compute new bounds of the distances of `chosen` (N,) bool to their own components; rest: as in `tighten`."""
-        margins = self._margins(means, norms)
-        for component, (mean, matrix) in enumerate(zip(means.float(), precisions_cholesky.float(), strict=True)):
-            for block in (chosen & (self.likeliest == component)).nonzero()[:, 0].split(BLOCK_POINTS):
-                squares = matmul(self.points.index_select(0, block).sub_(mean), matrix.T).square_().sum(dim=1)
-                self.own.index_copy_(0, block, squares.double().sqrt_().add_(margins[component]))
-
-    def tighten(self, means, precisions_cholesky, norms, thresholds):
-        """`below(thresholds)` after computing better bounds where the old ones do not exclude it.
-
-        means: (K, d); precisions_cholesky: (K, d, d); norms: (K,) those of precisions_cholesky; all float64.
-        """
-        open_before, margins = self.below(thresholds), self._margins(means, norms).float()[:, None]
-        enough = (thresholds.sqrt() + margins).square_()  # a sum of squares from which on the bound excludes it
-        squares, still_below = torch.zeros_like(self.lower), torch.zeros_like(open_before)
-        if 4 * len(means) <= means.shape[1] and open_before.sum() > PROJECTED_SHARE * open_before.numel():
-            squares = self.project(means, precisions_cholesky)
-        candidates = open_before & (squares < enough)
-        for component, (mean, matrix) in enumerate(zip(means.float(), precisions_cholesky.float(), strict=True)):
-            for block in candidates[component].nonzero()[:, 0].split(BLOCK_POINTS):
-                total, needed = 0, enough[component].index_select(0, block)
-                offsets = self.points.index_select(0, block).sub_(mean)
-                for start, stop in self.chunks:
-                    total = matmul(offsets[:, :stop], matrix[start:stop, :stop].T).square_().sum(dim=1).add_(total)
-                    squares[component].index_copy_(0, block, total)
-                    remaining = (total < needed).nonzero()[:, 0]
-                    remain = (block, total, needed, offsets)
-                    block, total, needed, offsets = (values.index_select(0, remaining) for values in remain)
-                still_below[component].index_fill_(0, block, True)
-        self.lower = torch.where(open_before, squares.sqrt_().sub_(margins), self.lower)
-        return still_below
-
-    def project(self, means, precisions_cholesky):
-        """Lower bounds (K, N) of squared distances, computed for all points at once.
-
-        They are the squared length of P · (point − mean) in the directions of P · (other mean − mean) alone.
-        """
-        directions = torch.linalg.qr(precisions_cholesky @ (means - means[:, None]).mT).Q  # (K, d, K)
-        matrices = directions.mT @ precisions_cholesky  # (K, K, d)
-        origins = (matrices @ means[:, :, None]).float().flatten()
-        matrices, squares = matrices.float().flatten(0, 1), torch.empty_like(self.lower)
-        for block, out in zip(self.points.split(PROJECTED_POINTS), squares.split(PROJECTED_POINTS, dim=1), strict=True):
-            offsets = linear(block, matrices).sub_(origins)
-            out.copy_(offsets.square_().view(len(block), *means.shape[:1], -1).sum(dim=2).T)
-        return squares
-
-    def _margins(self, means, norms):
-        """(K,): twice the usual bound of how far rounding moves a float32 product; covers the sum of squares, too."""
-        return 2 * (means.shape[1] + 8) * 2**-24 * norms * (self.longest + means.norm(dim=1))
-
-    def update_own(self, likeliest, squares):
-        """Set likeliest (N,), and its distances from squared distances (K, N), inf where they were not computed."""
-        exact = squares.gather(0, likeliest[None])[0]
-        self.likeliest, self.own = likeliest, torch.where(exact < torch.inf, exact.sqrt(), self.own)
+    if half < 48:
+        inverse[:] = lapack.dtrtri(factor.T, lower=False)[0].T
+        return
+    upper, lower = slice(half), slice(half, None)
+    _invert(factor[upper, upper], inverse[upper, upper])
+    _invert(factor[lower, lower], inverse[lower, lower])
+    np.matmul(-inverse[lower, lower], factor[lower, upper] @ inverse[upper, upper], out=inverse[lower, upper])

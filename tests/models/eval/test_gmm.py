@@ -200,7 +200,7 @@ def test_distances_that_are_skipped_change_nothing_above_the_last_bit(monkeypatc
     points, start = torch.from_numpy(points), torch.arange(len(points)) % components
     screened = fit_mixture(points, start, components)
     counts = computed_in(monkeypatch)
-    monkeypatch.setattr(gmm, "NEGLIGIBLE", 1e6)
+    monkeypatch.setattr(gmm, "NEGLIGIBLE", 0.0)
     full = fit_mixture(points, start, components)
     assert counts == [components * len(points)] * full.iterations  # nothing was left out this time
     assert full.iterations == screened.iterations
@@ -254,6 +254,24 @@ def test_small_changes_are_added_and_large_ones_summed_anew():
         torch.testing.assert_close(fitted.means, fresh.means, rtol=0, atol=1e-13)
         torch.testing.assert_close(fitted.factors, fresh.factors, rtol=0, atol=1e-13)
     assert torch.equal(fitted.origins, points[much.argmax(dim=1)])
+
+
+def test_changes_of_responsibilities_that_no_sum_shows_are_left_out(monkeypatch):
+    points = torch.from_numpy(cloud("one cloud", np.random.default_rng(0))[0])
+    responsibilities = torch.zeros(2, 700, dtype=torch.float64)
+    responsibilities[0, :300] = responsibilities[1, 300:] = 1
+    fitted = gmm._Components(points, points.mean(dim=0), 2)
+    fitted.maximise(responsibilities)
+    negligible = fitted.negligible()
+    assert negligible.tolist() == pytest.approx([300 * 2.2e-17 / 700, 400 * 2.2e-17 / 700], rel=0.02)
+    factorise, changed = gmm._Components._factorise, []
+    monkeypatch.setattr(gmm._Components, "_factorise", lambda *given: (changed.append(given[1]), factorise(*given)))
+    for size, components in ((0.5, []), (-0.5, []), (2, [1])):
+        some = responsibilities.clone()
+        some[1, 0] = size * negligible[1]
+        fitted.maximise(some)
+        assert changed == components
+        assert torch.equal(fitted.responsibilities, some if components else responsibilities)
 
 
 def test_scale_change_and_mean_shift_are_those_of_the_m_step(monkeypatch):
