@@ -8,8 +8,10 @@
 Files have ConvNeXt V2 under its published names, networks in memory under timm's. Other backbones have timm's in both.
 """
 
+import contextlib
 import copy
 import importlib.util
+import io
 import os
 import pathlib
 import re
@@ -362,11 +364,13 @@ def _converted_by_timm(backbone, state, model):
     # Some files have numbers beside their parameters. Position embeddings of another size are interpolated.
     overlay = options | {"state_dict": {name: value for name, value in state.items() if is_plain_tensor(value)}}
     try:
-        converted = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options).state_dict()
+        with contextlib.redirect_stdout(io.StringIO()):  # DINOv3's conversion prints a line for each block
+            network = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except MemoryError:
         raise
     except Exception:  # another network can fail in any way
         return None
+    converted = network.state_dict()
     patches = converted.get(_PATCHES)
     if patches is not None and all(value.numel() != patches.numel() for value in overlay["state_dict"].values()):
         return None  # resampled from patches of another size
