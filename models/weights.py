@@ -138,7 +138,7 @@ def match_published(module, state, source):
         if names:
             more = f"{min(names)[:100]} and {len(names) - 1} more"
             clip = any(name.startswith("visual.") for name in names)
-            way_out = "a whole CLIP needs a name such as vit_base_patch16_clip_224.openai" if clip else "see --model"
+            way_out = "a whole CLIP needs a name such as vit_base_patch16_clip_quickgelu_224.openai" if clip else "see --model"
             raise InputError(f"{source}: holds another network, {word} {more}; {way_out}")
     for name, value in state.items():
         if not value.isfinite().all():

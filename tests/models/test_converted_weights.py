@@ -101,7 +101,7 @@ def test_files_of_another_network_are_refused(tmp_path):
     cases = {
         ("dino.pth", "tiny_dinov2_reg"): r"pos_embed is \(1, 10, 24\), .* the file holds another network, see --model",
         ("patches.pth", "tiny_dinov2_timm"): r"pos_embed is \(1, 37, 24\), .* the file holds another network",
-        ("clip.pt", "tiny_dinov2_timm"): "a whole CLIP needs a name such as vit_base_patch16_clip_224.openai",
+        ("clip.pt", "tiny_dinov2_timm"): "needs a name such as vit_base_patch16_clip_quickgelu_224.openai",
         ("clip.pt", "vit_tiny_patch16_224"): "a whole CLIP needs a name such as",
     }
     for (file, model), words in cases.items():
