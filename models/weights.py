@@ -137,8 +137,9 @@ def match_published(module, state, source):
     for names, word in ((unexpected, "with"), (missing, "without")):
         if names:
             more = f"{min(names)[:100]} and {len(names) - 1} more"
-            clip = any(name.startswith("visual.") for name in names)
-            way_out = "a whole CLIP needs a name such as vit_base_patch16_clip_quickgelu_224.openai" if clip else "see --model"
+            is_clip = any(name.startswith("visual.") for name in names)
+            clip = "vit_base_patch16_clip_quickgelu_224.openai"
+            way_out = f"a whole CLIP needs a name such as {clip}" if is_clip else "see --model"
             raise InputError(f"{source}: holds another network, {word} {more}; {way_out}")
     for name, value in state.items():
         if not value.isfinite().all():
