@@ -150,7 +150,7 @@ def create_parser():
 def run_index(options):
     """Make or update an index; returns update.UpdateStats. Rank 0 writes; all ranks compute features."""
     old = open_index(options.index).metadata if is_index(options.index) else None
-    recorded = old or _unfinished(options)
+    recorded = _changed_meanwhile(options, old) if old else _unfinished(options)
     if options.folders and not options.checkpoint and not old:
         options.checkpoint = _starter()
     _check_backend(options)
@@ -169,6 +169,18 @@ def run_index(options):
     if publish:
         publish()
     return stats
+
+
+def _changed_meanwhile(options, old):
+    """The metadata `old` of an index, with folders and patterns of an interrupted run that changed them.
+
+    That run is not continued where folders are named.
+    """
+    unfinished = None if options.folders else unfinished_options(options.index)
+    if not unfinished:
+        return old
+    log_rank0(f"note: continuing with {', '.join(unfinished['folders'])}")
+    return old | {name: unfinished[name] for name in ("folders", "exclude", "hidden") if name in unfinished}
 
 
 def _unfinished(options):

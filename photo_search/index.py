@@ -197,6 +197,8 @@ def read_metadata(folder):
     try:
         metadata = json.loads(read_bytes(folder / INDEX_FILE, MAX_INDEX_FILE_BYTES))
     except (FileNotFoundError, NotADirectoryError):
+        if os.path.islink(folder / INDEX_FILE):
+            raise InputError(f"{folder / INDEX_FILE}: a link that leads nowhere; delete it") from None
         raise InputError(
             f"{folder}: no index of photos; make one with search_photos.py index, or set --index"
         ) from None

@@ -2,7 +2,7 @@
 
     unfinished.features    features, float32
     unfinished.photos      a line of JSON with what the features depend on, then a line for each batch
-    unfinished.json        the options of the first run of a new index, with which it can be continued
+    unfinished.json        the options of a run that makes an index, or changes its folders or patterns
 
 A batch is complete once its line is written, which happens last. Its thumbnails are in the index's file of thumbnails.
 """
@@ -22,14 +22,14 @@ from utils.files import open_own, read_bytes, write_json
 MAX_OPTIONS_BYTES = 1 << 24
 BLOCK_FEATURES = 8192  # features that are checked at a time
 FEATURES_FILE, PHOTOS_FILE, OPTIONS_FILE = "unfinished.features", "unfinished.photos", "unfinished.json"
-# Of an interrupted first run, and their types.
+# Of an interrupted run, and their types.
 UNFINISHED_OPTIONS = {
     "checkpoint": str, "model": str, "input_size": int, "imagenet_classes": int, "folders": list, "exclude": list,
 }  # fmt: skip
 
 
 def unfinished_options(folder):
-    """The options of an interrupted first run in `folder`, in the form of an index's metadata; None if there are none.
+    """The options of an interrupted run in `folder`, in the form of an index's metadata; None if there are none.
 
     Keys: UNFINISHED_OPTIONS.
     """
@@ -104,13 +104,12 @@ class PartialIndex:
             )
         length = len(header)
         for line in lines[1:]:
-            photos, unreadable = _parse_batch(line)
+            photos = _parse_batch(line)  # unreadable files are read again: their disk may have been away
             rows = is_unit[len(self.photos) : len(self.photos) + len(photos or ())]
             end = max([self.end, *(photo.thumbnail + photo.thumbnail_size for photo in photos or ())])
             if photos is None or len(rows) < len(photos) or not rows.all() or end > stored:
                 break
             self.photos += photos
-            self.unreadable |= unreadable
             self.end, length = end, length + len(line)
         return length
 
@@ -125,7 +124,7 @@ class PartialIndex:
         return np.concatenate(checked)
 
     def record_options(self, content, photos):
-        """Record the UNFINISHED_OPTIONS in `content`, with which the first run of an index can be continued.
+        """Record the UNFINISHED_OPTIONS in `content`, with which this run can be continued.
 
         photos: how many it finds.
         """
@@ -189,13 +188,12 @@ def _source_of(header):
 
 
 def _parse_batch(line):
-    """(photos, unreadable) of a line, (None, None) if it is damaged."""
+    """The photos of a line, None if it is damaged."""
     try:
-        photos, unreadable = json.loads(line if line.endswith(b"\n") else b"")
-        photos = [ComputedPhoto(_photo_file(*values[:3]), *_checked_record(*values[3:])) for values in photos]
-        return photos, {_photo_file(*values[:3]): str(values[3]) for values in unreadable}
+        photos, _ = json.loads(line if line.endswith(b"\n") else b"")
+        return [ComputedPhoto(_photo_file(*values[:3]), *_checked_record(*values[3:])) for values in photos]
     except (ValueError, TypeError, IndexError, RecursionError):
-        return None, None
+        return None
 
 
 def _photo_file(path, size, mtime):

@@ -7,7 +7,7 @@ import os
 import numpy as np
 from PIL import Image
 
-from datasets.images import as_rgb, upright
+from datasets.images import MAX_PIXELS, as_rgb, upright
 from utils.cli import InputError
 
 MAX_SHOWN_ROWS = 200  # of a result in a notebook, which keeps the thumbnails in its file
@@ -48,15 +48,24 @@ def image_of(picture):
     picture: PIL.Image of any mode, or array (height, width) or (height, width, 1, 3 or 4) of uint8, of bool, or of
     floats from 0 (black) to 1. Raises InputError for anything else.
     """
-    if isinstance(picture, Image.Image) and picture.mode == "RGB" and not picture.info:
-        return picture  # without transparency or EXIF
     if not isinstance(picture, Image.Image):
         picture = Image.fromarray(_pixels(np.asarray(picture)))
-    return as_rgb(upright(picture))
+    if not 0 < picture.width * picture.height <= MAX_PIXELS:
+        raise InputError(f"{picture.width} × {picture.height} pixels cannot be searched; give a picture of a drawing")
+    try:
+        picture.load()
+        if picture.mode == "RGB" and not picture.info:  # without transparency or EXIF
+            return picture
+        return as_rgb(upright(picture))
+    except Exception as error:  # of a file that is damaged, or closed
+        why = str(error).splitlines()[0][:100]
+        raise InputError(f"the picture cannot be decoded ({why}); open it again") from error
 
 
 def _pixels(array):
     """An array of `image_of` as uint8, (height, width) or (height, width, 3 or 4)."""
+    if array.size > 4 * MAX_PIXELS:
+        raise InputError(f"an array {array.shape} has too many pixels; give a smaller picture")
     is_picture = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
     if not is_picture or not array.size or array.dtype.kind not in "buf":
         raise InputError(

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 
 from photo_search.photos import UNREAD_SUFFIXES, is_excluded_below, suffixes_of
+from utils.files import open_regular
 
 MAX_REMOVED_SHARE = 1 / 2  # share of the photos of an index above which an update removes none by itself
 
@@ -23,6 +24,32 @@ def unread_to_keep(known, found):
         f"{count:,} {suffix} photos cannot be read any more ({UNREAD_SUFFIXES[suffix]}); the index keeps them"
         for suffix, count in suffixes_of(file.path for file in kept).items()
     ]
+
+
+def unopened_to_keep(known, partial, missing):
+    """({PhotoFile: that of the old index}, [note, ...]) of changed files that cannot be opened now.
+
+    known: update.KnownPhotos; partial: the PartialIndex that names unreadable files; missing: PhotoFiles to compute.
+    """
+    unreadable = [file for file in missing if file in partial.unreadable and file.path in known.paths]
+    reasons = {file: reason for file in unreadable if (reason := _why_unopened(file.path))}
+    old = {file.path: file for file in known.exact} if reasons else {}
+    return {file: old[file.path] for file in reasons}, [
+        f"{count:,} changed photo{'s' if count > 1 else ''} cannot be opened ({reason}); the index keeps what was there"
+        for reason, count in Counter(reasons.values()).items()
+    ]
+
+
+def _why_unopened(path):
+    """Why the file at `path` cannot be opened; None if it can be, or does not exist."""
+    try:
+        with open_regular(path) as file:
+            file.read(1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def photos_to_keep(known, rows, unlisted, options):

@@ -21,7 +21,7 @@ from photo_search.index import RECORD, is_index, open_index
 from photo_search.index_writer import append_to_index, is_of_index, remove_old_generations, write_index
 from photo_search.partial_index import FEATURES_FILE, PHOTOS_FILE, PartialIndex, write_errors_as_input_errors
 from photo_search.photos import UNREAD_SUFFIXES, PhotoFile, find_photos, suffixes_of
-from photo_search.retention import photos_to_keep, unread_to_keep
+from photo_search.retention import photos_to_keep, unopened_to_keep, unread_to_keep
 from photo_search.thumbnails import compact_thumbnails, restore_thumbnails
 from utils.cli import InputError
 from utils.distributed import log_rank0
@@ -131,10 +131,15 @@ def _update(folder, encoder, fit, options, add):
         vanished = [file for file in missing if file in partial.unreadable and not os.path.lexists(file.path)]
         if not vanished:
             break
-        log_rank0(f"note: {len(vanished):,} photos have gone meanwhile; their folders are searched again")
+        log_rank0(f"note: files have gone while they were read ({len(vanished):,}); their folders are searched again")
         for file in vanished:
             del partial.unreadable[file]
         found = find()
+    instead, notes = unopened_to_keep(known, partial, missing)
+    for note in notes:
+        log_rank0(f"note: {note}")
+    files = [instead.get(file, file) for file in files]
+    known_rows |= {file: known.exact[file] for file in instead.values()}
     extraction_seconds = time.perf_counter() - extraction_started
     rows = _rows_of_readable(files, known_rows, partial, known.first)
     if not rows:
@@ -228,7 +233,7 @@ def _open_partial_index(folder, old, metadata, options, photos):
     remove_old_generations(folder, [thumbnails.name])
     source = {name: metadata[name] for name in FEATURE_KEYS}
     partial = PartialIndex(folder, source, metadata["width"], (thumbnails, used))
-    if old is None:
+    if old is None or any(old.metadata.get(name) != value for name, value in _walk_metadata(options).items()):
         partial.record_options(metadata | _walk_metadata(options), photos)
     if partial.photos:
         log_rank0(f"note: continuing an interrupted run, which has computed {len(partial.photos):,} photos")

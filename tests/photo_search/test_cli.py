@@ -160,6 +160,22 @@ def test_an_interrupted_first_indexing_is_continued_without_options(photos, chec
     assert not list(open_index("photo_index").folder.glob("unfinished*"))
 
 
+def test_an_interrupted_addition_of_a_folder_is_continued_without_options(
+    photos, checkpoint, tmp_path, monkeypatch, capsys
+):
+    write_photo(tmp_path / "other/1.png", 50)
+    run("index", photos, "--checkpoint", checkpoint, *INDEX)
+    for options, count in (([], 5), (["--remove", "other"], 4), ([photos], 5)):
+        with monkeypatch.context() as interrupted:
+            interrupted.setattr("photo_search.update._write", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run("index", "other", "--exclude", "3.png", *INDEX)
+        assert run("index", *options, *INDEX).photos == count
+        continued = f"note: continuing with {photos}, {tmp_path / 'other'}\n" in capsys.readouterr().err
+        assert continued == (options != [photos])
+        run("index", "--only", photos, *INDEX, "--exclude", "none")
+
+
 def test_photos_that_are_gone_are_told(photos, checkpoint, sketch, capsys, tmp_path):
     shutil.copytree(photos, "album")
     run("index", "album", "--checkpoint", checkpoint, "--clusters", 2, "--subspaces", 4, *INDEX)

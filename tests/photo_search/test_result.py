@@ -106,6 +106,23 @@ def test_what_is_no_picture_is_refused_in_one_line(array):
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 250
 
 
+def test_images_that_cannot_be_decoded_are_refused_in_one_line(monkeypatch):
+    file = io.BytesIO()
+    Image.effect_noise((60, 60), 90).convert("RGB").save(file, "JPEG")
+    closed = Image.open(io.BytesIO(file.getvalue()))
+    closed.close()
+    for image in (Image.open(io.BytesIO(file.getvalue()[:900])), closed):
+        with pytest.raises(InputError, match="the picture cannot be decoded"):
+            image_of(image)
+    with pytest.raises(InputError, match="0 × 0 pixels cannot be searched"):
+        image_of(Image.new("L", (0, 0)))
+    monkeypatch.setattr("photo_search.result.MAX_PIXELS", 399)
+    with pytest.raises(InputError, match="20 × 20 pixels cannot be searched"):
+        image_of(Image.new("L", (20, 20)))
+    with pytest.raises(InputError, match="too many pixels"):
+        image_of(np.broadcast_to(np.uint8(255), (100000, 100000)))
+
+
 def test_drawings_that_cannot_be_searched_are_named(index):
     for picture, line in (("none.png", "none.png: no such image"), (np.ones((40, 40)), "the sketch: no line differs")):
         with pytest.raises(InputError, match=line):

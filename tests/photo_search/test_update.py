@@ -16,7 +16,7 @@ from photo_search.cells import assign_codes, find_nearest
 from photo_search.index import open_index
 from photo_search.photos import read_photo, thumbnail
 from utils.cli import InputError
-from utils.files import folder_lock
+from utils.files import folder_lock, open_regular
 
 
 @pytest.fixture
@@ -150,7 +150,9 @@ def test_a_disk_that_goes_while_photos_are_read_takes_none_of_them(is_mount, alb
     for path in album.glob("**/*.png"):
         write_photo(path, 50 + int(path.stem))
     assert count(update(index, network, album)) == (0, 0, 0, 0, 0) and photos_of(index) == before
-    assert "note: 7 photos have gone meanwhile; their folders are searched again\n" in capsys.readouterr().err
+    assert (
+        "note: files have gone while they were read (7); their folders are searched again\n" in capsys.readouterr().err
+    )
     shutil.rmtree(album, ignore_errors=True)
     (tmp_path / "away").rename(album)
     assert count(update(index, network, album)) == (0, 12, 0, 0, 0)
@@ -189,6 +191,41 @@ def test_photos_stay_that_cannot_be_read_any_more(album, index, network, capsys,
     (album / "0.heic").unlink()
     (album / "9.png").unlink()
     assert update(index, network, album).removed == 2 and len(photos_of(index)) == 10
+
+
+def test_what_a_disk_or_a_permission_did_is_not_remembered(album, index, network, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    def refused(path, *_, **__):
+        raise OSError(5, "Input/output error", path)
+
+    monkeypatch.setattr("photo_search.encoder.read_photo", refused)
+    monkeypatch.setattr(updates, "_rows_of_readable", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        update(index, network, album)
+    monkeypatch.undo()
+    assert count(update(index, network, album)) == (12, 0, 0, 0, 0)
+
+
+def test_changed_photos_that_cannot_be_opened_stay_as_they_were(album, index, network, monkeypatch, capsys):
+    update(index, network, album)
+    before = photos_of(index)
+    for name in ("0.png", "3.png"):
+        write_photo(album / name, 70)
+
+    def opened(path, *more):
+        if str(path).endswith("/0.png"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_regular(path, *more)
+
+    for module in ("datasets.images", "photo_search.retention", "utils.files"):
+        monkeypatch.setattr(f"{module}.open_regular", opened)
+    assert count(update(index, network, album)) == (0, 1, 0, 0, 0)
+    note = "note: 1 changed photo cannot be opened (Permission denied); the index keeps what was there\n"
+    assert capsys.readouterr().err == note and before[str(album / "0.png")] == photos_of(index)[str(album / "0.png")]
+    monkeypatch.undo()
+    assert count(update(index, network, album)) == (0, 1, 0, 0, 0)
 
 
 def test_more_than_half_of_the_photos_are_removed_only_if_the_user_says_so(album, index, network, capsys):
