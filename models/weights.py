@@ -357,13 +357,17 @@ def _converted_by_timm(backbone, state, model):
 
     timm converts the files that its own weights come from: DINOv2's, the image network of a whole CLIP, ...
     """
-    if not isinstance(state, dict) or state.keys() <= backbone.state_dict().keys():
+    own = backbone.state_dict()
+    if not isinstance(state, dict) or state.keys() <= own.keys():
         return None  # of a file under its own names timm would resample what is of another shape
+    state = {name: value for name, value in state.items() if is_plain_tensor(value)}  # some files have numbers, too
+    # Position embeddings of another size are interpolated; patches of another size are another network.
+    if _PATCHES in own and all(value.numel() != own[_PATCHES].numel() for value in state.values()):
+        return None
     import timm
 
     options = {"num_classes": backbone.num_classes}  # of the file, too: else timm is not strict
-    # Some files have numbers beside their parameters. Position embeddings of another size are interpolated.
-    overlay = options | {"state_dict": {name: value for name, value in state.items() if is_plain_tensor(value)}}
+    overlay = options | {"state_dict": state}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # DINOv3's conversion prints a line for each block
             network = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
@@ -371,11 +375,7 @@ def _converted_by_timm(backbone, state, model):
         raise
     except Exception:  # another network can fail in any way
         return None
-    converted = network.state_dict()
-    patches = converted.get(_PATCHES)
-    if patches is not None and all(value.numel() != patches.numel() for value in overlay["state_dict"].values()):
-        return None  # resampled from patches of another size
-    return converted
+    return network.state_dict()
 
 
 def weights_digest(finetune, model):
