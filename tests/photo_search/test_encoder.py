@@ -21,7 +21,9 @@ import search_photos
 from models import export
 from models.checkpoints import save_checkpoint
 from models.networks import Student, create_backbone
+from photo_search.encoder import STARTER
 from photo_search.index import open_index
+from utils.cli import InputError
 from utils.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -305,6 +307,16 @@ BAD += [
     ("index --index onnx --checkpoint other.onnx", "other.onnx: not the checkpoint that the index was made with"),
     ("find sketch.png --index onnx --backend tensorflow", "argument --backend"),
 ]
+
+
+def test_a_flipped_byte_of_the_network_that_comes_with_the_project_is_refused(tmp_path):
+    content, path = bytearray(STARTER.read_bytes()), tmp_path / "student.onnx"
+    for position in (len(content) // 3, len(content) // 2, len(content) - 100_000):
+        content[position] ^= 0x7F
+        path.write_bytes(content)
+        content[position] ^= 0x7F
+        with pytest.raises(InputError, match="damaged, its SHA-256 is another one; export it again"):
+            export.read_onnx_metadata(path)
 
 
 @pytest.mark.parametrize(("arguments", "told"), BAD)
