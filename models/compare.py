@@ -7,6 +7,7 @@ setting. The other settings are compared with the first. Writes a figure, a Mark
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,11 @@ class TestedRun:
 def main(argv=None):
     """Command line."""
     options = create_parser().parse_args(argv)
-    settings = group([read_tested(folder) for folder in options.runs])
+    runs = [read_tested(folder) for folder in options.runs]
+    for number, run in enumerate(runs):
+        if any(os.path.samefile(run.folder, other.folder) for other in runs[:number]):
+            raise InputError(f"{run.folder}: is named twice; one run is no two seeds")
+    settings = group(runs)
     names = [printable(name) for name in options.names or [runs[0].folder for runs in settings]]
     if len(names) != len(settings):
         raise InputError(f"--names: {len(names)} names for {len(settings)} settings; name each of them, or none")
@@ -278,7 +283,8 @@ def bootstrap(values, classes, draws=10_000, seed=0, level=0.95):
 
 def markdown(table, names, metric):
     """The table in Markdown: a line a row, a column a setting."""
-    lines = ["| " + " | ".join([metric, *names]) + " |", "|" + "---|" * (len(names) + 1)]
+    titles = [each.replace("|", r"\|") for each in (metric, *names)]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     lines += ["| " + " | ".join([entry["row"], *map(cell, entry["settings"])]) + " |" for entry in table]
     return "\n".join([*lines, "", _LEGEND, ""])
 
@@ -295,7 +301,7 @@ def latex(table, names, metric):
 
 _LEGEND = (
     "Mean ± deviation over seeds; difference from the first and its 95 % interval "
-    "(bootstrap of classes, then sketches)."
+    "(bootstrap of classes, then sketches, with the width of Student's t for the number of classes)."
 )
 
 

@@ -1,12 +1,14 @@
 """Progress of training: progress bar, epoch lines, log.jsonl, TensorBoard, curves.png."""
 
 import json
+import os
 import time
 
 from tqdm import tqdm
 
 from models.losses import LOSSES
 from models.train_step import LOGGED
+from utils.cli import InputError
 from utils.distributed import bar_disabled, log_rank0
 from utils.files import atomic_write, open_own
 from utils.pictures import draw_or_note, save_png
@@ -146,6 +148,8 @@ def _is_before(line, epochs_done, step_done):
 
 
 def _open_board(savedir, first_step):
+    if os.path.islink(savedir / "curves"):
+        raise InputError(f"{savedir / 'curves'}: a link where a folder of this program belongs; delete it")
     try:
         from torch.utils.tensorboard import SummaryWriter
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 from datasets.images import read_rgb
@@ -44,8 +45,10 @@ class Searcher:
     def matching(self, asked=None):
         """The matching to use: `asked`, or by default one-to-many if the index has clusters.
 
-        Raises InputError if one-to-many is asked for and there are no clusters.
+        Raises InputError if one-to-many is asked for and there are no clusters, and for an unknown matching.
         """
+        if asked not in (None, *MATCHINGS):
+            raise InputError(f"matching {asked!r}: it is one of {', '.join(MATCHINGS)}")
         if asked == ONE_TO_MANY and not self.index.clusters:
             raise InputError(
                 f"--matching {ONE_TO_MANY}: {self.index.name} has no clusters; index again with --clusters"
@@ -55,8 +58,11 @@ class Searcher:
     def cluster_weight(self, matching=None, weight=None):
         """The weight of D in the score: 0 in one-to-one matching; in one-to-many, DEFAULT_CLUSTER_WEIGHT or `weight`.
 
-        Raises InputError as `matching` does, and if matching and weight contradict each other.
+        Raises InputError as `matching` does, if matching and weight contradict each other, and for a weight that is
+        not from 0 to 1.
         """
+        if weight is not None and not (isinstance(weight, Real) and 0 <= weight <= 1):
+            raise InputError(f"weight {weight!r}: it is a number from 0 to 1")
         if matching == ONE_TO_ONE and weight:
             raise InputError(
                 f"--cluster_weight {weight:g}: --matching {ONE_TO_ONE} has no cluster distance; leave one out"
@@ -83,6 +89,8 @@ class Searcher:
 
     def find_features(self, features, k=20, matching=None, allowed=None, weight=None):
         """As `find`, for features (D,) of length 1: those of another drawing, or of a photo of the index."""
+        if not isinstance(k, Integral) or k < 1:
+            raise InputError(f"k {k!r}: it is a whole number from 1")
         nearest = self.index.nearest(features, k, self.cluster_weight(matching, weight), allowed)
         columns = [values.tolist() for values in nearest[:4]]
         hits = (

@@ -274,9 +274,9 @@ def create_app(reloading, port, token=None, timeout=UPLOAD_TIMEOUT_S, show=None)
         HTTPException: lambda request, error: refusal(error.status_code, error.detail, error.headers),
         InputError: lambda request, error: refusal(400, str(error)),
     }
-    return AccessMiddleware(
-        Starlette(routes=routes, exception_handlers=handlers), port, token, content_security_policy(page.html)
-    )
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # its redirects are absolute, with the Host of the request
+    return AccessMiddleware(app, port, token, content_security_policy(page.html))
 
 
 def _integer(text, name, low, high, status=400):

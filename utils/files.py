@@ -180,6 +180,14 @@ class _OldNumpyNames:
         self.file.write(bytes(data).replace(b"cnumpy._core.", b"cnumpy.core."))
 
 
+def unused_name(path):
+    """`path`, or the first of path.2, path.3, ... where something has that name."""
+    path, number = Path(path), 1
+    while os.path.lexists(candidate := path if number == 1 else path.with_name(f"{path.name}.{number}")):
+        number += 1
+    return candidate
+
+
 def check_writable(folder):
     """Make `folder` and try a file in it, so that a bad folder fails at once. Raises InputError."""
     try:

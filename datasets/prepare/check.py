@@ -2,6 +2,7 @@
 
 import collections
 import os
+import posixpath
 import time
 from dataclasses import dataclass, field, replace
 
@@ -209,7 +210,7 @@ def _check_repeats(lists, findings):
     """Report images that are listed twice, in one list or in two."""
     seen = {}
     for files in lists.values():
-        for index, path in enumerate(files.paths):
+        for index, path in enumerate(map(posixpath.normpath, files.paths)):
             location = files.source, files.lines[index]
             first = seen.setdefault(path, location)
             if first != location:

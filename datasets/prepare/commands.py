@@ -212,6 +212,8 @@ def make_derived_lists(options):
     benchmark, seed = open_benchmark(name, options.root, zero_version), options.seed or 0
     ending = "held_out" if options.hold_out_classes else "held_back"
     out = options.out or Path(f"{benchmark.lists.name}_{ending}_{seed}")
+    if out.name in ("", ".."):
+        raise InputError(f"--out {out}: does not end in the name of a new folder; give NAME or DIR/NAME")
     folder = out if len(out.parts) > 1 else options.root / out
     contents = derive_lists(
         benchmark, options.hold_out_classes or 0, options.hold_out_photos or 0, options.held_back or 0, seed
@@ -238,6 +240,8 @@ def _check_derived_folder(folder, contents, benchmark, force):
         return
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: is no folder; choose another with --out")
+    if not any(os.path.lexists(folder / name) for name in contents) and any(os.scandir(folder)):
+        raise InputError(f"{folder}: holds something else than lists; choose another with --out")
     if not force:
         raise InputError(f"{folder}: is there already; choose another with --out, or replace its lists with --force")
     known = {name for key in LIST_DESCRIPTIONS for name in benchmark.protocol.list_names(*key)} | {MASK_FILE}

@@ -23,7 +23,7 @@ from models.networks import arithmetic, normalise
 from utils import distributed
 from utils.cli import InputError
 from utils.distributed import bar_disabled, log_rank0
-from utils.files import open_own, read_bytes, sha256_of, write_json, write_pickle
+from utils.files import open_own, read_bytes, sha256_of, unused_name, write_json, write_pickle
 from utils.safe_pickle import read_pickled_list
 
 FEATURES = "features_zero.pickle"
@@ -123,8 +123,9 @@ def compute_features(path, student, images, loading, precision, source):
     features = extract_all(student, images, loading, precision, open_partial)
     if features:
         if os.path.isfile(path) and not is_ours(path):
-            path.replace(path.with_name(f"{path.name}.old"))
-            log_rank0(f"features: the former {path.name} is now {path.name}.old")
+            former = unused_name(path.with_name(f"{path.name}.old"))
+            path.replace(former)
+            log_rank0(f"features: the former {path.name} is now {former.name}")
         write_features(path, features, source)
     distributed.any_rank(False)  # waits until rank 0 has written the file
     for partial in partials:

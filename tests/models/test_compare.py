@@ -134,6 +134,7 @@ def test_one_run_alone_is_a_table_too(runs, tmp_path):
     settings = group([read_tested(runs[0])])
     table = compare(settings, ["a"], "mAP@all", draws=100)
     assert table[0]["settings"][0]["deviation"] is None
+    assert markdown(table, ["a|b"], "mAP@all").splitlines()[:2] == [r"| mAP@all | a\|b |", "|---|---|"]
     assert markdown(table, ["a"], "mAP@all").startswith("| mAP@all | a |") and "toprule" in latex(
         table, ["a"], "mAP@all"
     )
@@ -170,6 +171,10 @@ def test_runs_that_cannot_be_compared_are_named(runs, tmp_path, fails, changed, 
 def test_what_is_missing_or_torn_is_named(runs, tmp_path, fails):
     out = ["--out", tmp_path / "out"]
     assert "results.json: no such file; run the test first" in fails(main, tmp_path / "none", *out)
+    linked = tmp_path / "link"
+    linked.symlink_to(runs[1])
+    for same in (runs[1], runs[1] / "results.json", linked):
+        assert "is named twice; one run is no two seeds" in fails(main, *runs, same, *out)
     assert "--names: 1 names for 2 settings" in fails(main, *runs, "--names", "a", *out)
     assert "has mAP@all; test it with --metrics Prec@7" in fails(main, *runs, "--metric", "Prec@7", *out)
     values = np.zeros((2, 2, 12))

@@ -10,6 +10,9 @@ from utils.cli import InputError
 LINES = ['{"epoch": 0, "step": 1, "cls": 1.0}', '{"epoch": 0, "cls": 0.5}', '{"epoch": 1, "cls": 0.25}']
 
 
+open_board = logger._open_board
+
+
 @pytest.fixture(autouse=True)
 def without_board(monkeypatch):
     monkeypatch.setattr(logger, "_open_board", lambda *_: None)
@@ -29,6 +32,12 @@ def test_a_fifo_or_a_link_is_no_log(tmp_path):
         with pytest.raises(InputError, match="where a file of this program belongs"):
             logger.Log(tmp_path, 1, 0, 5)
         (tmp_path / "log.jsonl").unlink()
+
+
+def test_curves_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "curves").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="curves: a link where a folder of this program belongs"):
+        open_board(tmp_path, 0)
 
 
 @pytest.mark.draws

@@ -123,6 +123,15 @@ def test_images_that_cannot_be_decoded_are_refused_in_one_line(monkeypatch):
         image_of(np.broadcast_to(np.uint8(255), (100000, 100000)))
 
 
+@pytest.mark.parametrize("options", [
+    {"weight": 1.1}, {"weight": float("nan")}, {"weight": -0.1}, {"weight": "0.2"}, {"k": 0}, {"k": -1}, {"k": 1.5},
+    {"k": "2"}, {"matching": "x"}, {"matching": 1},
+], ids=str)  # fmt: skip
+def test_options_of_a_search_are_checked(index, options):
+    with pytest.raises(InputError, match=f"^{next(iter(options))} .*: it is "):
+        index.find("bell.png", **options)
+
+
 def test_drawings_that_cannot_be_searched_are_named(index):
     for picture, line in (("none.png", "none.png: no such image"), (np.ones((40, 40)), "the sketch: no line differs")):
         with pytest.raises(InputError, match=line):

@@ -206,6 +206,11 @@ def test_a_photo_that_is_gone_is_told(client, reloading):
     assert "this photo cannot be shown: " in client.get(f"/photo/{stamp}/6").json()["error"]
 
 
+def test_no_address_is_redirected(client):
+    for path in ("/about/", "/find/", "/health/"):
+        assert client.get(path).status_code == 404
+
+
 def test_photos_that_are_gone_make_room_for_the_next(client):
     every = find(client, drawing(), k=24)["found"]
     for each in (every[0], every[2], every[23]):

@@ -16,6 +16,7 @@ from utils.files import (
     read_bytes,
     read_npz,
     sha256_of,
+    unused_name,
     write_json,
 )
 
@@ -94,6 +95,13 @@ def test_features_and_logs_are_not_written_through_links(tmp_path, users_file):
         PartialFeatures(tmp_path / "partial", "source", 2, 1)
     with pytest.raises(InputError, match=r"log\.jsonl: a link"):
         Log(tmp_path, 0, 0, 1)
+
+
+def test_a_name_that_is_not_used_yet(tmp_path):
+    path = tmp_path / "features.pickle.old"
+    for name in ("features.pickle.old", "features.pickle.old.2", "features.pickle.old.3"):
+        assert unused_name(path) == tmp_path / name
+        (tmp_path / name).symlink_to(tmp_path / "none")
 
 
 def test_an_export_does_not_replace_its_checkpoint(tmp_path, capsys):

@@ -107,6 +107,10 @@ FAULTS = {
         edit(PHOTOS, lambda lines: [*lines, lines[0]]),
         r"_zero\.txt:5: 'photo/bell/zero0\.png' is in all_photo_filelist_zero\.txt:1 already; take one out",
     ),
+    "line twice, spelled otherwise": (
+        edit(PHOTOS, lambda lines: [*lines, f"./{lines[0]}"]),
+        r"_zero\.txt:5: 'photo/bell/zero0\.png' is in all_photo_filelist_zero\.txt:1 already; take one out",
+    ),
     "image in two lists": (
         edit(SKETCHES.format("test"), replaced(1, "sketch/alarm clock/train0.png 0")),
         r"_test\.txt:2: 'sketch/alarm clock/train0\.png' is in sketch_tx_\w+_train\.txt:1 already",

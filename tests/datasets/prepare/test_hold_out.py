@@ -152,6 +152,10 @@ def test_an_existing_folder_is_replaced_only_with_force_and_never_mixed(tmp_path
         assert "is the folder that the new lists are made from" in message
     (tmp_path / "file").touch()
     assert "file: is no folder" in fails(prepare.main, "lists", tmp_path, *options, "--force", "--out", "file")
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday/photo.jpg").touch()
+    message = fails(prepare.main, "lists", tmp_path, *options, "--force", "--out", "holiday")
+    assert "holiday: holds something else than lists" in message
 
 
 @pytest.mark.parametrize(
@@ -169,6 +173,13 @@ def test_an_existing_folder_is_replaced_only_with_force_and_never_mixed(tmp_path
         (["--hold_out_classes", "2", "--unseen_classes", "2"], "--unseen_classes: is for lists of a benchmark of your"),
         (["--out", "new"], "--out: is for --hold_out_classes and --hold_out_photos"),
         (["--hold_out_classes", "2", "--zero_version", "zeroshot7"], "zeroshot7: no such folder of lists"),
+        *(
+            (
+                ["--hold_out_classes", "2", "--force", "--out", out],
+                f"--out {out}: does not end in the name of a new folder",
+            )
+            for out in ("..", ".", "/", "a/..")
+        ),
     ],
 )
 def test_wrong_options_end_in_one_line_and_write_nothing(tmp_path, fails, options, words):
