@@ -1,6 +1,6 @@
 # make page   draw in the browser, and find photos: make page PHOTOS=~/Pictures; needs no PyTorch
 # make demo   train and test SBKA end to end on the built-in miniature benchmark
-# make test   run the tests, on all cores
+# make test   run the tests, in one process more than there are cores
 # make lint   check style
 # make torture   kill a training process a dozen times and compare where it ends
 # make fuzz   read 180,000 damaged files: indexes, index.json, .onnx, .safetensors, features and masks

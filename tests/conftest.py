@@ -14,6 +14,12 @@ from datasets.prepare.miniature import write_miniature
 GOLDEN = Path(__file__).parent / "golden"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One process more than cores for `-n auto`: tests also wait, for processes that they start and for disks."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture
 def golden():
     """golden(name) gives the arrays of golden/<name>.npz as a dict of tensors."""

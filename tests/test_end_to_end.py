@@ -25,7 +25,7 @@ from models.eval.metrics import SameClass, average_precision, class_means, preci
 from models.networks import Student, create_backbone
 from models.weights import published_state
 
-MODEL = "--model convnextv2_atto --input_size 32 --workers 0 --device cpu".split()
+MODEL = "--model test_convnext --input_size 32 --workers 0 --device cpu".split()
 TRAIN = [*MODEL, *"--finetune none --epochs 2 --warmup_epochs 0 --batch_size 30 --max_steps 2 --no_validation".split()]
 GRID = "--clusters 3 8 --subspaces 2".split()
 
@@ -300,7 +300,9 @@ def test_downloaded_weights_and_checkpoints_swap_in(miniature, tmp_path):
     torch.manual_seed(0)
     backbone = create_backbone("convnextv2_atto")
     torch.save({"model": published_state(backbone)}, tmp_path / "convnextv2_atto_1k_224_ema.pt")
-    arguments = [*TRAIN, "--finetune", str(tmp_path / "convnextv2_atto_1k_224_ema.pt"), "--lr", "0", "--epochs", "1"]
+    atto = ["--model", "convnextv2_atto"]  # whose published names are not timm's
+    arguments = [*TRAIN, *atto, "--finetune", str(tmp_path / "convnextv2_atto_1k_224_ema.pt"), "--lr", "0"]
+    arguments += ["--epochs", "1"]
     train_sketchy_ext.main([*arguments, "--data_root", str(miniature), "-s", str(tmp_path / "ours")])
     student = Student(backbone, 29)
     authors = {f"module.{name}": value for name, value in published_state(student).items()}
@@ -310,7 +312,7 @@ def test_downloaded_weights_and_checkpoints_swap_in(miniature, tmp_path):
     )
     rows = [
         test_sketchy_ext_zeroshot.main(
-            [*MODEL, "--mode", "1", "--data_root", str(miniature), "--resume_dir", str(tmp_path / folder)]
+            [*MODEL, *atto, "--mode", "1", "--data_root", str(miniature), "--resume_dir", str(tmp_path / folder)]
         )["rows"]
         for folder in ("ours", "theirs")
     ]
@@ -347,7 +349,7 @@ def test_bad_input_to_a_test_ends_in_one_line(trained, miniature, tiny, tmp_path
         return fails(test_sketchy_ext_zeroshot.main, *arguments)
 
     assert "neither model_best.pth.tar nor features_zero.pickle" in error(folder=tmp_path / "empty")
-    assert "was trained with convnextv2_atto; leave --model out" in error("--model", "convnextv2_femto")
+    assert "was trained with test_convnext; leave --model out" in error("--model", "convnextv2_femto")
     assert "was trained with 1000; leave --imagenet_classes out" in error("--imagenet_classes", 12)
     assert "--metrics: there is no metric 'mAP@ten'; there are mAP@all" in error("--metrics", "Recall@5", "mAP@ten")
     assert "trained on 29 seen classes, but cname_cid.txt lists 2" in error("--data_root", tiny)
@@ -356,9 +358,9 @@ def test_bad_input_to_a_test_ends_in_one_line(trained, miniature, tiny, tmp_path
     assert "--subspaces 7" in error("--subspaces", 7)
     assert "--mode" in error("--mode", 3)
     sick = torch.load(trained / "checkpoint.pth.tar")
-    sick["state_dict"]["module.norm.weight"][:] = float("nan")
+    sick["state_dict"]["module.head.norm.weight"][:] = float("nan")
     torch.save(sick, tmp_path / "sick")
-    assert f"{tmp_path / 'sick'}: its norm.weight is not finite" in error(folder=tmp_path / "sick")
+    assert f"{tmp_path / 'sick'}: its head.norm.weight is not finite" in error(folder=tmp_path / "sick")
     torn = tmp_path / "torn"
     torn.write_bytes((trained / "checkpoint.pth.tar").read_bytes()[:10_000])
     assert f"{torn}: " in error(folder=torn)

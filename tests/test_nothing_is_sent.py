@@ -79,7 +79,7 @@ TRAIN_TEST_EXPORT = """
 import huggingface_hub, tensorboard, timm
 import models.export, search_photos, test_sketchy_ext_zeroshot, train_sketchy_ext
 
-network = "--model convnextv2_atto --input_size 32 --workers 0 --device cpu".split()
+network = "--model test_convnext --input_size 32 --workers 0 --device cpu".split()
 short = "--finetune none --epochs 1 --warmup_epochs 0 --batch_size 30 --max_steps 1 --no_validation".split()
 train_sketchy_ext.main([*network, *short, "--data_root", "data", "-s", "run"])
 test_sketchy_ext_zeroshot.main([*network, "--mode", "1", "--data_root", "data", "--resume_dir", "run"])

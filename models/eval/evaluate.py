@@ -242,7 +242,7 @@ class _Gallery:
         """(codebook, codes of its cells, cell of each photo) on the device, see `distinct_codes`; None for None."""
         if codebook is None:
             return None
-        codebook = torch.from_numpy(codebook).to(self.photos)
+        codebook = torch.tensor(codebook).to(self.photos)  # a copy: that of an index is read-only
         return codebook, *distinct_codes(nearest_codes(self.photos, codebook))
 
     def scores(self, query):

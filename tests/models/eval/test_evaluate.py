@@ -59,6 +59,13 @@ def test_rows_of_several_weights_share_distances_and_equal_their_formula(feature
     assert not torch.equal(measured[0.3]["mAP@all"], measured[1.0]["mAP@all"])
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_codebook_of_an_index_is_read_only(features, codebooks):
+    book = codebooks[4, 7].copy()
+    book.flags.writeable = False
+    same(evaluate_rows(features, {None: book}), evaluate_rows(features, {None: codebooks[4, 7]}), 0)
+
+
 def test_float32_moves_no_metric_by_a_ten_thousandth(features, codebooks):
     single, double = (evaluate_rows(features, codebooks, dtype=dtype) for dtype in (torch.float32, torch.float64))
     for key in single:
