@@ -26,7 +26,7 @@ from benchmarks.starter_data import class_names, own_name
 from datasets.images import read_rgb, resize, stack
 from models.checkpoints import load_student
 from models.eval.codebooks import fit_codebook
-from models.eval.features import embed
+from models.eval.inference import embed
 from models.eval.matching import cluster_distances, euclidean_distances, fused_scores, nearest_codes
 from models.eval.metrics import SameClass, average_precision, class_means, precision_at, rank
 

@@ -330,7 +330,7 @@ def _pool(backbone, images, has_head):
 
 
 def _features(pooled, needs_norm):
-    return F.layer_norm(pooled, pooled.shape[1:]) if needs_norm else pooled
+    return F.layer_norm(pooled, (int(pooled.shape[1]),)) if needs_norm else pooled  # int(): torch.onnx wants a constant
 
 
 def _pretrained_cfg(backbone, name, default):

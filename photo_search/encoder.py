@@ -80,7 +80,7 @@ def _load_torch(path, model, input_size, imagenet_classes, device):
     import torch
 
     from models.checkpoints import load_student
-    from models.eval.features import embed
+    from models.eval.inference import embed
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_encoder_device(path, device)

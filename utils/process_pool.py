@@ -112,8 +112,8 @@ def _end_at_once():
 
 
 @contextmanager
-def thread_pool(count=None):
-    """A ThreadPoolExecutor of `count` threads (None: one for each core) in which BLAS, OpenMP and torch use one thread.
+def thread_pool(count=None, threads=1):
+    """A ThreadPoolExecutor of `count` threads (None: one for each core); in each BLAS, OpenMP and torch use `threads`.
 
     One thread a core, each computing alone, beats one job spread over all cores. Where the block raises, jobs that have
     not begun are cancelled and running jobs are not waited for.
@@ -121,13 +121,13 @@ def thread_pool(count=None):
     import torch
     from threadpoolctl import threadpool_limits
 
-    def use_one_thread():
-        torch.set_num_threads(1)  # of the calling thread, and the default of later ones
-        threadpool_limits(1)  # OpenMP counts its threads separately in each thread
+    def limit():
+        torch.set_num_threads(threads)  # of the calling thread, and the default of later ones
+        threadpool_limits(threads)  # OpenMP counts its threads separately in each thread
 
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count or available_cores(), initializer=use_one_thread)
-    with threadpool_limits(1):
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count or available_cores(), initializer=limit)
+    with threadpool_limits(threads):
         try:
             yield pool
         except BaseException:
@@ -136,4 +136,4 @@ def thread_pool(count=None):
         else:
             pool.shutdown()
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)

@@ -5,7 +5,6 @@ features_zero.pickle  [gallery features (N, D) float32, gallery labels (N,), que
 features_zero.json    checkpoint, lists and options that our own pickle was computed from, to detect a stale one
 """
 
-import functools
 import json
 import os
 import time
@@ -14,12 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from datasets.loaders import evaluation_loader
-from models.eval.batch_norm import fold_batch_norms
-from models.networks import arithmetic, normalise
+from models.eval.inference import Inference
 from utils import distributed
 from utils.cli import InputError
 from utils.distributed import bar_disabled, log_rank0
@@ -48,14 +45,14 @@ def extract_all(student, images, loading, precision="fp32", open_partial=None):
     rank) that returns the PartialFeatures to write batches to; without it an extraction that is killed starts anew.
     Raises FloatingPointError for features that are not finite.
     """
-    arrays = []
+    arrays, inference = [], Inference(student, loading.device, precision)
     for files, title in images.items():
         share = distributed.rank_slice(len(files))
         partial = open_partial(title, share) if open_partial else None
         done = partial.done if partial else 0
         loader = evaluation_loader(files, loading, share.start + done, share.stop)
         batches = []
-        for batch in extract(student, loader, loading.device, title, precision, done):
+        for batch in extract(student, loader, loading.device, title, precision, done, inference):
             partial.add(batch) if partial else batches.append(batch)
         rows = partial.read() if partial else np.concatenate([*batches, np.empty((0, student.width), np.float32)])
         if not np.isfinite(rows).all():
@@ -66,38 +63,27 @@ def extract_all(student, images, loading, precision="fp32", open_partial=None):
     return Features(*arrays) if distributed.get_rank() == 0 else None
 
 
-def extract(student, loader, device, title="features", precision="fp32", done=0):
+def extract(student, loader, device, title="features", precision="fp32", done=0, inference=None):
     """Yield the L2-normalised features of each batch of `loader`: (n, D) float32 arrays.
 
-    precision: see models.networks.arithmetic; title: of the progress bar; done: images that were extracted before.
-    The progress bar has the share of the time in which the network waits for images.
+    precision: see models.networks.arithmetic; title: of the progress bar; done: images that were extracted before;
+    inference: the Inference of the student, if there is one. The progress bar names the slower stage: "reading", if the
+    network waits for images for over a tenth of the time, or "network".
     """
-    network, waiting, working = None, 0.0, 0.0
     student.eval().to(memory_format=torch.channels_last)
-    total = done + len(loader.dataset)
+    inference = inference or Inference(student, device, precision)
+    total, batches = done + len(loader.dataset), (images for images, _ in loader)
     with tqdm(total=total, initial=done, desc=title, unit="image", leave=False, disable=bar_disabled()) as bar:
-        start = time.perf_counter()
-        for images, _ in loader:
-            decoded = time.perf_counter()
-            if network is None:
-                network = fold_batch_norms(student, functools.partial(embed, images=images[:4], device=device))
-            rows = embed(network, images, device, precision)
-            waiting, working = waiting + decoded - start, working + time.perf_counter() - decoded
+        start, waited = None, 0.0
+        for rows in inference.features(batches, total):
             yield rows
-            bar.set_postfix_str(f"{waiting / (waiting + working):.0%} waiting for images", refresh=False)
+            now = time.perf_counter()
+            if start is None:  # the first batch, for which workers start
+                start, waited = now, inference.waiting
+            else:
+                is_reading = inference.waiting - waited > 0.1 * (now - start)
+                bar.set_postfix_str(f"slower: {'reading' if is_reading else 'network'}", refresh=False)
             bar.update(len(rows))
-            start = time.perf_counter()
-
-
-def embed(student, images, device, precision="fp32"):
-    """L2-normalised features of images (n, 3, H, W) uint8: (n, D) float32 array.
-
-    student: in evaluation mode and channels_last, as `extract` sets it; precision: see models.networks.arithmetic.
-    """
-    with torch.inference_mode(), arithmetic(precision, device):
-        images = normalise(images.to(device, non_blocking=True), *student.statistics)
-        features = student.features(images.contiguous(memory_format=torch.channels_last))
-        return F.normalize(features.float(), dim=1).cpu().numpy()
 
 
 def compute_features(path, student, images, loading, precision, source):

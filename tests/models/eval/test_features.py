@@ -1,20 +1,22 @@
-import copy
 import functools
+import io
+import itertools
 import os
 import pickle
+import sys
+from concurrent.futures import Future
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from timm.layers import BatchNormAct2d
 from torch.nn import functional as F
 
 from models.eval import features as eval_features
-from models.eval.batch_norm import fold_batch_norms
+from models.eval import inference
 from models.eval.features import (
     Features,
     PartialFeatures,
-    embed,
     extract,
     is_ours,
     read_features,
@@ -144,81 +146,50 @@ def test_extraction_keeps_the_order_and_normalises(images, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_bar_has_the_share_of_the_time_that_the_network_waits(images, monkeypatch):
-    clock = iter(range(0, 1000, 1))
-    shown, network = [], Means()
-    monkeypatch.setattr(eval_features.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(eval_features.tqdm, "set_postfix_str", lambda bar, text, **_: shown.append(text))
-
-    def slow():
-        for batch in loader(images):
-            next(clock), next(clock)  # decoding takes three seconds, the network one
-            yield batch
-
-    class Slow:
-        dataset = images
-
-        def __iter__(self):
-            return slow()
-
-    list(extract(network, Slow(), "cpu"))
-    assert shown == ["75% waiting for images"] * 3
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
-class Blocks(torch.nn.Module):
-    """A student of convolutions and BatchNorms with statistics of their own. swapped: in another order than listed."""
+class Running:
+    """A pool whose jobs are done when they are submitted, or only when their result is asked for."""
 
-    statistics, width = Means.statistics, 6
+    def __init__(self, at_once):
+        self.at_once = at_once
 
-    def __init__(self, swapped=False):
-        super().__init__()
-        self.stem, self.norm = torch.nn.Conv2d(3, 6, 3, padding=1, bias=False), BatchNormAct2d(6)
-        self.block = torch.nn.Sequential(torch.nn.Conv2d(6, 6, 1), torch.nn.BatchNorm2d(6))
-        self.swapped = swapped
-        for module in self.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                for values in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
-                    values.uniform_(0.5, 2)
-
-    def features(self, images):
-        maps = self.stem(self.norm(images.repeat(1, 2, 1, 1))[:, :3]) if self.swapped else self.norm(self.stem(images))
-        return self.block(maps).mean(dim=(2, 3))
+    def submit(self, function, argument):
+        future = Future()
+        if self.at_once:
+            future.set_result(function(argument))
+        future.result = lambda _=None: function(argument)
+        return future
 
 
-def test_batch_norms_are_folded_into_convolutions_in_a_copy(images):
-    torch.manual_seed(0)
-    student = Blocks().eval()
-    before = copy.deepcopy(student.state_dict())
-    folded = fold_batch_norms(student, lambda network: embed(network, images, "cpu"))
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
-    assert isinstance(folded.norm, torch.nn.ReLU)
-    np.testing.assert_allclose(embed(folded, images, "cpu"), embed(student, images, "cpu"), atol=1e-6)
-    after = student.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    rows = np.concatenate(list(extract(student, loader(images), "cpu")))
-    np.testing.assert_allclose(rows, embed(student, images, "cpu"), atol=1e-6)
+@pytest.mark.parametrize(("at_once", "slower"), [(True, "reading"), (False, "network")])
+@pytest.mark.parametrize("on_threads", [True, False])
+def test_the_bar_names_the_slower_stage(images, monkeypatch, at_once, slower, on_threads):
+    clock = itertools.count()
+    monkeypatch.setattr(inference, "thread_pool", lambda *_: nullcontext(Running(at_once)))
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: next(clock))
+    network = Means()
+    if not on_threads:
+        network.features, compute = network.features, network.features  # as compile_features leaves it
+
+        def slow(images):
+            _ = slower == "network" and [next(clock) for _ in range(100)]
+            return compute(images)
+
+        network.features = slow
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setattr(eval_features, "tqdm", functools.partial(eval_features.tqdm, mininterval=0))
+    list(extract(network, loader(images), "cpu"))
+    lines = [line for line in terminal.getvalue().split("\r") if "slower: " in line]
+    assert lines and all(f"slower: {slower}]" in line for line in lines)
 
 
-def test_students_that_cannot_be_folded_are_used_as_they_are(images):
-    torch.manual_seed(0)
-    compute = functools.partial(embed, images=images, device="cpu")
-    swapped, compiled, without = Blocks(swapped=True).eval(), Blocks().eval(), Means()
-    compiled.features = compiled.features  # as compile_features leaves it
-    for student in (swapped, compiled, without):
-        assert fold_batch_norms(student, compute) is student
-
-
-def test_bf16_is_near_and_not_the_same(images):
-    class Linear(Means):
-        def features(self, images):
-            return images.flatten(1) @ torch.ones(48, 3).cumsum(0)
-
-    rows = []
-    for precision in ("fp32", "tf32", "bf16"):
-        rows.append(np.concatenate(list(extract(Linear(), loader(images), "cpu", precision=precision))))
-    assert np.array_equal(rows[0], rows[1])  # TF32 is for CUDA
-    assert not np.array_equal(rows[0], rows[2])
-    np.testing.assert_allclose(rows[0], rows[2], atol=0.02)
+def test_no_bar_is_drawn_without_a_terminal(images, capfd):
+    list(extract(Means(), loader(images), "cpu"))
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("torn", [0, 5, 17])
