@@ -4,6 +4,7 @@ PyTorch is only imported where a checkpoint is loaded, so exported files need no
 depend on the backend.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +18,14 @@ from models.export import INSTALL, import_onnxruntime, onnx_session, read_onnx_m
 from photo_search.photos import read_photo, thumbnail
 from utils.cli import InputError, is_out_of_memory
 from utils.distributed import bar_disabled, local_device, log_rank0
-from utils.files import sha256_of
+from utils.files import open_regular, sha256_of, sha256_of_file
 from utils.memory import limited_memory
 from utils.process_pool import available_cores, call_with_timeout, parallel_map
 
 STARTER = Path(__file__).resolve().parents[1] / "checkpoint/starter/student.onnx"  # comes with the project
 BACKENDS = ("torch", "onnx")
+MAX_PHOTO_BYTES = 4 << 30  # of a file; a sparse one can be of any length
+MAX_READS = 3  # of a photo that changes while it is read
 MAX_SECONDS = 60  # for an image, and for loading a network, of an exported file; most take less than one
 PRECISION = "tf32"  # of PyTorch on a GPU, as in the test scripts
 
@@ -236,16 +239,31 @@ def add_photos(encoder, metadata, photos, partial_index, batch_size=64, workers=
         log_rank0(f"note: {photos} cut off; what is there of {'it' if cut_off == 1 else 'them'} is indexed")
 
 
+def _decode_open(photo, size, truncated, file):
+    """What `_decode` returns, of a PhotoFile that is open. Raises InputError if it cannot be read."""
+    try:
+        image, is_cut_off = read_photo(photo.path, size, file=file), False
+    except InputError as error:
+        if not (truncated and "(cut off" in str(error)):
+            raise
+        image, is_cut_off = read_photo(photo.path, size, truncated=True, file=file), True
+    return resize(image, size), thumbnail(image), sha256_of_file(file), is_cut_off
+
+
 def _decode(photo, size, truncated):
     """A PhotoFile decoded: (pixels (3, size, size) uint8, thumbnail, digest, is cut off), or why it cannot be read."""
     try:
-        try:
-            image, is_cut_off = read_photo(photo.path, size), False
-        except InputError as error:
-            if not (truncated and "(cut off" in str(error)):
-                raise
-            image, is_cut_off = read_photo(photo.path, size, truncated=True), True
-        return resize(image, size), thumbnail(image), sha256_of(photo.path), is_cut_off
+        for _ in range(MAX_READS):
+            # Pixels and digest are of one content, also where another program replaces or changes the file meanwhile.
+            with open_regular(photo.path) as file:
+                before = os.fstat(file.fileno())
+                if before.st_size > MAX_PHOTO_BYTES:
+                    raise InputError(f"larger than {MAX_PHOTO_BYTES >> 30} GiB")
+                decoded = _decode_open(photo, size, truncated, file)
+                after = os.fstat(file.fileno())
+            if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns):
+                return decoded
+        return "changed again and again while it was read"
     except InputError as error:
         return str(error)
     except OSError as error:

@@ -132,16 +132,18 @@ def _excluding(path, patterns):
     return next((each for each in patterns if any(fnmatch.fnmatchcase(name, each.rstrip("/")) for name in names)), None)
 
 
-def read_photo(path, side, truncated=False):
+def read_photo(path, side, truncated=False, file=None):
     """Decode a photo upright as 8-bit RGB (PIL.Image); of an animation its first frame.
 
     side: of the square that the photo is resized to later. A large JPEG is decoded at a reduced scale of at least four
-    times that, which is much faster. truncated: of a file that is cut off, decode what is there.
+    times that, which is much faster. truncated: of a file that is cut off, decode what is there. file: the photo, open.
     Raises InputError, with only the reason, if it cannot be decoded.
     """
     try:
         draft_side = max(4 * side, THUMBNAIL_SIDE)
-        return decode_image(path, exif_transpose=True, draft_side=draft_side, truncated=truncated)
+        if file:
+            file.seek(0)
+        return decode_image(file or path, exif_transpose=True, draft_side=draft_side, truncated=truncated)
     except InputError:
         raise
     except Exception as error:  # a damaged image can fail in any way

@@ -138,7 +138,9 @@ def check_output(path, option, ours):
         raise InputError(f"{option}{path}: cannot be written ({error.strerror}); choose another folder") from None
     except PermissionError as error:
         raise InputError(f"{option}{path}: {error.strerror}; choose another file") from None
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{option}{path}: {error.strerror}; choose a shorter one") from None
         raise InputError(no_file) from None
     if content and not re.search(ours, content):
         raise InputError(f"{option}{path}: holds something that this command did not write; choose another file")
@@ -227,12 +229,17 @@ def check_stat(path):
 
 def sha256_of(path, start=0, length=math.inf):
     """SHA-256 of a file, or of at most `length` bytes of it from `start` on, in hex."""
-    sha256 = hashlib.sha256()
     with open_regular(path) as file:
-        file.seek(start)
-        while block := file.read(min(length, 1 << 20)):
-            sha256.update(block)
-            length -= len(block)
+        return sha256_of_file(file, start, length)
+
+
+def sha256_of_file(file, start=0, length=math.inf):
+    """As `sha256_of`, of an open binary file."""
+    sha256 = hashlib.sha256()
+    file.seek(start)
+    while block := file.read(min(length, 1 << 20)):
+        sha256.update(block)
+        length -= len(block)
     return sha256.hexdigest()
 
 

@@ -346,7 +346,7 @@ def get_metric(name):
     uncut = [f"{each}@all" for each, metric in METRICS.items() if metric.function.__defaults__]
     if name in uncut:
         return METRICS[kind]
-    if kind not in METRICS or not re.fullmatch("[1-9][0-9]*", cut):
+    if kind not in METRICS or not re.fullmatch("[1-9][0-9]{0,8}", cut):
         possible = ", ".join([*uncut, *(f"{each}@k" for each in METRICS)])
         raise ValueError(f"there is no metric {name!r}; there are {possible} with a whole number k from 1 on")
     function = METRICS[kind].function

@@ -134,6 +134,40 @@ def test_photos_of_a_disk_that_is_away_stay(album, tmp_path, index, network, cap
     assert len(photos_of(index)) == 4
 
 
+@pytest.mark.parametrize("change", ["replaced", "written"])
+def test_a_photo_that_changes_while_it_is_read_has_the_features_of_its_content(
+    change, album, tmp_path, index, monkeypatch
+):
+    content = write_photo(tmp_path / "other.png", 99).read_bytes()
+    update(tmp_path / "expected", FakeEncoder(), album)
+    before = photos_of(tmp_path / "expected")[str(album / "0.png")]
+
+    def changing(path, *options, **named):
+        image = read_photo(path, *options, **named)
+        if path == str(album / "0.png") and (tmp_path / "other.png").exists():
+            if change == "written":
+                (album / "0.png").write_bytes(content)
+                os.utime(album / "0.png", ns=(5, 5))
+                (tmp_path / "other.png").unlink()
+            else:
+                (tmp_path / "other.png").replace(album / "0.png")
+        return image
+
+    monkeypatch.setattr("photo_search.encoder.read_photo", changing)
+    update(index, FakeEncoder(), album)
+    after = photos_of(index)[str(album / "0.png")]
+    assert (after == before) == (change == "replaced")
+    update(index, FakeEncoder(), album)
+    update(tmp_path / "new", FakeEncoder(), album)
+    assert photos_of(index) == photos_of(tmp_path / "new") and photos_of(index)[str(album / "0.png")] != before
+
+
+def test_an_endless_file_is_not_read(album, index, network, monkeypatch):
+    with open(album / "0.png", "ab") as file:
+        file.truncate(1 << 40)
+    assert update(index, network, album).unreadable == [f"{album}/0.png: larger than 4 GiB"]
+
+
 @pytest.mark.parametrize("is_mount", [False, True])
 def test_a_disk_that_goes_while_photos_are_read_takes_none_of_them(is_mount, album, tmp_path, index, capsys):
     class Unmounting(FakeEncoder):
@@ -219,7 +253,7 @@ def test_changed_photos_that_cannot_be_opened_stay_as_they_were(album, index, ne
             raise PermissionError(13, "Permission denied", str(path))
         return open_regular(path, *more)
 
-    for module in ("datasets.images", "photo_search.retention", "utils.files"):
+    for module in ("photo_search.encoder", "photo_search.retention", "utils.files"):
         monkeypatch.setattr(f"{module}.open_regular", opened)
     assert count(update(index, network, album)) == (0, 1, 0, 0, 0)
     note = "note: 1 changed photo cannot be opened (Permission denied); the index keeps what was there\n"

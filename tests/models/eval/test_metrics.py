@@ -206,7 +206,21 @@ def test_metrics_by_name():
 
 
 @pytest.mark.parametrize(
-    "name", ["Prec@all", "mAP@0", "mAP@-5", "Prec@ten", "mAP@", "mAP", "", "Recall@all", "map@all", "mAP@2.5", "mAP@ 5"]
+    "name",
+    [
+        "Prec@all",
+        "mAP@0",
+        "Prec@99999999999999999999",
+        "mAP@-5",
+        "Prec@ten",
+        "mAP@",
+        "mAP",
+        "",
+        "Recall@all",
+        "map@all",
+        "mAP@2.5",
+        "mAP@ 5",
+    ],
 )
 def test_an_unknown_metric_is_named_with_those_there_are(name):
     with pytest.raises(ValueError) as error:
