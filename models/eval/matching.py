@@ -13,8 +13,8 @@ CLUSTER_WEIGHT = 0.8
 def euclidean_distances(query, gallery, out=None):
     """‖q − g‖ of query (Q, D) and gallery (N, D): (Q, N) in their dtype, written to `out` if it is given."""
     squares = matmul(-2 * query, gallery.T, out)
-    squares += (query.norm(dim=1) ** 2)[:, None]
-    squares += gallery.norm(dim=1) ** 2
+    squares += squared_norms(query)[:, None]
+    squares += squared_norms(gallery)
     return squares.clamp_(min=0).sqrt_()
 
 
@@ -64,8 +64,20 @@ def fused_scores(cluster, euclidean, weight=CLUSTER_WEIGHT, cells=None, out=None
     return torch.add(weighted, euclidean, alpha=rest, out=weighted if out is None else out)
 
 
+def squared_norms(features):
+    """‖f‖² of features (N, D): (N,), exact for whole numbers, so that equal distances are equal to the bit."""
+    if _needs_torch(features):
+        return (features * features).sum(dim=1)
+    return torch.from_numpy(np.einsum("nd,nd->n", features.numpy(), features.numpy()))  # without an array of N·D
+
+
 def matmul(a, b, out=None):
     """a @ b. On a CPU NumPy's product, which has no gradient, is up to twice as fast as torch's, never much slower."""
-    if a.device.type != "cpu" or a.requires_grad or b.requires_grad:
+    if _needs_torch(a, b):
         return torch.matmul(a, b, out=out)
     return torch.from_numpy(np.matmul(a.numpy(), b.numpy(), out=None if out is None else out.numpy()))
+
+
+def _needs_torch(*tensors):
+    """Whether a tensor is on another device than the CPU, or needs a gradient, both of which NumPy lacks."""
+    return any(each.device.type != "cpu" or each.requires_grad for each in tensors)

@@ -80,6 +80,15 @@ def test_the_nearest_photo_of_a_photo_is_itself():
     assert torch.equal(euclidean_distances(gallery, gallery).argmin(dim=1), torch.arange(50))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_distances_of_whole_numbers_are_equal_to_the_bit(dtype):
+    gallery = torch.randint(-5, 6, (300, 3), generator=torch.Generator().manual_seed(3))
+    query, needs_gradient = gallery[:20] + 1, gallery.to(dtype).requires_grad_()
+    expected = ((query[:, None] - gallery) ** 2).sum(dim=2).to(dtype).sqrt()
+    assert torch.equal(euclidean_distances(query.to(dtype), gallery.to(dtype)), expected)
+    assert torch.equal(euclidean_distances(query.to(dtype), needs_gradient), expected)
+
+
 def test_results_are_written_to_out(z):
     query, gallery, codebook = z["query"], z["gallery"], z["M2K5_codebook"]
     codes = nearest_codes(gallery, codebook)
