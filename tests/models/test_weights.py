@@ -1,4 +1,5 @@
 import argparse
+import io
 import json
 from collections import OrderedDict
 from pathlib import Path
@@ -172,11 +173,15 @@ def test_missing_pretrained_weights_and_unknown_models_are_named(tmp_path):
         create_pair("vit", 3, "none")
 
 
-def test_timms_hub_out_of_reach_is_named(monkeypatch):
+@pytest.mark.parametrize("function", ["timm.create_model", "socket.create_connection"])
+def test_timms_hub_out_of_reach_is_named(function, monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr("timm.create_model", unreachable)
+    other = {"timm.create_model": lambda *_, **__: 1 / 0, "socket.create_connection": lambda *_: io.BytesIO()}
+    for name, replacement in {**other, function: unreachable}.items():
+        monkeypatch.setattr(name, replacement)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     to = r"pretrained_model/convnextv2_tiny\.fcmae_ft_in1k\.safetensors"
     fetched = r"--finetune timm: convnextv2_tiny\.fcmae_ft_in1k could not be fetched \(no route to host\); "
