@@ -44,6 +44,7 @@ _BOUNDS = {"imagenet_classes": (0, 10**6), "input_size": (32, 4096), "width": (1
 CONTENT_BYTES, CONTENT_SHA256, HEADER_SHA256 = "content_bytes", "content_sha256", "header_sha256"
 MAX_DIFFERENCE = 1e-4  # between a value of a feature of ONNX Runtime and of PyTorch
 MAX_HALF_DIFFERENCE = 1e-3  # the same with --half
+ONNX_IMAGES = 2  # of many images, those that a core computes at a time by ONNX Runtime: activations then fit its cache
 MIN_HALF_SIZE = 30_000  # values of a matrix that --half stores in float16: smaller ones matter more, and save little
 MAX_ONNX_BYTES = (1 << 31) - (1 << 24)  # of weights: an ONNX file is one protobuf message of at most 2 GiB
 INSTALL = "pip install -r requirements-onnx.txt"

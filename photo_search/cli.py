@@ -225,8 +225,9 @@ def _starter():
 
 def _load_encoder(options, old):
     if old:
-        return encoder_of(old, options.checkpoint, options.device)
-    return load_encoder(options.checkpoint, options.model, options.input_size, options.imagenet_classes, options.device)
+        return encoder_of(old, options.checkpoint, options.device, threads=1)
+    own = options.model, options.input_size, options.imagenet_classes
+    return load_encoder(options.checkpoint, *own, options.device, threads=1)
 
 
 def _index_options(options, old, checkpoint):

@@ -41,7 +41,7 @@ def follow(checkpoint=None, device=None, workers=0):
     try:
         if task := distributed.broadcast_object(None):
             metadata, photos, batch_size, truncated = task
-            encoder = functools.cache(lambda: local.encoder_of(metadata, checkpoint, device))
+            encoder = functools.cache(lambda: local.encoder_of(metadata, checkpoint, device, threads=1))
             _compute(encoder, metadata, photos, None, batch_size, workers, truncated)
     except InputError as error:
         raise RankError(str(error)) from error

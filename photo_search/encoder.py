@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from datasets.images import resize, stack
-from models.export import INSTALL, import_onnxruntime, onnx_session, read_onnx_metadata
+from models.export import INSTALL, ONNX_IMAGES, import_onnxruntime, onnx_session, read_onnx_metadata
 from photo_search.photos import read_photo, thumbnail
 from utils.cli import InputError, is_out_of_memory
 from utils.distributed import bar_disabled, local_device, log_rank0
 from utils.files import open_regular, sha256_of, sha256_of_file
 from utils.memory import limited_memory
-from utils.process_pool import available_cores, call_with_timeout, parallel_map
+from utils.process_pool import available_cores, call_with_timeout, map_with_timeout, parallel_map
 
 STARTER = Path(__file__).resolve().parents[1] / "checkpoint/starter/student.onnx"  # comes with the project
 BACKENDS = ("torch", "onnx")
@@ -58,15 +58,17 @@ def backend_of(checkpoint):
     return "onnx" if Path(checkpoint).suffix.lower() == ".onnx" else "torch"
 
 
-def load_encoder(checkpoint, model=None, input_size=None, imagenet_classes=None, device=None):
+def load_encoder(checkpoint, model=None, input_size=None, imagenet_classes=None, device=None, threads=None):
     """The Encoder of a training checkpoint, ours or the authors', or of a file that models.export wrote.
 
-    model, input_size, imagenet_classes: see models.checkpoints.load_student; device: None for a GPU if there is one.
+    model, input_size, imagenet_classes: see models.checkpoints.load_student; device: None for a GPU if there is one;
+    threads: with which ONNX Runtime computes an image, None for one for each core. One is best for many images.
     Raises InputError for a file of another kind, values that contradict it, or a device that does not exist.
     """
     path = Path(checkpoint).absolute()
-    load = _load_onnx if backend_of(path) == "onnx" else _load_torch
-    return load(path, model, input_size, imagenet_classes, device)
+    if backend_of(path) == "onnx":
+        return _load_onnx(path, model, input_size, imagenet_classes, device, threads or available_cores())
+    return _load_torch(path, model, input_size, imagenet_classes, device)
 
 
 def check_encoder_device(checkpoint, device):
@@ -94,7 +96,7 @@ def _load_torch(path, model, input_size, imagenet_classes, device):
     return Encoder(metadata, lambda images: embed(student, torch.from_numpy(images), device, PRECISION))
 
 
-def _load_onnx(path, model, input_size, imagenet_classes, device):
+def _load_onnx(path, model, input_size, imagenet_classes, device, threads):
     if device is not None:
         check_encoder_device(path, device)
     metadata = _read_metadata(path)
@@ -103,7 +105,7 @@ def _load_onnx(path, model, input_size, imagenet_classes, device):
             raise InputError(f"--{name} {given}: {path} was exported with {metadata[name]}; leave --{name} out")
     try:
         with limited_memory():
-            session = call_with_timeout(lambda: onnx_session(str(path), available_cores()), MAX_SECONDS)
+            session = call_with_timeout(lambda: onnx_session(str(path), threads), MAX_SECONDS)
     except TimeoutError:
         raise _too_slow(path) from None
     except Exception as error:  # ONNX Runtime raises classes of its own
@@ -124,9 +126,19 @@ def _run(session, path, width, images):
     What a file says about its graph need not be true of it, and a damaged one can fail when it runs, or not end.
     """
     options = import_onnxruntime().RunOptions()
-    run = partial(session.run, ["features"], {"images": np.ascontiguousarray(images)}, options)
+
+    def run(share):
+        parts = [share[start : start + ONNX_IMAGES] for start in range(0, len(share) or 1, ONNX_IMAGES)]
+        inputs = [{"images": np.ascontiguousarray(part)} for part in parts]
+        return np.concatenate([session.run(["features"], each, options)[0] for each in inputs])
+
+    def stop():
+        options.terminate = True
+
+    # Each core computes a share, a few images at a time, so that their activations fit its cache.
+    shares = np.array_split(images, max(1, min(available_cores(), -(-len(images) // ONNX_IMAGES))))
     try:
-        (rows,) = call_with_timeout(run, MAX_SECONDS * len(images), lambda: setattr(options, "terminate", True))
+        rows = np.concatenate(map_with_timeout(run, shares, MAX_SECONDS * len(images), stop))
     except TimeoutError:
         raise _too_slow(path) from None
     except Exception as error:  # ONNX Runtime raises classes of its own
@@ -159,10 +171,10 @@ def _read_metadata(path):
         raise InputError(f"{path}: needs onnxruntime; {INSTALL}") from None
 
 
-def encoder_of(metadata, checkpoint=None, device=None):
+def encoder_of(metadata, checkpoint=None, device=None, threads=None):
     """The Encoder that an index was made with.
 
-    metadata: of the index; checkpoint: its path now, None if the file was not moved.
+    metadata: of the index; checkpoint: its path now, None if the file was not moved; threads: see `load_encoder`.
     Raises InputError if the file does not exist, or is another one.
     """
     path = checkpoint or metadata["checkpoint"]
@@ -171,7 +183,7 @@ def encoder_of(metadata, checkpoint=None, device=None):
         raise InputError(f"{path}: the checkpoint of the index {why}; give its path with --checkpoint")
     check_checkpoint(metadata, path)
     own = {name: metadata[name] for name in ("model", "input_size", "imagenet_classes")}
-    encoder = load_encoder(path, **own, device=device)
+    encoder = load_encoder(path, **own, device=device, threads=threads)
     if encoder.metadata["width"] != metadata["width"]:
         raise InputError(
             f"{path}: computes features of {encoder.metadata['width']} values, the index has {metadata['width']}"

@@ -78,30 +78,35 @@ def _end_with_parent(reading):
 
 
 def call_with_timeout(function, seconds, stop=lambda: None):
-    """function(), in a thread; Ctrl-C does not wait for it. stop: a function that asks it to end.
+    """function(), in a thread, as `map_with_timeout`."""
+    return map_with_timeout(lambda _: function(), [None], seconds, stop)[0]
 
-    Raises TimeoutError if it takes longer than `seconds`. It may then run on, and this process ends with status 2.
+
+def map_with_timeout(function, items, seconds, stop=lambda: None):
+    """[function(item) for each of `items`], each in a thread; Ctrl-C does not wait for them.
+
+    stop: a function that asks them to end. Raises TimeoutError if one takes longer than `seconds`. It may then run on,
+    and this process ends with status 2.
     """
-    result = Future()
+    results = [Future() for _ in items]
 
-    def run():
+    def run(result, item):
         try:
-            result.set_result(function())
+            result.set_result(function(item))
         except BaseException as error:
             result.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    for pair in zip(results, items, strict=True):
+        threading.Thread(target=run, args=pair, daemon=True).start()
     try:
-        wait([result], seconds)
-        if not result.done():
+        if wait(results, seconds).not_done:
             raise TimeoutError(f"it takes longer than {seconds} seconds")
     except BaseException:
         stop()
-        wait([result], GRACE_S)
-        if not result.done():  # a library that is at work when the process ends can make it abort
+        if wait(results, GRACE_S).not_done:  # a library that is at work when the process ends can make it abort
             atexit.register(_end_at_once)
         raise
-    return result.result()
+    return [result.result() for result in results]
 
 
 def _end_at_once():

@@ -20,8 +20,9 @@ from PIL import Image, ImageDraw
 import search_photos
 from models import export
 from models.checkpoints import save_checkpoint
+from models.export import onnx_session
 from models.networks import Student, create_backbone
-from photo_search.encoder import STARTER
+from photo_search.encoder import STARTER, _run, load_encoder
 from photo_search.index import open_index
 from utils.cli import InputError
 from utils.files import sha256_of
@@ -331,6 +332,24 @@ def test_a_network_that_takes_for_ever_ends_in_one_line(bad_files, fails, monkey
     monkeypatch.setattr("photo_search.encoder.MAX_SECONDS", 0.5)
     told = fails(search_photos.main, *NEW.split(), bad_files / "slow.onnx")
     assert told.endswith("slow.onnx: does not compute an image within 0.5 seconds; use another checkpoint")
+
+
+def test_many_images_are_computed_a_few_at_a_time_to_the_same_bits():
+    whole = load_encoder(STARTER)
+    size = whole.metadata["input_size"]
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, size, size), np.uint8)
+    session, seen = onnx_session(str(STARTER), 1), []
+
+    class Counting:
+        def run(self, names, inputs, options):
+            seen.append(len(inputs["images"]))
+            return session.run(names, inputs, options)
+
+    rows = _run(Counting(), STARTER, whole.metadata["width"], images)
+    assert sum(seen) == 5 and max(seen) == 2
+    (expected,) = session.run(["features"], {"images": images})
+    assert np.array_equal(rows, expected) and np.array_equal(whole.embed(images), expected)
+    assert whole.embed(images[:0]).shape == (0, whole.metadata["width"])
 
 
 def test_a_missing_onnxruntime_is_named(monkeypatch, fails):

@@ -157,6 +157,8 @@ def test_a_call_that_takes_too_long_is_given_up(monkeypatch):
     monkeypatch.setattr(process_pool.atexit, "register", exits.append)
     monkeypatch.setattr(process_pool.os, "_exit", ended.append)
     assert process_pool.call_with_timeout(lambda: 7, 60) == 7
+    together = threading.Barrier(3, timeout=60)
+    assert process_pool.map_with_timeout(lambda item: (together.wait(), -item)[1], [1, 2, 3], 60) == [-1, -2, -3]
     with pytest.raises(KeyError, match="own error"):
         process_pool.call_with_timeout(lambda: {}["own error"], 60)
     with pytest.raises(TimeoutError, match=r"longer than 0\.01 seconds"):
