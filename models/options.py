@@ -280,7 +280,7 @@ def check_device(option, device):
         torch.zeros(1, device=device, dtype=torch.float64).item()
     except TypeError:
         raise RankError(f"{option} {device}: computes no float64, which the evaluation needs; use cpu") from None
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         of = f"process {distributed.get_rank()}, " if distributed.get_world_size() > 1 else ""
         if is_out_of_memory(error):
             raise RankError(f"{of}{option} {device}: its memory is full; free it, or use another") from None
@@ -367,7 +367,7 @@ def _tune(text):
 
 
 _count = number_type(int, 0, 10**6, "a whole number from 0 to a million")
-_rate = number_type(float, 0, 1e30, "a number, 0 or more")
+_rate = number_type(float, 0, 1e30, "a number from 0 to 1e30")
 _weight = number_type(float, 0, 1e6, "a number from 0 to a million")
 _part = number_type(float, 0, 1, "a number from 0 to 1")
 _share = number_type(float, 0, 0.99, "a number from 0 to 0.99")

@@ -76,12 +76,33 @@ def read_npz(path, max_bytes, names=None):
     import numpy as np
 
     with open_regular(path) as file:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.namelist() if names is None else [f"{name}.npy" for name in names]
-            if sum(archive.getinfo(member).file_size for member in members) > max_bytes:
-                raise ValueError(f"its arrays are larger than {max_bytes >> 20:,} MiB")
+        npz_shapes(file, max_bytes, names)
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names or arrays.files}
+
+
+def npz_shapes(file, max_bytes=None, names=None):
+    """{name: shape} of the arrays in an open .npz, which are not unpacked; arguments: as of `read_npz`.
+
+    Raises ValueError for arrays of more than `max_bytes`, and of another size than their header states.
+    """
+    from numpy.lib import format as npy
+
+    shapes, left = {}, math.inf if max_bytes is None else max_bytes
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.namelist() if names is None else [f"{name}.npy" for name in names]:
+            size = archive.getinfo(member).file_size
+            if (left := left - size) < 0:
+                raise ValueError(f"its arrays are larger than {max_bytes >> 20:,} MiB")
+            with archive.open(member) as array:
+                read_header = (
+                    npy.read_array_header_1_0 if npy.read_magic(array) == (1, 0) else npy.read_array_header_2_0
+                )
+                shape, _, dtype = read_header(array)
+                if not dtype.hasobject and array.tell() + math.prod(shape) * dtype.itemsize != size:
+                    raise ValueError(f"{member} holds another number of values than its header states")
+            shapes[member.removesuffix(".npy")] = shape
+    return shapes
 
 
 @contextmanager

@@ -34,8 +34,11 @@ def main(argv=None):
         raise InputError("python -m models.eval runs in one process; start it without torchrun")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device("--device", options.device)
+    if options.mixture_device is not None:
+        check_device("--mixture_device", options.mixture_device)
     given = read_any(options.features, normalise=options.distance == "cosine")
-    features, images = given.features, given.images(options.data_root, options.features[-1])
+    sources = options.features[1::2] or options.features * 2  # of four files those of labels, which have file names
+    features, images = given.features, given.images(options.data_root, sources)
     if options.order:
         features, images = in_order_of(features, options.order)
     rows = _rows(options, len(np.unique(features.gallery_labels)))

@@ -10,6 +10,7 @@ in its first one; a line of column names that ends in "label" or "class" is left
 
 import csv
 import io
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +21,13 @@ from datasets.lists import FileList, QueryGallery
 from models.eval.features import Features
 from models.eval.image_order import numbered
 from utils.cli import InputError
-from utils.files import open_regular
+from utils.files import npz_shapes, open_regular
+from utils.memory import available_memory
 from utils.safe_pickle import describe_pickle, read_pickled_list
 
 ARRAY_NAMES = ("gallery", "gallery_labels", "query", "query_labels")
 FILES = ("gallery_files", "query_files")
+RANGE = 1e-15, 1e15  # of features whose squares float32 holds, with some digits to spare
 
 
 class GivenFeatures(NamedTuple):
@@ -34,18 +37,18 @@ class GivenFeatures(NamedTuple):
     gallery_files: list[str] | None
     query_files: list[str] | None
 
-    def images(self, root, source):
-        """The QueryGallery below the folder `root`; None without file names. source: a path, for messages."""
+    def images(self, root, sources):
+        """The QueryGallery below the folder `root`; None without file names. sources: two paths, for messages."""
         if self.gallery_files is None or self.query_files is None:
             return None
-        pairs = (
-            (self.gallery_files, self.features.gallery_labels),
-            (self.query_files, self.features.query_labels),
+        sides = (
+            (sources[0], self.gallery_files, self.features.gallery_labels),
+            (sources[1], self.query_files, self.features.query_labels),
         )
         return QueryGallery(
             *(
                 FileList(Path(source), Path(root), files, labels, list(range(1, len(files) + 1)))
-                for files, labels in pairs
+                for source, files, labels in sides
             )
         )
 
@@ -53,8 +56,9 @@ class GivenFeatures(NamedTuple):
 def read_any(paths, normalise=True):
     """Read GivenFeatures from one file or four, see the top of this module.
 
-    normalise: scale each feature to length 1. Raises InputError if a file cannot be read, has another form or number of
-    rows, or holds a feature that is not finite, or of length 0 where it is to be scaled.
+    normalise: scale each feature to length 1. Otherwise features far from 0, whose distances float32 would lose, are
+    given less the gallery's mean. Raises InputError if a file cannot be read, has another form or number of rows, or
+    holds a feature that is not finite, or of length 0 where it is to be scaled, or of values outside RANGE where not.
     """
     if len(paths) not in (1, 4):
         raise InputError(
@@ -80,6 +84,17 @@ def read_any(paths, normalise=True):
         raise InputError(
             f"{where['query']}: query features have {rows[1].shape[1]} values, gallery features {rows[0].shape[1]}"
         )
+    if not normalise:
+        given = [parts[side] for side in ("gallery", "query")]
+        if _is_far_from_zero(rows[0]):
+            mean = given[0].mean(axis=0, dtype=np.float64)
+            given = rows = [(each - mean).astype(np.float32) for each in given]
+        largest = max(max(float(each.max()), -float(each.min())) for each in given)
+        if largest and not RANGE[0] <= largest <= RANGE[1]:
+            raise InputError(
+                f"{where['gallery']}: the largest value of a feature is {largest:g}, too "
+                f"{'small' if largest < 1 else 'large'} for Euclidean distances; multiply all features by one number"
+            )
     if labels[0].dtype.kind != labels[1].dtype.kind:
         raise InputError(
             f"{where['query_labels']}: labels of one side are numbers, of the other names; give both in one form"
@@ -144,17 +159,28 @@ def _load(path):
             if not isinstance(content, np.lib.npyio.NpzFile):
                 return content
             known = [name for name in content.files if name in (*ARRAY_NAMES, *FILES)]
+            _check_arrays(path, npz_shapes(file, available_memory(), known))
             return {name: content[name] for name in known} or dict.fromkeys(content.files)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except MemoryError:
+    except InputError:
         raise
+    except MemoryError:
+        raise InputError(f"{path}: larger than the memory, or damaged; free some memory, or save it again") from None
     except Exception as error:  # a damaged file can fail in any way
         if "allow_pickle" in str(error):
             way_out = "save class names as text: np.array(names, dtype=str)"
             raise InputError(f"{path}: holds Python objects, which are not read; {way_out}") from None
         reason = str(error).split("\n")[0]
         raise InputError(f"{path}: not a readable NumPy file ({reason}); save it again") from None
+
+
+def _check_arrays(path, shapes):
+    """Raise InputError if the numbers of rows and labels of an .npz differ; shapes: {name: shape}, not unpacked yet."""
+    for side in ("gallery", "query"):
+        rows, labels = shapes.get(side), shapes.get(f"{side}_labels")
+        if rows and labels is not None:
+            _check_count(path, side, math.prod(labels), rows[0])
 
 
 def _read_torch(path):
@@ -198,28 +224,52 @@ def _as_array(path, name, value):
 
 def _rows(path, side, values, normalise):
     """Features (n, D) float32 of one side, checked."""
-    if values.ndim != 2 or values.dtype.kind not in "biuf" or not values.size:
+    if values.ndim != 2 or values.dtype.kind not in "biuf":
         raise InputError(
             f"{path}: {side} features must be an array of numbers (images, values), not {values.dtype} {values.shape}"
         )
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+    if not values.size:
+        raise InputError(f"{path}: there are no {side} features, their array is empty {values.shape}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
         rows = values.astype(np.float32, copy=False)
-    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
-    unusable = ~np.isfinite(norms) | ((norms == 0) & normalise)
-    if unusable.any():
-        what = "is zero, or holds NaN or infinity" if normalise else "holds NaN or infinity"
-        raise InputError(f"{path}: {side} feature {int(unusable.argmax())} {what}; extract the features again")
+    norms = _norms(rows)
+    outside = ~np.isfinite(norms) | (norms < RANGE[0])
+    if outside.any():
+        largest = np.abs(values[outside].astype(np.float64)).max(axis=1, keepdims=True)
+        if (unusable := ~np.isfinite(largest) | ((largest == 0) & normalise)).any():
+            number, what = np.flatnonzero(outside)[unusable.argmax()], "holds NaN or infinity"
+            what = f"is zero, or {what}" if normalise else what
+            raise InputError(f"{path}: {side} feature {number} {what}; extract the features again")
+        if normalise:  # in float32 they would be 0, infinite or rounded to a few bits
+            rows = rows.copy()
+            rows[outside] = values[outside] / largest
+            norms = _norms(rows)
     # Features of length 1 are used as they are, to the bit.
     if normalise and np.abs(norms - 1).max() > 1e-3:
         rows = (rows / norms[:, None]).astype(np.float32)
     return rows
 
 
+def _norms(rows):
+    return np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
+
+
+def _is_far_from_zero(rows):
+    """Whether the mean of features (n, D) is 30 times as far from 0 as they are from it."""
+    with np.errstate(invalid="ignore"):  # of infinite ones it is not
+        mean = rows.mean(axis=0, dtype=np.float64)
+        return mean @ mean > (1 - 1e-3) * (_norms(rows) ** 2).mean()
+
+
+def _check_count(path, side, labels, count):
+    if labels != count:
+        raise InputError(f"{path}: {labels} {side} labels for {count} features; each feature needs one")
+
+
 def _labels(path, side, labels, count):
     """Labels (n,) of one side, int64 or text, checked."""
     labels = labels.reshape(-1)
-    if len(labels) != count:
-        raise InputError(f"{path}: {len(labels)} {side} labels for {count} features; each feature needs one")
+    _check_count(path, side, len(labels), count)
     if labels.dtype.kind == "S":
         labels = np.char.decode(labels, "utf-8", "replace")
     if labels.dtype.kind == "U":

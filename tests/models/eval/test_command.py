@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from datasets.lists import write_list
+from models.eval import feature_files
 from models.eval.__main__ import main
 
 NAMES = np.array(["cat", "bell (brass)", "tea pot"])
@@ -58,6 +59,26 @@ def test_every_definition_equals_a_plain_loop(arrays, distance, tmp_path, capsys
     assert "note: the features do not record which lists they follow" in (output := capsys.readouterr()).err
     assert all(name in output.out for name in ("ZSE-SBIR", "SEM-PCYC", "doodle2search", "CVAE"))
     assert plain_acnet_map(arrays, True) != pytest.approx(plain_acnet_map(arrays, False), abs=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e160, 1e-170], ids=str)
+def test_features_that_float32_cannot_hold_give_the_same_results(arrays, scale, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays | {side: arrays[side] * np.float64(scale) for side in ("gallery", "query")})
+    row = run(tmp_path / "a_results", tmp_path / "a.npz")["rows"][0]
+    assert row["definitions"]["ACNet"]["mAP@all"] == pytest.approx(plain_acnet_map(arrays, True), abs=1e-12)
+
+
+def test_euclidean_distances_of_features_far_from_zero(arrays, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays | {side: arrays[side] + np.float64(1e8) for side in ("gallery", "query")})
+    row = run(tmp_path / "a_results", tmp_path / "a.npz", "--distance", "euclidean")["rows"][0]
+    assert row["definitions"]["ACNet"]["mAP@all"] == pytest.approx(plain_acnet_map(arrays, False), abs=1e-12)
+
+
+@pytest.mark.parametrize(("scale", "word"), [(1e160, "large"), (1e-170, "small")])
+def test_euclidean_distances_have_a_range(arrays, scale, word, tmp_path, fails):
+    np.savez(tmp_path / "a.npz", **arrays | {side: arrays[side] * np.float64(scale) for side in ("gallery", "query")})
+    message = fails(main, tmp_path / "a.npz", "--distance", "euclidean")
+    assert f"too {word} for Euclidean distances; multiply all features by one number" in message
 
 
 def test_all_forms_give_the_same_results(arrays, tmp_path):
@@ -133,6 +154,7 @@ def test_order_names_files_and_classes(arrays, tmp_path, fails):
         ({"query_labels": np.array(["cat"] * 8, dtype=object)}, "holds Python objects"),
         ({"query_labels": None}, "expected the arrays gallery, gallery_labels, query, query_labels"),
         ({"query_files": np.array(["a.png"])}, "1 query_files for 8 features"),
+        ({"query": np.zeros((0, 16)), "query_labels": NAMES[:0]}, "there are no query features, their array is empty"),
     ],
 )
 def test_unusable_features_end_in_one_line(arrays, change, words, tmp_path, fails):
@@ -157,6 +179,8 @@ def test_unusable_files_end_in_one_line(arrays, tmp_path, fails, trap):
         (tmp_path / f"trap.{suffix}").write_bytes(pickle.dumps([trap] * 4))
         fails(main, tmp_path / f"trap.{suffix}")
     assert not trap.sprung()
+    wrong = fails(main, tmp_path / "a.npz", "--mixture_device", "gpu", "--device", "cpu")
+    assert "--mixture_device gpu: there is no such device here" in wrong
     assert "--clusters 99: the gallery has only 45 photos" in fails(main, tmp_path / "a.npz", "--clusters", "99")
     assert "cannot be cut into 3" in fails(main, tmp_path / "a.npz", "--subspaces", "3")
 
@@ -165,3 +189,12 @@ def test_no_file_is_waited_for(tmp_path, fails):
     for name in ("f.npz", "f.pickle", "f.pt", "f.safetensors"):
         os.mkfifo(tmp_path / name)
         assert "not a regular file" in fails(main, tmp_path / name)
+
+
+def test_arrays_of_an_npz_are_not_unpacked_before_their_sizes_fit(arrays, tmp_path, fails, monkeypatch):
+    np.savez(tmp_path / "a.npz", **arrays | {"gallery": np.zeros((100, 16))})
+    monkeypatch.setattr(feature_files, "available_memory", lambda: 10_000)
+    assert "a.npz: not a readable NumPy file (its arrays are larger than" in fails(main, tmp_path / "a.npz")
+    monkeypatch.setattr(feature_files, "available_memory", lambda: None)
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", None)
+    assert "a.npz: 45 gallery labels for 100 features" in fails(main, tmp_path / "a.npz")
