@@ -39,7 +39,7 @@ from utils.distributed import bar_disabled, log_rank0
 from utils.process_pool import thread_pool
 
 # Bytes of one (chunk of queries, gallery) matrix, of which a handful are allocated at a time.
-CPU_CHUNK, GPU_CHUNK = 24 << 20, 256 << 20
+CPU_CHUNK, GPU_CHUNK = 48 << 20, 256 << 20
 
 
 # --- the grid
@@ -239,16 +239,21 @@ class _Gallery:
             last = codebook
 
     def _codes(self, codebook):
-        """(codebook, codes of its cells, cell of each photo) on the device, see `distinct_codes`; None for None."""
+        """(codebook, codes of its cells, cell of each photo) on the device, see `distinct_codes`; None for None.
+
+        Cells are int32, of which photos are selected faster.
+        """
         if codebook is None:
             return None
         codebook = torch.tensor(codebook).to(self.photos)  # a copy: that of an index is read-only
-        return codebook, *distinct_codes(nearest_codes(self.photos, codebook))
+        codes, cells = distinct_codes(nearest_codes(self.photos, codebook))
+        return codebook, codes, cells.int()
 
     def scores(self, query):
-        """Yield (key, scores (Q, N)) for each row; the scores of one row are overwritten by those of the next."""
-        distances, scores = self._matrices(len(query))
-        euclidean_distances(query, self.photos, out=distances)
+        """Yield (key, scores (Q, N)) for each row, for models.eval.metrics.rank."""
+        if len(getattr(self.local, "distances", [])) < len(query):  # each thread reuses its own: new ones cost faults
+            self.local.distances = self.photos.new_empty(len(query), len(self.photos))
+        distances = euclidean_distances(query, self.photos, out=self.local.distances[: len(query)])
         for codes, keys in self.rows:
             if codes is None:
                 yield keys[0][0], distances
@@ -256,17 +261,32 @@ class _Gallery:
             *codebook_and_codes, cells = codes
             cluster = cluster_distances(query, *codebook_and_codes)
             for key, weight in keys:
-                yield key, fused_scores(cluster, distances, weight, cells, out=scores)
-
-    def _matrices(self, count):
-        """Two matrices (count, N) to write into; each thread reuses its own, as new ones cost page faults."""
-        if len(getattr(self.local, "matrices", [[]])[0]) < count:
-            self.local.matrices = [self.photos.new_empty(count, len(self.photos)) for _ in range(2)]
-        return [matrix[:count] for matrix in self.local.matrices]
+                yield key, _FusedScores(cluster, distances, weight, cells)
 
     def free(self):
-        """Free this thread's matrices."""
-        self.local.matrices = [[]]
+        """Free this thread's matrix."""
+        self.local.distances = []
+
+
+@dataclass(frozen=True)
+class _FusedScores:
+    """`fused_scores` of some queries when they are asked for, which then are in a cache when they are ranked."""
+
+    cluster: torch.Tensor  # (Q, cells)
+    distances: torch.Tensor  # (Q, N)
+    weight: float
+    cells: torch.Tensor  # (N,)
+
+    @property
+    def shape(self):
+        return self.distances.shape
+
+    @property
+    def device(self):
+        return self.distances.device
+
+    def __getitem__(self, queries):
+        return fused_scores(self.cluster[queries], self.distances[queries], self.weight, self.cells)
 
 
 def _halving(measure, free):

@@ -54,14 +54,16 @@ def cluster_distances(query, codebook, codes):
     return distances
 
 
-def fused_scores(cluster, euclidean, weight=CLUSTER_WEIGHT, cells=None, out=None):
+def fused_scores(cluster, euclidean, weight=CLUSTER_WEIGHT, cells=None):
     """weight · D + (1 − weight) · d: (Q, N). D is a squared distance and d is not, as in the release.
 
-    cluster: (Q, N), or (Q, cells) with the cell (N,) of each photo; euclidean: (Q, N). Written to `out` if it is given.
+    cluster: (Q, N), or (Q, cells) with the cell (N,) of each photo; euclidean: (Q, N).
     """
     rest = round(1 - weight, 12)  # 0.2 beside 0.8, not 0.19999999999999996
-    weighted = cluster * weight if cells is None else torch.index_select(cluster * weight, 1, cells, out=out)
-    return torch.add(weighted, euclidean, alpha=rest, out=weighted if out is None else out)
+    weighted = cluster * weight
+    if cells is not None:
+        weighted = weighted.index_select(1, cells)
+    return weighted.add_(euclidean, alpha=rest)
 
 
 def squared_norms(features):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 SORT_BYTES = 1 << 20  # keys sorted at a time on a CPU, so that they fit its cache
+INFINITY = 0x7F800000  # its bits in float32: those of negative scores and of NaN are greater
 RECALL_LEVELS = torch.linspace(0, 1, 11, dtype=torch.float64)
 
 
@@ -121,80 +122,98 @@ class Ranking:
 def rank(scores, relevance, nearest=0):
     """Rank each query's gallery by ascending score, ties by gallery order.
 
-    scores: (Q, N) float32 or float64; relevance: a SameClass or ListedPhotos of these queries, on the same device;
-    nearest: how many of the nearest photos to name. Returns a Ranking. Raises ValueError if a score is NaN.
+    scores: (Q, N) float32 or float64, or an object with the shape and the device of such a tensor that computes rows of
+    it, scores[queries], where they are used; relevance: a SameClass or ListedPhotos of these queries, on the same
+    device; nearest: how many of the nearest photos to name. Returns a Ranking. Raises ValueError if a score is NaN.
     """
-    on_cpu = scores.device.type == "cpu"
-    lowest = (scores.detach().numpy() if on_cpu else scores).min()
-    if lowest != lowest:
+    queries, photos = scores.shape
+    in_gallery, nearest = relevance.counts(), min(nearest, photos)
+    if scores.device.type != "cpu":
+        hits, near = _rank_by_order(scores[:], relevance.mask(), in_gallery, nearest)
+        return Ranking(hits, in_gallery, photos, near if nearest else None)
+    hits = np.full((queries, int(in_gallery.max())), np.inf)
+    near = np.empty((queries, nearest), np.int64)
+    for group, relevant in relevance.groups():
+        count, low_bits = int(in_gallery[group[0]]), {}
+        for block in _blocks(group.numpy(), photos):
+            some = scores[block]
+            bits = some.numpy().view(np.uint32) if some.dtype == torch.float32 else None
+            if bits is None or bits.max() > INFINITY:
+                mask = relevant.expand(len(some), -1)
+                hits[block, :count], near[block] = _rank_by_order(some, mask, in_gallery[block], nearest)
+                continue
+            if count:
+                hits[block, :count] = _rank_by_keys(bits, relevant.numpy(), count, low_bits)
+            if nearest:
+                near[block] = _nearest_by_keys(bits, nearest)
+    return Ranking(torch.from_numpy(hits), in_gallery, photos, torch.from_numpy(near) if nearest else None)
+
+
+def _rank_by_order(scores, relevant, in_gallery, nearest):
+    """(hits, nearest) by sorting the gallery: the plain way, for float64, negative scores and GPUs.
+
+    relevant: (Q, N) bool, in_gallery: (Q,) how many of each row are true. Raises ValueError if a score is NaN.
+    """
+    if scores.isnan().any():
         raise ValueError("a score is NaN, which has no rank")
-    in_gallery, nearest = relevance.counts(), min(nearest, scores.shape[1])
-    if on_cpu and scores.dtype == torch.float32 and lowest >= 0:
-        hits, near = _rank_by_keys(scores.numpy(), relevance, in_gallery, nearest, lowest)
-    else:
-        hits, near = _rank_by_order(scores, relevance, in_gallery, nearest)
-    return Ranking(hits, in_gallery, scores.shape[1], near if nearest else None)
-
-
-def _rank_by_order(scores, relevance, in_gallery, nearest):
-    """(hits, nearest) by sorting the gallery: the plain way, for float64, negative scores and GPUs."""
     order = scores.sort(dim=1, stable=True).indices
-    query, position = relevance.mask().gather(1, order).nonzero(as_tuple=True)
+    query, position = relevant.gather(1, order).nonzero(as_tuple=True)
     number = torch.arange(len(query), device=query.device) - (in_gallery.cumsum(0) - in_gallery)[query]
     hits = torch.full((len(scores), int(in_gallery.max())), torch.inf, dtype=torch.float64, device=scores.device)
     hits[query, number] = (position + 1).double()
     return hits, order[:, :nearest]
 
 
-def _rank_by_keys(scores, relevance, in_gallery, nearest, lowest):
-    """(hits, nearest) by sorting integers, many times as fast; scores: float32 array, `lowest` of which is 0 or more.
+def _rank_by_keys(bits, relevant, count, low_bits):
+    """Ranks (Q, count) of the relevant photos by sorting integers, many times as fast.
 
-    The bits of such scores, read as integers, have the same order. So a key, from its highest bit, is the score, the
-    photo's index in the gallery, which breaks ties, and 1 if the photo is not relevant. Keys of 32 bits are sorted in
-    half the time of 64, but may hold only the upper bits of the index. Where that leaves a relevant photo tied with
-    another one, their keys differ by 1, and the query is ranked again with keys of 64 bits.
+    bits: (Q, N) uint32, those of float32 scores of 0 or more, which have the same order as integers; relevant: (N,)
+    bool, of which `count` are true; low_bits: a dict that keeps what keys of these photos share.
+    A key, from its highest bit, is the score, the photo's index in the gallery, which breaks ties, and 1 if the photo
+    is relevant. Keys of 32 bits are sorted in half the time of 64, but have the score less the lowest of its query, and
+    may hold only the upper bits of the index. Where that leaves a relevant photo tied with another one, their keys
+    differ by 1, and the query is ranked again with keys of 64 bits.
     """
-    bits, counts = scores.view(np.uint32), in_gallery.numpy()
-    hits, near = np.full((len(bits), counts.max()), np.inf), np.empty((len(bits), nearest), np.int64)
-    photos = np.arange(bits.shape[1], dtype=np.uint64)
-    # Short keys have the score less the lowest one, and as much of the index as fits. Shifts drop the sign of -0.
-    lowest, highest = np.abs([lowest, scores.max()]).view(np.uint32)
-    score_bits = max(1, int(highest - lowest).bit_length())
-    index = (photos >> max(0, (len(photos) - 1).bit_length() + score_bits - 31)).astype(np.uint32)
-    for queries, relevant in relevance.groups():
-        queries, irrelevant, count = queries.numpy(), ~relevant.numpy(), counts[queries[0]]
-        low_bits = index << 1 | irrelevant
-        for block in _blocks(queries, len(photos)) if count else ():
-            keys = bits[block] - lowest
-            keys <<= 32 - score_bits
-            keys |= low_bits
-            hits[block, :count], tied = _sort_keys(keys, count)
-            if tied.any():
-                keys = bits[block[tied]].astype(np.uint64) << 33 | photos << 1 | irrelevant
-                hits[block[tied], :count], _ = _sort_keys(keys, count)
-    for block in _blocks(np.arange(len(bits)), len(photos)) if nearest else ():
-        keys = np.partition(bits[block].astype(np.uint64) << 33 | photos, nearest - 1, axis=1)[:, :nearest]
-        near[block] = np.sort(keys, axis=1).astype(np.uint32)
-    return torch.from_numpy(hits), torch.from_numpy(near)
+    lowest = bits.min(axis=1, keepdims=True)
+    keys = bits - lowest
+    score_bits = max(1, int(keys.max()).bit_length())
+    if score_bits not in low_bits:
+        index = np.arange(len(relevant)) >> max(0, (len(relevant) - 1).bit_length() + score_bits - 31)
+        low_bits[score_bits] = (index << 1 | relevant).astype(np.uint32)
+    keys <<= np.uint32(32 - score_bits)
+    keys |= low_bits[score_bits]
+    ranks, tied = _sort_keys(keys, count)
+    if tied.any():
+        index = np.arange(len(relevant), dtype=np.uint64)
+        ranks[tied], _ = _sort_keys(bits[tied].astype(np.uint64) << 33 | index << 1 | relevant, count)
+    return ranks
+
+
+def _nearest_by_keys(bits, count):
+    """The `count` nearest photos (Q, count) of each query, in order; bits: as in `_rank_by_keys`."""
+    keys = bits.astype(np.uint64) << 32 | np.arange(bits.shape[1], dtype=np.uint64)
+    return np.sort(np.partition(keys, count - 1, axis=1)[:, :count], axis=1).astype(np.uint32)
 
 
 def _sort_keys(keys, count):
-    """Sort keys (Q, N), of which `count` in each row end in 0: (their ranks (Q, count), (Q,) whether one may be tied).
+    """Sort keys (Q, N), of which `count` in each row end in 1: (their ranks (Q, count), (Q,) whether one may be tied).
 
-    Such a key may be tied if the next key differs from it in the last bit alone.
+    Such a key may be tied if the key before it differs from it in the last bit alone.
     """
     keys.sort(axis=1)
     keys, rows, photos = keys.ravel(), *keys.shape
-    positions = np.flatnonzero(keys & 1 == 0)
-    tied = keys.take(positions + 1, mode="clip") == keys[positions] + 1
+    positions = np.flatnonzero((keys.astype(np.uint8) & 1).view(bool))
+    tied = keys.take(positions - 1, mode="clip") == keys[positions] - 1
     ranks = positions.reshape(rows, count) - photos * np.arange(rows)[:, None] + 1
     return ranks, tied.reshape(rows, count).any(axis=1)
 
 
 def _blocks(queries, photos):
-    """`queries` cut into blocks of which 32-bit keys have SORT_BYTES."""
+    """`queries` cut into blocks of which 32-bit keys have SORT_BYTES: slices where queries follow each other."""
     size = max(1, SORT_BYTES // (4 * photos))
-    return np.split(queries, range(size, len(queries), size))
+    for block in np.split(queries, range(size, len(queries), size)):
+        follow = block[-1] - block[0] == len(block) - 1
+        yield slice(block[0], block[-1] + 1) if follow else block
 
 
 def average_precision(ranking, top=None):

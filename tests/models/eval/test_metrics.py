@@ -145,8 +145,32 @@ def test_ranks_with_ties_equal_the_definition(dtype, levels, shift, rows, monkey
         expected, order = plain(scores, query_labels, gallery_labels, top)
         torch.testing.assert_close(average_precision(ranking, top), expected, rtol=0, atol=1e-14, equal_nan=True)
     assert ranking.nearest.tolist() == [row[:6] for row in order]
-    hits, nearest = _rank_by_order(scores, relevance, relevance.counts(), 6)  # a GPU's way
+    hits, nearest = _rank_by_order(scores, relevance.mask(), relevance.counts(), 6)  # a GPU's way
     assert torch.equal(hits, ranking.hits) and torch.equal(nearest, ranking.nearest)
+
+
+class Computed:
+    """Scores that are computed when they are asked for: `asked` has the number of queries of each time."""
+
+    def __init__(self, scores):
+        self.scores, self.shape, self.device, self.asked = scores, scores.shape, scores.device, []
+
+    def __getitem__(self, queries):
+        self.asked.append(len(self.scores[queries]))
+        return self.scores[queries].clone()
+
+
+def test_scores_are_computed_once_in_blocks_that_fit_a_cache(monkeypatch):
+    monkeypatch.setattr(metrics, "SORT_BYTES", 3 * 90 * 4)
+    generator = torch.Generator().manual_seed(0)
+    scores = Computed(torch.rand(13, 90, generator=generator))
+    relevance = SameClass(torch.randint(4, (13,), generator=generator), torch.arange(90) % 3)  # class 3 has no photo
+    ranking, expected = rank(scores, relevance, nearest=5), rank(scores.scores, relevance, nearest=5)
+    assert torch.equal(ranking.hits, expected.hits) and torch.equal(ranking.nearest, expected.nearest)
+    assert sum(scores.asked) == 13 and max(scores.asked) == 3
+    scores.scores[12, 50] = float("nan")
+    with pytest.raises(ValueError, match="a score is NaN"):
+        rank(scores, relevance)
 
 
 def test_a_tie_at_the_very_end_and_across_queries():
