@@ -19,8 +19,8 @@ def keep_freed_memory():
     By default it returns them to the kernel at once, which must then zero new pages for each tensor; that can take half
     of the time. Results are the same. Does nothing with other C libraries.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(library, "mallopt"):
+    library = _glibc()
+    if library is None:
         yield
         return
     _set(library, _KEEPING)
@@ -29,6 +29,18 @@ def keep_freed_memory():
     finally:
         _set(library, _DEFAULTS)
         library.malloc_trim(0)
+
+
+def return_freed_memory():
+    """Return freed memory, of all threads, to the kernel. Does nothing with other C libraries."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+def _glibc():
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") else None
 
 
 def _set(library, values):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.distributed import bar_disabled, log_rank0
+from utils.memory import return_freed_memory
 from utils.process_pool import available_cores, thread_pool
 
 PROGRESS_AFTER_S = 10  # without a progress bar, progress is printed once after as many seconds
@@ -102,7 +103,7 @@ def _fit_row(gallery, row, seed, mixture, device="cpu", done=None):
 def _fit_from(gallery, row, labels, device, done=None):
     """What `fit_codebook` returns, from the k-means labels of each sub-space; done: called after each sub-space."""
     subspaces, clusters = row
-    starts = zip(_subspaces(gallery, subspaces), labels, strict=True)
+    starts = zip(np.split(gallery, subspaces, axis=1), labels, strict=True)
     return _stack((_fit_torch(values, start, clusters, device) for values, start in starts), gallery.dtype, done)
 
 
@@ -112,7 +113,9 @@ def _fit_torch(values, start, clusters, device):
 
     from models.eval import gmm
 
+    return_freed_memory()  # several fits share the memory, and each leaves blocks that the next one cannot use
     fitted = gmm.fit_mixture(torch.from_numpy(values).to(device), torch.from_numpy(start), clusters)
+    return_freed_memory()
     return fitted.means.cpu().numpy(), fitted.converged
 
 

@@ -80,7 +80,8 @@ class DistanceBounds:
     def bound_own(self, means, precisions_cholesky, norms, chosen):
         """Compute new bounds of the distances of `chosen` (N,) bool to their own components; rest: as in `tighten`."""
         margins = self._margins(means, norms)
-        for component, (mean, matrix) in enumerate(zip(means.float(), precisions_cholesky.float(), strict=True)):
+        for component, (mean, matrix) in enumerate(zip(means.float(), precisions_cholesky, strict=True)):
+            matrix = matrix.float()
             for block in (chosen & (self.likeliest == component)).nonzero()[:, 0].split(BLOCK_POINTS):
                 squares = self._squares(block, mean, matrix, self.chunks)
                 self.own.index_copy_(0, block, squares.double().sqrt_().add_(margins[component]))
@@ -96,7 +97,8 @@ class DistanceBounds:
         if open_before.sum() > PROJECTED_SHARE * open_before.numel():
             squares = self.project(means, precisions_cholesky)
         candidates = open_before & (squares < enough)
-        for component, (mean, matrix) in enumerate(zip(means.float(), precisions_cholesky.float(), strict=True)):
+        for component, (mean, matrix) in enumerate(zip(means.float(), precisions_cholesky, strict=True)):
+            matrix = matrix.float()
             for block in candidates[component].nonzero()[:, 0].split(BLOCK_POINTS):
                 total, needed = 0, enough[component].index_select(0, block)
                 for stage in self.stages:
