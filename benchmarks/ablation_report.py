@@ -83,6 +83,7 @@ def draw_differences(path, results):
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         axis.set(title=split, xlabel=f"{rows[0]['metric']}: difference from {results['base']}, 95 %")
+        axis.locator_params(axis="x", nbins=6)  # more labels overlap
         axis.grid(axis="x", alpha=0.3)
         axis.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.1))
     _write(path, figure)

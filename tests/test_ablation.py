@@ -14,7 +14,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablation as studies  # noqa: E402
 from ablation_report import draw_sweeps, markdown  # noqa: E402
 
-SHIPPED = [ROOT / f"benchmarks/study/{name}.json" for name in ("sketchy", "sketchy25", "sketchy25_held_out")]
+STUDIES = ROOT / "benchmarks/study"
+SHIPPED = [path for path in sorted(STUDIES.glob("*.json")) if not path.stem.endswith(("_runs", "_results"))]
 
 
 @pytest.fixture
