@@ -52,7 +52,7 @@ WAY_OUT = "python -m models.export writes one from a checkpoint"
 
 
 def import_onnxruntime():
-    """The module onnxruntime, with its telemetry off. Every import of it in this project goes through here.
+    """The module onnxruntime, with its telemetry and its log off. Every import of it in this project goes through here.
 
     Its wheels report use to their maker unless the environment variable is set before the import; without it the
     import alone writes a device id below the home folder. Raises ImportError.
@@ -62,6 +62,7 @@ def import_onnxruntime():
 
     if hasattr(onnxruntime, "disable_telemetry_events"):
         onnxruntime.disable_telemetry_events()
+    onnxruntime.set_default_logger_severity(4)  # errors are raised; do not also print them
     return onnxruntime
 
 
@@ -74,7 +75,7 @@ def onnx_session(model, threads=0, optimize=True):
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # errors are raised; do not also print them
+    options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     # Its fallback would print a failure, and try the same again.

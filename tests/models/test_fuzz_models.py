@@ -48,6 +48,16 @@ def test_long_names_of_a_file_are_cut_in_messages(tmp_path):
         assert len(str(error.value)) < 500
 
 
+def test_onnx_runtime_prints_nothing_beside_the_message(tmp_path, capfd):
+    import onnx
+
+    model = onnx.load_from_string(fuzz_models.onnx_file())
+    next(each for each in model.graph.initializer if each.name == "axes").dims[:] = [2**63 - 1]
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    assert fuzz_models.read("onnx", tmp_path / "a.onnx") is None
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_files_that_are_damaged_are_whole_before(tmp_path):
     for with_digest in (False, True):
         (tmp_path / "a.onnx").write_bytes(fuzz_models.onnx_file(with_digest))
