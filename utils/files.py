@@ -77,6 +77,7 @@ def read_npz(path, max_bytes, names=None):
 
     with open_regular(path) as file:
         npz_shapes(file, max_bytes, names)
+        file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names or arrays.files}
 
