@@ -106,11 +106,12 @@ def _load_onnx(path, model, input_size, imagenet_classes, device, threads):
     try:
         with limited_memory():
             session = call_with_timeout(lambda: onnx_session(str(path), threads), MAX_SECONDS)
+        # Reading the shapes raises UnicodeDecodeError for a name of a dimension that is no UTF-8.
+        shapes = [each.shape[1:] for each in (*session.get_inputs(), *session.get_outputs())]
     except TimeoutError:
         raise _too_slow(path) from None
     except Exception as error:  # ONNX Runtime raises classes of its own
         raise _failure(path, "damaged", error) from error
-    shapes = [each.shape[1:] for each in (*session.get_inputs(), *session.get_outputs())]
     if shapes != [[3, metadata["input_size"], metadata["input_size"]], [metadata["width"]]]:
         raise InputError(f"{path}: its network is not the one of its metadata; export it again")
 

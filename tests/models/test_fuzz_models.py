@@ -48,6 +48,11 @@ def test_long_names_of_a_file_are_cut_in_messages(tmp_path):
         assert len(str(error.value)) < 500
 
 
+def test_a_dimension_whose_name_is_no_text_is_refused(tmp_path):
+    (tmp_path / "a.onnx").write_bytes(fuzz_models.onnx_file().replace(b"\x12\x01n", b"\x12\x01\xee"))
+    assert fuzz_models.read("onnx", tmp_path / "a.onnx") is None
+
+
 def test_onnx_runtime_prints_nothing_beside_the_message(tmp_path, capfd):
     import onnx
 
