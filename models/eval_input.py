@@ -9,13 +9,14 @@ import torch
 from datasets.lists import LIST_DESCRIPTIONS, Benchmark, QueryGallery, open_benchmark
 from datasets.protocols import PROTOCOLS, protocol_of
 from models.checkpoints import NAMES, check_seen_classes, find_checkpoint, load_student
-from models.eval.features import FEATURES, SEEN_FEATURES, compute_features, source_of, stored_features
+from models.eval.features import FEATURES, SEEN_FEATURES, compute_features, record, source_of, stored_features
+from models.memory_needs import inference_memory
 from models.weights import check_size, create_student, resize, weights_digest
 from utils import distributed
 from utils.cli import InputError
 from utils.distributed import log_rank0
 from utils.files import check_writable, sha256_of
-from utils.memory import keep_freed_memory
+from utils.memory import check_memory, keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,9 @@ def get_features(
     """
     path, checkpoint, source = eval_input.path, eval_input.checkpoint, None
     if eval_input.weights:
+        recorded = record(path).get("source", {}).get("data_root")
+        if eval_input.error and recorded and os.path.isdir(recorded):  # mistyped options, not data that are gone
+            raise InputError(f"{eval_input.error}; the features in {path.parent} are of {recorded}")
         digest = eval_input.digest(model)
         source = source_of(digest, model, loading.size, precision, eval_input.benchmark, eval_input.split)
     elif recompute:
@@ -127,6 +131,9 @@ def get_features(
     student = _load_student(eval_input, model, imagenet_classes)
     resize(student, model, loading.size)
     check_size(student, model, loading.size)
+    if torch.device(loading.device).type == "cpu":
+        needed = inference_memory(student, loading.size, loading.batch_size)
+        check_memory(f"--input_size {loading.size} with --batch_size {loading.batch_size}", needed)
     eval_input.images.check()
     if compiled:
         student.compile_features()

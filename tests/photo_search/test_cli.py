@@ -134,6 +134,12 @@ def test_index_find_and_index_again(photos, checkpoint, sketch, tmp_path, capsys
     assert "photo_index: 5 photos (0 new, 0 changed, 0 moved, 0 removed, 0 unreadable)" in capsys.readouterr().out
 
 
+def test_a_batch_that_cannot_fit_ends_in_one_line(photos, checkpoint, fails, monkeypatch):
+    monkeypatch.setattr("utils.memory.available_memory", lambda: 10**6)
+    told = fails(search_photos.main, "index", photos, "--checkpoint", checkpoint, "--batch_size", 9999, *INDEX)
+    assert "with --batch_size 9999: needs at least " in told and "lower --batch_size or --input_size" in told
+
+
 def test_folders_are_added_and_removed(photos, checkpoint, tmp_path):
     for name, seed in (("other", 50), ("third", 60)):
         write_photo(tmp_path / name / f"{name}.png", seed)
