@@ -33,7 +33,7 @@ from models.weights import (
     student_of,
     without_prefixes,
 )
-from utils.cli import InputError
+from utils.cli import InputError, printable
 from utils.distributed import log_rank0
 from utils.files import atomic_write, sha256_of, write_json
 
@@ -217,6 +217,8 @@ def student_metadata(path, checkpoint=None, model=None, input_size=None, imagene
     default_model, _, default_classes = AUTHORS_MODEL
     model = model or known["model"] or default_model
     size = fit_input_size(model, input_size or known["input_size"], _source_of_model(checkpoint, path))
+    if known["input_size"] is None and (odd := recorded.get("input_size")) is not None:
+        log_rank0(f"note: {path} records an input size of {printable(odd)[:40]}, which is none; {size or 224} is used")
     return {
         "checkpoint": str(path),
         "sha256": sha256_of(path),

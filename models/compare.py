@@ -8,6 +8,7 @@ setting. The other settings are compared with the first. Writes a figure, a Mark
 
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ def _read_queries(path):
     kinds = {name: array.dtype.kind for name, array in stored.items()}
     if kinds["rows"] not in "iuf" or values.dtype not in (np.float32, np.float64):
         raise ValueError("not numbers")
-    if not np.isfinite(rows).all() or (rows < 0).any() or np.isinf(values).any():
+    if not np.isfinite(rows).all() or (rows < 0).any() or ((values < 0) | (values > 1)).any():
         raise ValueError("numbers out of range")
     if any(kinds[name] not in "US" for name in ("metrics", "class", "sketch")):
         raise ValueError("not texts")
@@ -283,7 +284,7 @@ def bootstrap(values, classes, draws=10_000, seed=0, level=0.95):
 
 def markdown(table, names, metric):
     """The table in Markdown: a line a row, a column a setting."""
-    titles = [each.replace("|", r"\|") for each in (metric, *names)]
+    titles = [re.sub(r"[|<]", r"\\\g<0>", each) for each in (metric, *names)]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     lines += ["| " + " | ".join([entry["row"], *map(cell, entry["settings"])]) + " |" for entry in table]
     return "\n".join([*lines, "", _LEGEND, ""])

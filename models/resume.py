@@ -19,6 +19,7 @@ from utils.files import sha256_of
 
 # Options that compute the same training step, apart from rounding, and from the draws of stochastic depth.
 SAME_STEP = ("accum_steps", "grad_checkpointing", "compile")
+_RECORDS = ("train.json", "curves.png")  # of a run that has finished an epoch
 # Earlier versions of this project wrote the sums as a list in this order.
 _OLD_SUMS = ("cls", "ka_student", "ma", "ka_teacher", "student", "total", "train_accuracy")
 
@@ -118,14 +119,18 @@ def _check_same_data(before, now):
 
 
 def check_savedir(savedir, resume=False, overwrite=False):
-    """Raise InputError if `savedir` has checkpoints that would be lost, or lacks the one to resume."""
-    present = [name for name in NAMES if os.path.exists(savedir / name)]
-    if resume and LAST not in present and PREVIOUS not in present:
+    """Raise InputError if `savedir` has files of a run that would be lost, or lacks the checkpoint to resume."""
+    for name in (*NAMES, *_RECORDS, "log.jsonl"):
+        if os.path.isdir(savedir / name):
+            raise InputError(f"{savedir / name}: a folder where a file of this program belongs; move it away")
+    present = [name for name in (*NAMES, *_RECORDS) if os.path.exists(savedir / name)]
+    can_resume = LAST in present or PREVIOUS in present
+    if resume and not can_resume:
         raise InputError(f"{savedir}: holds no {LAST} to resume; see --savedir, or start without --resume")
     if present and not resume and not overwrite:
+        continues = "--resume continues it, " if can_resume else ""
         raise InputError(
-            f"{savedir}: already holds {present[0]}; --resume continues it, --overwrite replaces it, "
-            "--savedir starts elsewhere"
+            f"{savedir}: already holds {present[0]}; {continues}--overwrite replaces it, --savedir starts elsewhere"
         )
 
 
@@ -138,8 +143,8 @@ def check_space(state, savedir):
     free = shutil.disk_usage(savedir).free + held
     if free < 4 * size:
         raise InputError(
-            f"{savedir}: {free / 1e9:.1f} GB are free, and 4 checkpoints of {size / 1e9:.1f} GB need "
-            f"{4 * size / 1e9:.1f}; make room, or choose another --savedir"
+            f"{savedir}: {free / 1e6:,.0f} MB are free, and 4 checkpoints of {size / 1e6:,.0f} MB need "
+            f"{4 * size / 1e6:,.0f}; make room, or choose another --savedir"
         )
 
 
@@ -149,7 +154,7 @@ def remove_stale_files(savedir, resumed_from, everything):
     resumed_from: the path of the checkpoint. If it is PREVIOUS, LAST could not be read, and PREVIOUS replaces it;
     otherwise the next save would make the damaged file the previous one.
     """
-    ours = (*NAMES, "train.json", "log.jsonl", "curves.png")
+    ours = (*NAMES, *_RECORDS, "log.jsonl")
     for name in ours:
         for path in savedir.glob(f".{name}.*"):
             path.unlink(missing_ok=True)

@@ -33,6 +33,7 @@ from models.networks import (
 )
 from models.torch_files import is_plain_tensor, read_torch
 from utils.cli import InputError
+from utils.distributed import log_rank0
 from utils.files import sha256_of
 
 _TO_PUBLISHED = [  # timm's name of a parameter, published name
@@ -328,6 +329,11 @@ def _load_backbone(backbone, state, path, model):
         if converted is None:
             raise
         load_published(backbone, converted, path)
+        own = backbone.state_dict().get("pos_embed")
+        # The embedding of a class token can be a row of it or not.
+        sizes = {value.numel() for value in state.values() if is_plain_tensor(value)}
+        if own is not None and not sizes & {own.numel(), own.numel() + own.shape[-1]}:
+            log_rank0(f"note: {path}: its position embeddings are of another image size, and are interpolated")
 
 
 def _converted_by_timm(backbone, state, model):
@@ -372,7 +378,7 @@ def _weights_file(finetune):
         return None
     if not os.path.isfile(finetune):
         raise InputError(
-            f"{finetune}: no pretrained weights; see pretrained_model/README.md, or use --finetune timm or none"
+            f"{finetune}: no file of pretrained weights; see pretrained_model/README.md, or use --finetune timm or none"
         )
     return finetune
 

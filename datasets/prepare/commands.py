@@ -183,7 +183,8 @@ def _check_old_lists(folder, protocol, lists, new, options):
                 raise InputError(f"{folder / other}: exists and would no longer be read; see --convert and --force")
     held_back = folder / protocol.list_names("sketch", "test")[0]
     if held_back.exists() and held_back.name not in lists:
-        raise InputError(f"{held_back}: exists, but nothing is held back; move it away, or see --held_back")
+        way_out = "" if options.convert else ", or see --held_back"
+        raise InputError(f"{held_back}: exists, but nothing is held back; move it away{way_out}")
 
 
 def _check_lists_options(options):
@@ -197,7 +198,7 @@ def _check_lists_options(options):
     if options.unseen and options.unseen_classes:
         raise InputError("--unseen and --unseen_classes: use one of them")
     if options.unseen and not os.path.isfile(options.unseen):
-        raise InputError(f"--unseen {options.unseen}: no such file; name one of class names, one a line")
+        raise InputError(f"--unseen {options.unseen}: no file; name one of class names, one a line")
     if options.convert and (options.custom or derived):
         raise InputError("--convert: is for the lists of a release of --protocol; hold out classes of its result")
     if options.out and not derived:

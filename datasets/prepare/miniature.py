@@ -103,7 +103,11 @@ def _draw_file(job):
     path, name, kind, seed = job
     rng = np.random.default_rng(seed)
     image = draw_sketch(name, rng) if kind == "sketch" else draw_photo(name, rng)
-    image.save(path, quality=88)
+    try:
+        image.save(path, quality=88)
+    except OSError as error:
+        reason = f"{path.parents[4]}: images cannot be written ({error.strerror or error})"
+        raise InputError(f"{reason}; make room, or choose another folder") from error
 
 
 def draw_sketch(name, rng):

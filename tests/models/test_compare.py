@@ -134,7 +134,7 @@ def test_one_run_alone_is_a_table_too(runs, tmp_path):
     settings = group([read_tested(runs[0])])
     table = compare(settings, ["a"], "mAP@all", draws=100)
     assert table[0]["settings"][0]["deviation"] is None
-    assert markdown(table, ["a|b"], "mAP@all").splitlines()[:2] == [r"| mAP@all | a\|b |", "|---|---|"]
+    assert markdown(table, ["a|<b>"], "mAP@all").splitlines()[:2] == [r"| mAP@all | a\|\<b> |", "|---|---|"]
     assert markdown(table, ["a"], "mAP@all").startswith("| mAP@all | a |") and "toprule" in latex(
         table, ["a"], "mAP@all"
     )
@@ -149,6 +149,7 @@ def test_one_run_alone_is_a_table_too(runs, tmp_path):
         ({"rows": np.array([[0, 0, 1.0], [4, 3, 0.8]])}, "no row in common"),
         ({"values": np.zeros((2, 1, 11))}, "per_query.npz: torn"),
         ({"values": np.full((2, 1, 12), np.inf)}, "per_query.npz: torn"),
+        ({"values": np.full((2, 1, 12), 1.5)}, "per_query.npz: torn"),
         ({"metrics": np.array(["mAP@all", "Prec@100"])}, "per_query.npz: torn"),
         ({"values": np.array([[["x"] * 12]] * 2)}, "per_query.npz: torn"),
         ({"class": np.array([{}] * 12)}, "per_query.npz: torn"),

@@ -93,6 +93,15 @@ def test_files_of_the_makers_give_the_same_features(tmp_path, model, written, pr
     assert student.backbone.pretrained_cfg.get("state_dict") is None  # which checkpoints would carry along
 
 
+def test_position_embeddings_of_another_size_have_a_note(tmp_path, capsys):
+    state = {"mask_token": torch.ones(1, 24)}
+    for size, notes in ((42, 0), (56, 1)):
+        network = timm.create_model("tiny_dinov2_timm", img_size=size)
+        torch.save(state | network.state_dict(), tmp_path / "file.pth")
+        create_student("tiny_dinov2_timm", 3, str(tmp_path / "file.pth"))
+        assert capsys.readouterr().err.count("position embeddings are of another image size") == notes
+
+
 def test_files_of_another_network_are_refused(tmp_path):
     torch.save(of_dinov2(random_network("tiny_dinov2_timm")), tmp_path / "dino.pth")
     torch.save(of_clip(random_network("tiny_clip")), tmp_path / "clip.pt")

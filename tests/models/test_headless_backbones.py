@@ -183,4 +183,4 @@ def test_features_only_tests_a_network_untrained(tiny, tmp_path, fails):
     (out / LAST).touch()
     assert f"--features_only: {out} holds {LAST}" in fails(test_sketchy_ext_zeroshot.main, *command)
     missing = [*command[:-1], tmp_path / "none.pt", "-s", tmp_path / "new"]
-    assert "none.pt: no pretrained weights" in fails(test_sketchy_ext_zeroshot.main, *missing)
+    assert "none.pt: no file of pretrained weights" in fails(test_sketchy_ext_zeroshot.main, *missing)

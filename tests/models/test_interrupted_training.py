@@ -260,7 +260,7 @@ def test_a_disk_too_small_for_checkpoints_is_named_before_training(tiny, tmp_pat
     message = fails(
         train_sketchy_ext.main, *TRAIN, "--model", "convnextv2_atto", "--data_root", tiny, "--savedir", tmp_path
     )
-    assert f"{tmp_path}: 0.1 GB are free" in message and "make room" in message
+    assert f"{tmp_path}: 100 MB are free" in message and "make room" in message
 
 
 def test_a_loss_that_is_not_finite_names_step_term_and_image(tiny, tmp_path, fails, monkeypatch):

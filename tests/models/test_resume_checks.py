@@ -7,10 +7,10 @@ import pytest
 import torch
 from timm.models.convnext import ConvNeXt
 
-from models.checkpoints import LAST, CheckpointSaver
+from models.checkpoints import LAST, CheckpointSaver, student_metadata
 from models.losses import Batch
 from models.networks import Student, Teacher
-from models.resume import restore
+from models.resume import check_savedir, restore
 from models.train_step import LOGGED, TrainState, create_optimizers, train_step
 from utils.cli import InputError
 
@@ -168,3 +168,23 @@ def test_a_valid_state_is_restored_from_any_memory_layout(whole):
         ends.append(run.trainable_parameters())
     for other in ends[1:]:
         assert all(torch.equal(one, two) for one, two in zip(ends[0], other, strict=True))
+
+
+def test_records_of_a_run_are_not_replaced_without_a_question(tmp_path):
+    (tmp_path / "log.jsonl").touch()
+    check_savedir(tmp_path)
+    (tmp_path / "curves.png").touch()
+    with pytest.raises(InputError, match=r"already holds curves\.png; --overwrite replaces it"):
+        check_savedir(tmp_path)
+    check_savedir(tmp_path, overwrite=True)
+    (tmp_path / LAST).mkdir()
+    with pytest.raises(InputError, match="a folder where a file of this program belongs"):
+        check_savedir(tmp_path, overwrite=True)
+
+
+def test_an_input_size_that_is_none_has_a_note(tmp_path, capsys):
+    for size in (-1, 10**9, "big"):
+        content = {"state_dict": {"linear.weight": torch.ones(3, 2)}, "options": {"input_size": size}}
+        torch.save(content, tmp_path / LAST)
+        assert student_metadata(tmp_path / LAST)["input_size"] == 224
+        assert f"records an input size of {size}, which is none; 224 is used" in capsys.readouterr().err

@@ -264,7 +264,7 @@ def test_bad_options_end_in_one_line(tiny, tmp_path, fails):
         return fails(train_sketchy_ext.main, *SHORT, "--data_root", tiny, "--savedir", tmp_path / "new", *more)
 
     assert "--batch_size 2: too small for 1 sketch and 2 photos; use 3 or more" in error("--batch_size", 2)
-    assert "no pretrained weights" in error("--finetune", tmp_path / "none.pt")
+    assert "no file of pretrained weights" in error("--finetune", tmp_path / "none.pt")
     assert "no ImageNet head" in error("--model", "vit_small_patch14_dinov2", "--input_size", 518)
     assert "--epochs" in error("--epochs", 0)
     assert "--cls_weight 0: the classifier of the seen classes" in error("--cls_weight", 0)
@@ -333,7 +333,7 @@ def test_earlier_checkpoints_are_not_lost_by_accident(tiny, tmp_path, fails):
     assert "already holds checkpoint.pth.tar; --resume continues" in fails(*arguments)
     assert "trained with --epochs 1, not 3" in fails(*arguments, "--resume")
     assert (tmp_path / LAST).read_bytes() == before
-    assert "no pretrained weights" in fails(*arguments, "--overwrite", "--finetune", "gone.pt")
+    assert "no file of pretrained weights" in fails(*arguments, "--overwrite", "--finetune", "gone.pt")
     assert (tmp_path / LAST).read_bytes() == before
     assert "not allowed with argument" in fails(*arguments, "--overwrite", "--resume")
     run(tiny, tmp_path, "--epochs", 1, "--seed", 1, "--overwrite")

@@ -167,7 +167,7 @@ def test_torn_foreign_and_missing_files_are_named(student, tmp_path):
 
 
 def test_missing_pretrained_weights_and_unknown_models_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"no\.pt: no pretrained weights; .*--finetune timm"):
+    with pytest.raises(InputError, match=r"no\.pt: no file of pretrained weights; .*--finetune timm"):
         create_pair("convnextv2_atto", 3, str(tmp_path / "no.pt"))
     with pytest.raises(InputError, match="--model vit: timm knows no 'vit'"):
         create_pair("vit", 3, "none")

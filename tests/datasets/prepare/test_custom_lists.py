@@ -87,7 +87,7 @@ def test_train_and_val_folders_part_the_classes(tmp_path, fails):
     [
         ((), "choose the unseen classes by --unseen FILE or --unseen_classes N"),
         (("--unseen_classes", 5), "--unseen_classes 5: {root} has 5 classes; some must remain seen"),
-        (("--unseen", "{root}/names"), "names: no such file; name one of class names"),
+        (("--unseen", "{root}/names"), "names: no file; name one of class names"),
         (("--unseen", "{root}/unknown"), "'zebras' is no class of {root} with sketches and photos; rename it"),
         (("--unseen", "{root}/all"), "5 of 5 classes are unseen; some must be, and not all"),
         (("--unseen", "{root}/all", "--unseen_classes", 2), "--unseen and --unseen_classes: use one of them"),

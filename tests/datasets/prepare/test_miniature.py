@@ -1,3 +1,5 @@
+import errno
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +14,7 @@ from datasets.prepare.miniature import (
     draw_sketch,
     write_miniature,
 )
+from utils.cli import InputError
 
 
 def test_it_is_a_benchmark_in_the_layout_of_sketchy(miniature):
@@ -61,3 +64,14 @@ def test_a_folder_in_use_is_left_alone(tmp_path, fails):
     assert "is not an empty folder" in fails(prepare.main, "miniature", tmp_path / "mine.png")
     assert "--seed" in fails(prepare.main, "miniature", tmp_path / "new", "--seed", -1)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
+
+
+def test_a_full_disk_is_named_with_a_way_out(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(InputError, match=r"images cannot be written \(No space left on device\); make room"):
+        write_miniature(tmp_path, sketches=1, photos=1, held_back=0, workers=1)
+    monkeypatch.undo()
+    write_miniature(tmp_path, sketches=1, photos=1, held_back=0, workers=1)
