@@ -128,7 +128,7 @@ def test_of_two_processes_that_append_one_is_refused_and_no_photo_is_lost(album,
     assert photos_of(index).keys() == {*before, str(tmp_path / "other/one.png"), str(tmp_path / "third/two.png")}
 
 
-def test_photos_of_a_disk_that_is_away_stay_in_an_index_that_grew(album, index, tmp_path):
+def test_photos_of_a_disk_that_is_away_stay_in_an_index_that_grew(album, index, tmp_path, capsys):
     before, network = photos_of(index), FakeEncoder()
     write_photo(tmp_path / "home/one.png", 92)
     album.rename(tmp_path / "away")
@@ -137,6 +137,8 @@ def test_photos_of_a_disk_that_is_away_stay_in_an_index_that_grew(album, index, 
             album.mkdir()
         assert update(index, network, album, tmp_path / "home").removed == 0
         assert before.items() < photos_of(index).items() and has_tail(index)
+        (line,) = capsys.readouterr().err.splitlines()  # not that more than half of the index is missing
+        assert line.endswith(f"; the index keeps its 25 photos, and --remove {album} removes them")
     album.rmdir()
     (tmp_path / "away").rename(album)
     network.seen = 0
