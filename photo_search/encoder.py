@@ -139,7 +139,7 @@ def _run(session, path, width, images):
     # Each core computes a share, a few images at a time, so that their activations fit its cache.
     shares = np.array_split(images, max(1, min(available_cores(), -(-len(images) // ONNX_IMAGES))))
     try:
-        rows = np.concatenate(map_with_timeout(run, shares, MAX_SECONDS * len(images), stop))
+        rows = np.concatenate(map_with_timeout(run, shares, MAX_SECONDS * max(1, len(images)), stop))
     except TimeoutError:
         raise _too_slow(path) from None
     except Exception as error:  # ONNX Runtime raises classes of its own
