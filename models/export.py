@@ -26,6 +26,7 @@ import numpy as np
 from utils.cli import (
     InputError,
     OneLineParser,
+    first_line,
     image_side,
     is_out_of_memory,
     one_line_errors,
@@ -98,7 +99,7 @@ def read_onnx_metadata(path):
     except Exception as error:  # ONNX Runtime raises classes of its own
         if is_out_of_memory(error):
             raise InputError(f"{path}: needs more memory than there is; free some, or use another file") from error
-        raise InputError(f"{path}: damaged, or not an ONNX file ({_reason(error)}); {WAY_OUT}") from error
+        raise InputError(f"{path}: damaged, or not an ONNX file ({first_line(error)}); {WAY_OUT}") from error
     if metadata.get("format") != EXPORT_FORMAT:
         raise InputError(f"{path}: an ONNX file of another program, or of another version of this one; {WAY_OUT}")
     try:
@@ -189,10 +190,6 @@ def _fields_of(message):
 def parse_metadata(metadata):
     """METADATA_TYPES by name, of exported metadata {name: string}. Raises KeyError, ValueError."""
     return {name: kind(metadata[name]) for name, kind in METADATA_TYPES.items()}
-
-
-def _reason(error):
-    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__
 
 
 def create_parser():

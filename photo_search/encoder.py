@@ -16,7 +16,7 @@ import numpy as np
 from datasets.images import resize, stack
 from models.export import INSTALL, ONNX_IMAGES, import_onnxruntime, onnx_session, read_onnx_metadata
 from photo_search.photos import read_photo, thumbnail
-from utils.cli import InputError, is_out_of_memory
+from utils.cli import InputError, first_line, is_out_of_memory
 from utils.distributed import bar_disabled, local_device, log_rank0
 from utils.files import open_regular, sha256_of, sha256_of_file
 from utils.memory import limited_memory
@@ -154,8 +154,7 @@ def _failure(path, what, error):
     """The InputError for an exception of ONNX Runtime."""
     if is_out_of_memory(error):
         return InputError(f"{path}: needs more memory than there is; free some, or use another checkpoint")
-    reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-    return InputError(f"{path}: {what} ({reason}); export it again")
+    return InputError(f"{path}: {what} ({first_line(error)}); export it again")
 
 
 def _too_slow(path):

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.images import MAX_PIXELS, as_rgb, upright
-from utils.cli import InputError
+from utils.cli import InputError, first_line
 
 MAX_SHOWN_ROWS = 200  # of a result in a notebook, which keeps the thumbnails in its file
 
@@ -58,8 +58,7 @@ def image_of(picture):
             return picture
         return as_rgb(upright(picture))
     except Exception as error:  # of a file that is damaged, or closed
-        why = str(error).splitlines()[0][:100]
-        raise InputError(f"the picture cannot be decoded ({why}); open it again") from error
+        raise InputError(f"the picture cannot be decoded ({first_line(error)}); open it again") from error
 
 
 def _pixels(array):

@@ -299,6 +299,11 @@ def is_dead_worker(error):
     )
 
 
+def first_line(error):
+    """The first line of an exception's message, cut to 160 characters; its class where it has none."""
+    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+
+
 def is_out_of_memory(error):
     """Whether an error says that memory is exhausted: of Python, torch, CUDA's libraries or ONNX Runtime."""
     if isinstance(error, MemoryError):
