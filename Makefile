@@ -37,7 +37,7 @@ demo: .venv/ready
 	$(PY) test_sketchy_ext_zeroshot.py $(MINIATURE) --clusters 6 7 8 9 10 --resume_dir $(DEMO)/checkpoint
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
 
 torture: .venv/ready
 	$(PY) tests/helpers/kill_resume.py

@@ -184,13 +184,27 @@ def agreement(options):
     )
 
 
+def devices(options):
+    """The whole protocol on the CPU and on --device: the largest difference of a row's mAP@all."""
+    if options.device == "cpu":
+        return
+    other = run("ours_protocol", options)
+    options.device, device = "cpu", options.device
+    ours = run("ours_protocol", options)
+    options.device = device
+    worst = max(abs(a - b) for a, b in zip(ours["mAP"], other["mAP"], strict=True))
+    print(f"\nwhole protocol: {ours['wall']:.1f} s on the CPU, {other['wall']:.1f} s on {device}")
+    print(f"largest difference of a row's mAP@all: {worst:.1e}")
+
+
 def ours_protocol(options):
     import importlib
 
     names = {"sketchy": "sketchy_ext", "sketchy_split": "sketchy_ext_split", "tuberlin": "tuberlin_ext"}
     script = importlib.import_module(f"test_{names.get(options.benchmark, 'quickdraw_ext')}_zeroshot")
     script.main(["--resume_dir", str(options.folder / "easy"), "--device", options.device])
-    return {}
+    rows = json.loads((options.folder / "easy/results.json").read_text())["rows"]
+    return {"mAP": [row["mAP@all"] for row in rows]}
 
 
 def codebooks_of(options, gallery):
@@ -432,7 +446,7 @@ def scaling(options):
             file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-TASKS = {"protocol": protocol, "agreement": agreement, "em": em, "peers": peers, "scaling": scaling}
+TASKS = {"protocol": protocol, "devices": devices, "agreement": agreement, "em": em, "peers": peers, "scaling": scaling}
 JOBS = {
     "make": make,
     "ours_protocol": ours_protocol,

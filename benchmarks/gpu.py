@@ -3,8 +3,9 @@
     make gpu
     .venv/bin/python benchmarks/gpu.py --device cuda:1 --report gpu_report.md
 
-Checks: a training step, features, mixtures, matching and metrics give what the CPU gives. Figures: the whole test of
-Sketchy Ext and of QuickDraw Ext from stored features, the training step in each precision beside timm's own, memory.
+Checks: a training step, features, mixtures, matching and metrics give what the CPU gives; so does the whole test of
+Sketchy Ext from stored features. Figures: that test and QuickDraw Ext's, the training step in each precision beside
+timm's own, memory. The report is written after each of them.
 """
 
 import argparse
@@ -12,21 +13,23 @@ import contextlib
 import io
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from timm.models.convnext import ConvNeXt
+from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models.eval.codebooks import fit_codebooks, mixture_device  # noqa: E402
 from models.eval.evaluate import evaluate_rows  # noqa: E402
-from models.eval.features import Features  # noqa: E402
+from models.eval.features import Features, extract  # noqa: E402
 from models.losses import Batch  # noqa: E402
-from models.networks import Student, Teacher, prepare_models  # noqa: E402
+from models.networks import Student, Teacher, create_backbone, prepare_models  # noqa: E402
 from models.train_step import (  # noqa: E402
     TrainState,
     create_optimizers,
@@ -35,9 +38,21 @@ from models.train_step import (  # noqa: E402
 
 # Figures, each a script of this folder with its options.
 FIGURES = [
-    ("training.py", "--tasks step memory --batch_size 64 --rounds 3 --precisions fp32 tf32_all bf16 --no_compile"),
-    ("evaluation.py", "--tasks protocol --benchmark sketchy --only_ours"),
-    ("evaluation.py", "--tasks protocol --benchmark quickdraw --only_ours"),
+    "evaluation.py --tasks protocol devices --benchmark sketchy --only_ours",
+    "evaluation.py --tasks protocol --benchmark quickdraw --only_ours",
+    "training.py --tasks step --batch_size 64 --rounds 3 --precisions fp32 tf32_all bf16 --no_compile",
+    "training.py --tasks memory --batch_size 64",
+]
+# What a user does, on a small scale; each command must succeed.
+DATA = "--data_root {folder}/data --model tf_efficientnet_lite0 --input_size 96 --device {device}"
+TRAIN = f"train_sketchy_ext.py {DATA} --finetune none --precision bf16 --savedir {{folder}}/checkpoint"
+SCRIPTS = [
+    "-m datasets.prepare miniature {folder}/data",
+    f"{TRAIN} --epochs 1",
+    f"{TRAIN} --epochs 2 --resume",
+    f"test_sketchy_ext_zeroshot.py {DATA} --clusters 8 --resume_dir {{folder}}/checkpoint",
+    "search_photos.py index {folder}/data/256x256/photo --index {folder}/index --device {device} "
+    "--checkpoint {folder}/checkpoint/checkpoint.pth.tar",
 ]
 
 
@@ -50,28 +65,51 @@ def main():
         print("error: there is no CUDA device here; the tests (make test) check the same on a pretended one")
         raise SystemExit(2)
     began, properties = time.monotonic(), torch.cuda.get_device_properties(options.device)
-    lines = [
+    report = Report(options.report)
+    report.add(
         f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, torch {torch.__version__}",
         f"mixtures are fitted on: {mixture_device(options.device)}",
         "",
         "| check against the CPU | largest difference | allowed |",
         "|---|---|---|",
-    ]
+    )
     passed = True
     for name, check, allowed in CHECKS:
         difference = check(options.device)
         passed &= difference <= allowed
-        lines.append(f"| {name} | {difference:.1e} | {allowed:.0e}{'' if difference <= allowed else ', FAILED'} |")
-        print(lines[-1], flush=True)
-    for script, arguments in FIGURES:
-        command = [sys.executable, f"benchmarks/{script}", *arguments.split(), "--device", options.device]
-        print(" ".join(command[1:]), flush=True)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        lines += ["", f"`{' '.join(command[1:])}`", "", done.stdout.strip() or done.stderr.strip()[-2000:]]
-    lines.append(f"\n{time.monotonic() - began:.0f} s in all")
-    options.report.write_text("\n".join(lines) + "\n")
+        report.add(f"| {name} | {difference:.1e} | {allowed:.0e}{'' if difference <= allowed else ', FAILED'} |")
+    with tempfile.TemporaryDirectory() as folder:
+        for command in SCRIPTS:
+            passed &= run(report, command.format(folder=folder, device=options.device))
+    for command in FIGURES:
+        passed &= run(report, f"benchmarks/{command} --device {options.device}", show=True)
+    report.add(f"\n{time.monotonic() - began:.0f} s in all")
     print(f"report: {options.report}")
     raise SystemExit(0 if passed else 1)
+
+
+class Report:
+    """Lines of a file that are printed, too; what was added is there if the process is killed."""
+
+    def __init__(self, path):
+        self.path, self.lines = path, []
+
+    def add(self, *lines):
+        print(*lines, sep="\n", flush=True)
+        self.lines += lines
+        self.path.write_text("\n".join(self.lines) + "\n")
+
+
+def run(report, command, show=False):
+    """Run a script of the project; report its seconds, and its output if `show` or it fails. Returns its success."""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    report.add("", f"`{command}`: {time.monotonic() - start:.0f} s")
+    if done.returncode:
+        report.add("FAILED", done.stderr.strip()[-2000:])
+    if show or done.returncode:
+        report.add("", done.stdout.strip())
+    return done.returncode == 0
 
 
 def step(device, precision="fp32"):
@@ -90,6 +128,16 @@ def step(device, precision="fp32"):
 
 def differ_steps(device):
     return (step(device) - step("cpu")).abs().max().item()
+
+
+def differ_features(device):
+    """EfficientNet's features of 40 random images."""
+    torch.manual_seed(0)
+    student = Student(create_backbone("tf_efficientnet_lite0"), 5).eval()
+    images = torch.randint(0, 256, (40, 3, 96, 96), dtype=torch.uint8)
+    loaded = DataLoader(TensorDataset(images, torch.zeros(40)), batch_size=16)
+    one, two = (np.concatenate(list(extract(student.to(each), loaded, each))) for each in ("cpu", device))
+    return float(np.abs(one - two).max())
 
 
 def example():
@@ -116,6 +164,7 @@ def differ_metrics(device):
 
 CHECKS = [
     ("weights after four training steps, fp32", differ_steps, 1e-5),
+    ("features, fp32", differ_features, 1e-5),
     ("codebooks", differ_mixtures, 1e-6),
     ("mAP and Prec of every row, float32", differ_metrics, 1e-5),
 ]

@@ -213,6 +213,10 @@ class TrainingData:
     val_loader: DataLoader | None = None  # this rank's slice of the held-back sketches
     val_size: int = 0  # their number on all ranks
 
+    def end_workers(self):
+        """End the processes that decode training images; the next epoch starts others."""
+        self.train_loader._iterator = None  # garbage collection would end them later, and wait seconds for each
+
 
 def open_training_data(
     benchmark, loading, seed=0, imagenet_classes=1000, validate=True, max_steps=None, sketches=None, augment="release"

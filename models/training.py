@@ -170,6 +170,7 @@ def train(state, data, config, saver, evaluate_unseen=None, print_freq=10):
                     done = f"{len(state.history)} epochs and {state.step} steps"
                     log_rank0(f"saved after {done}; continue with --resume")
                 raise SystemExit(exit_status(signals))
+    data.end_workers()
     return checkpoint_to_test(state.history, saver.folder, data.val_loader is not None) if is_rank0 else None
 
 

@@ -1,5 +1,6 @@
 """What the tests share: golden numbers, networks of the golden size, small benchmarks and the way errors end."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -12,12 +13,27 @@ from timm.models.convnext import ConvNeXt
 from datasets.prepare.miniature import write_miniature
 
 GOLDEN = Path(__file__).parent / "golden"
+SHARED = "(visit", "helpers.forked"  # files with these words share a browser, or a process that has imported PyTorch
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """One process more than cores for `-n auto`: tests also wait, for processes that they start and for disks."""
     return (os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Run a file's tests in one process, which makes their fixtures once, and so those of all files with a browser."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.partition("::")[0]
+            return next((name for name in SHARED if name in source(path)), path)
+
+    source = functools.cache(lambda path: (config.rootpath / path).read_text())
+    return Scheduling(config, log)
 
 
 @pytest.fixture

@@ -60,6 +60,7 @@ def _run(command, environment, files):
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.chdir(ROOT)
+    multiprocessing.set_start_method(None, force=True)  # that of a process from a command line, not of this one
     sys.argv = command[command[0] == "-m" :]
     if command[0] == "-m":
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)

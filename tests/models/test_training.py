@@ -1,9 +1,11 @@
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 
 import train_quickdraw_ext
 import train_sketchy_ext
@@ -12,7 +14,7 @@ from datasets.protocols import PROTOCOLS
 from models import training
 from models.checkpoints import BEST, BEST_AFTER_WARMUP, LAST, CheckpointSaver, read_checkpoint
 from models.losses import Batch
-from models.networks import Student, Teacher
+from models.networks import Student, Teacher, prepare_models
 from models.options import train_parser
 from models.run_record import effective_options, run_record
 from models.train_step import TrainConfig, TrainState, create_optimizers, set_learning_rates
@@ -34,7 +36,7 @@ def run(root, savedir, *more, script=train_sketchy_ext):
 @pytest.mark.parametrize(
     "way", ["plain", "2 micro-batches", "5 micro-batches", "checkpointing", "channels last", "compiled"]
 )
-def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, monkeypatch, way):
+def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, way):
     z = golden("train_step")
     networks = {"student": Student(small_backbone(z), int(z["linear_num"])), "teacher": Teacher(small_backbone(z))}
 
@@ -49,9 +51,8 @@ def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, monkeypa
         load_published(network.double(), stored(f"{name}_initial"), name)
         if way == "channels last":
             network.to(memory_format=torch.channels_last)
-        if way == "compiled":
-            monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # starting more takes longer
-            network.compile()
+        if way == "compiled":  # into graphs of forward and backward passes; see the next test for their machine code
+            network.compile(backend="aot_eager_decomp_partition")
     if way == "checkpointing":
         networks["student"].backbone.set_grad_checkpointing()
     accum_steps = {"2 micro-batches": 2, "5 micro-batches": 5}.get(way, 1)
@@ -74,6 +75,27 @@ def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, monkeypa
             check("teacher", "teacher_initial")
     check("student", "student_final")
     check("teacher", "teacher_final")
+
+
+def test_a_step_in_compiled_code_gives_the_same_weights(monkeypatch):
+    """Of a network of one block, since a C++ compiler takes a second for each kernel."""
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # starting more takes longer
+    sizes = dict(patch_size=112, depth=1, embed_dim=8, num_heads=1, num_classes=10)
+    labels, weights = torch.arange(4) % 3, []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        student, teacher = (
+            Student(VisionTransformer(**sizes), 3).double(),
+            Teacher(VisionTransformer(**sizes)).double(),
+        )
+        prepare_models(student, None, "cpu", compiled=compiled)
+        state = TrainState(student, teacher, create_optimizers(student, teacher, 1e-3, 1e-3, 5e-4))
+        values = torch.randn(4, 3, 224, 224), (labels > 1).float(), torch.rand(4, 10), torch.randn(4, 8)
+        images, is_photo, mask, noise = (each.double() for each in values)
+        train_step(state, Batch(images, labels, is_photo, mask, noise), bidirectional=True)
+        weights.append(torch.cat([value.detach().flatten() for value in state.trainable_parameters()]))
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-9)
+    assert torch._dynamo.utils.counters["inductor"]
 
 
 def test_the_learning_rate_falls_a_thousandfold():
@@ -103,6 +125,22 @@ def run_in_halves(root, savedir, monkeypatch, *more):
         patch.setattr(CheckpointSaver, "save", save_then_stop)
         run(root, savedir, *more)
     run(root, savedir, *more, "--resume")
+
+
+def test_no_process_outlives_a_training(tiny, tmp_path, monkeypatch):
+    kept = []
+
+    def keep_frames(*_):
+        """As matplotlib does: an exception that is kept holds its frame, and that the frames of all callers."""
+        try:
+            raise ValueError
+        except ValueError as error:
+            kept.append(error)
+
+    monkeypatch.setattr(training, "show_epoch", keep_frames)
+    before = set(multiprocessing.active_children())
+    run(tiny, tmp_path / "run", "--epochs", 1, "--workers", 1)
+    assert kept and set(multiprocessing.active_children()) <= before
 
 
 STEM = ("downsample_layers.0.",)
