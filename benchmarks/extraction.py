@@ -55,7 +55,7 @@ def main():
     add("--rounds", type=int, default=3)
     add("--device", default="cpu")
     add("--decoding", action="store_true")
-    add("--photos", type=Path, metavar="DIR")
+    add("--photos", type=lambda path: Path(path).resolve(), metavar="DIR")
     add("--count", type=int, default=2000, help="of the images below --photos, evenly spaced")
     add("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="with --photos")
     options = parser.parse_args()

@@ -49,7 +49,7 @@ TRAIN = f"train_sketchy_ext.py {DATA} --finetune none --precision bf16 --savedir
 SCRIPTS = [
     "-m datasets.prepare miniature {folder}/data",
     f"{TRAIN} --epochs 1",
-    f"{TRAIN} --epochs 2 --resume",
+    f"{TRAIN} --epochs 1 --resume",
     f"test_sketchy_ext_zeroshot.py {DATA} --clusters 8 --resume_dir {{folder}}/checkpoint",
     "search_photos.py index {folder}/data/256x256/photo --index {folder}/index --device {device} "
     "--checkpoint {folder}/checkpoint/checkpoint.pth.tar",

@@ -1,7 +1,8 @@
 """Draws how seconds and memory grow with the number of photos, from records of other benchmarks.
 
     .venv/bin/python benchmarks/search.py --sizes 1000 10000 100000 1000000 --records growth.jsonl --folder DIR
-    .venv/bin/python benchmarks/growth.py growth.jsonl --to docs/growth.png
+    .venv/bin/python benchmarks/evaluation.py --tasks scaling --records matching_growth.jsonl
+    .venv/bin/python benchmarks/growth.py growth.jsonl matching_growth.jsonl --to docs/growth.png
 
 A record is a line of JSON, its memory optional: {"series": "open", "photos": 1000, "seconds": 0.01, "memory_gb": 0.1}.
 Of several records of a series with one number of photos the last one counts.
@@ -28,8 +29,7 @@ def main():
             shown = [(photos, record[key]) for photos, record in sorted(points.items()) if record.get(key)]
             if shown:
                 axis.plot(*zip(*shown, strict=True), "o-", color=f"C{number}", markersize=3, linewidth=1.2, label=name)
-        axis.set(xscale="log", xlabel="photos", ylabel=label)
-        axis.set_yscale("log" if key == "seconds" else "linear")
+        axis.set(xscale="log", yscale="log", xlabel="photos", ylabel=label)
         axis.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(options.to, dpi=100)

@@ -108,12 +108,13 @@ class Student(nn.Module):
 class Teacher(nn.Module):
     """The network that the student is aligned with, in training only: its backbone is frozen, its head is trained.
 
-    added_head: the ImageNet head of a backbone that has none, see models.teacher_head.
+    added_head: the ImageNet head of a backbone that has none, see models.teacher_head; needs_norm: that of a Student of
+    the same backbone, where it is known, since finding it takes a while.
     """
 
-    def __init__(self, backbone, added_head=None):
+    def __init__(self, backbone, added_head=None, needs_norm=None):
         super().__init__()
-        self.needs_norm = not _pooled_output(backbone)[1]
+        self.needs_norm = not _pooled_output(backbone)[1] if needs_norm is None else needs_norm
         self.backbone, self.has_head = backbone.requires_grad_(False), has_imagenet_head(backbone)
         self.added_head = added_head
         self.head.requires_grad_(True)

@@ -295,7 +295,7 @@ def create_pair(model, classes, finetune, imagenet_classes=1000, drop_path=0.0, 
     teacher_backbone = create_backbone(model, imagenet_classes)
     resize(teacher_backbone, model, size)
     teacher_backbone.load_state_dict(student.backbone.state_dict())
-    return student, Teacher(teacher_backbone, copy.deepcopy(added_head))
+    return student, Teacher(teacher_backbone, copy.deepcopy(added_head), student.needs_norm)
 
 
 def create_student(model, classes, finetune, imagenet_classes=1000, drop_path=0.0, size=None):

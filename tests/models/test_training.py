@@ -78,9 +78,9 @@ def test_four_steps_in_both_phases_equal_golden(golden, small_backbone, way):
 
 
 def test_a_step_in_compiled_code_gives_the_same_weights(monkeypatch):
-    """Of a network of one block, since a C++ compiler takes a second for each kernel."""
+    """Of a network without blocks, since a C++ compiler takes a second for each kernel."""
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # starting more takes longer
-    sizes = dict(patch_size=112, depth=1, embed_dim=8, num_heads=1, num_classes=10)
+    sizes = dict(patch_size=112, depth=0, embed_dim=8, num_heads=1, num_classes=10)
     labels, weights = torch.arange(4) % 3, []
     for compiled in (False, True):
         torch.manual_seed(0)

@@ -124,7 +124,7 @@ def test_no_thread_outlives_the_connection(tmp_path):
 
 
 def test_bad_input_is_told_once(tmp_path):
-    status, _, complaints = torchrun(2, "train_sketchy_ext.py", *TRAIN, "--data_root", tmp_path / "nowhere")
+    status, _, complaints = run_ranks(2, "train_sketchy_ext.py", *TRAIN, "--data_root", tmp_path / "nowhere")
     assert status != 0 and complaints.count("error: ") == 1 and "no such data folder" in complaints
 
 
