@@ -28,7 +28,8 @@ def main():
         for number, (name, points) in enumerate(series.items()):
             shown = [(photos, record[key]) for photos, record in sorted(points.items()) if record.get(key)]
             if shown:
-                axis.plot(*zip(*shown, strict=True), "o-", color=f"C{number}", markersize=3, linewidth=1.2, label=name)
+                style = dict(color=f"C{number}", linestyle="-" if number < 10 else "--", markersize=3, linewidth=1.2)
+                axis.plot(*zip(*shown, strict=True), marker="o", label=name, **style)
         axis.set(xscale="log", yscale="log", xlabel="photos", ylabel=label)
         axis.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
