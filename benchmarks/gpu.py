@@ -45,11 +45,11 @@ FIGURES = [
 ]
 # What a user does, on a small scale; each command must succeed.
 DATA = "--data_root {folder}/data --model tf_efficientnet_lite0 --input_size 96 --device {device}"
-TRAIN = f"train_sketchy_ext.py {DATA} --finetune none --precision bf16 --savedir {{folder}}/checkpoint"
+TRAIN = f"train_sketchy_ext.py {DATA} --finetune none --epochs 1 --savedir {{folder}}/checkpoint"
 SCRIPTS = [
     "-m datasets.prepare miniature {folder}/data",
-    f"{TRAIN} --epochs 1",
-    f"{TRAIN} --epochs 1 --resume",
+    TRAIN,
+    f"{TRAIN} --resume",
     f"test_sketchy_ext_zeroshot.py {DATA} --clusters 8 --resume_dir {{folder}}/checkpoint",
     "search_photos.py index {folder}/data/256x256/photo --index {folder}/index --device {device} "
     "--checkpoint {folder}/checkpoint/checkpoint.pth.tar",
