@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from datasets.images import AUGMENTATIONS, augment_as_release, read_rgb, resize, stack
 from datasets.lists import FileList, check_images
 from utils import distributed
-from utils.cli import InputError
+from utils.cli import InputError, first_line
 from utils.memory import free_shared_memory
 
 PREFETCH = 2  # batches that each worker prepares in advance, torch's default
@@ -192,7 +192,7 @@ def _send_error(queue, error, item):
 
     By default the queue prints a traceback and drops the batch, and the main process waits for it forever.
     """
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = first_line(error, None)
     message = f"a worker could not pass on a batch ({reason}); free some of /dev/shm, or use --workers 0"
     queue.put((item[0], ExceptionWrapper((InputError, InputError(message), None))))
 

@@ -133,7 +133,7 @@ def get_features(
     check_size(student, model, loading.size)
     if torch.device(loading.device).type == "cpu":
         needed = inference_memory(student, loading.size, loading.batch_size)
-        check_memory(f"--input_size {loading.size} with --batch_size {loading.batch_size}", needed)
+        check_memory(loading.size, loading.batch_size, needed)
     eval_input.images.check()
     if compiled:
         student.compile_features()

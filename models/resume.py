@@ -20,6 +20,7 @@ from utils.files import sha256_of
 # Options that compute the same training step, apart from rounding, and from the draws of stochastic depth.
 SAME_STEP = ("accum_steps", "grad_checkpointing", "compile")
 _RECORDS = ("train.json", "curves.png")  # of a run that has finished an epoch
+_FILES = (*NAMES, *_RECORDS, "log.jsonl")  # of a run
 # Earlier versions of this project wrote the sums as a list in this order.
 _OLD_SUMS = ("cls", "ka_student", "ma", "ka_teacher", "student", "total", "train_accuracy")
 
@@ -120,7 +121,7 @@ def _check_same_data(before, now):
 
 def check_savedir(savedir, resume=False, overwrite=False):
     """Raise InputError if `savedir` has files of a run that would be lost, or lacks the checkpoint to resume."""
-    for name in (*NAMES, *_RECORDS, "log.jsonl"):
+    for name in _FILES:
         if os.path.isdir(savedir / name):
             raise InputError(f"{savedir / name}: a folder where a file of this program belongs; move it away")
     present = [name for name in (*NAMES, *_RECORDS) if os.path.exists(savedir / name)]
@@ -154,12 +155,11 @@ def remove_stale_files(savedir, resumed_from, everything):
     resumed_from: the path of the checkpoint. If it is PREVIOUS, LAST could not be read, and PREVIOUS replaces it;
     otherwise the next save would make the damaged file the previous one.
     """
-    ours = (*NAMES, *_RECORDS, "log.jsonl")
-    for name in ours:
+    for name in _FILES:
         for path in savedir.glob(f".{name}.*"):
             path.unlink(missing_ok=True)
     if everything:
-        for name in (*ours, "results.json", "per_query.npz", "retrievals.png", "precision_recall.png", "tsne.png"):
+        for name in (*_FILES, "results.json", "per_query.npz", "retrievals.png", "precision_recall.png", "tsne.png"):
             (savedir / name).unlink(missing_ok=True)
     if resumed_from and resumed_from.name == PREVIOUS:
         resumed_from.replace(savedir / LAST)

@@ -126,7 +126,7 @@ def _check_memory(student, options):
             student, options.input_size, images, training=not options.grad_checkpointing,
             bytes_a_value=2 if options.precision == "bf16" else 4,
         )  # fmt: skip
-        check_memory(f"--input_size {options.input_size} with --batch_size {options.batch_size}", needed)
+        check_memory(options.input_size, options.batch_size, needed)
 
 
 def train(state, data, config, saver, evaluate_unseen=None, print_freq=10):

@@ -232,7 +232,7 @@ def _load_encoder(options, old):
     )
     size = encoder.metadata["input_size"]
     needed = 2 * 3 * options.batch_size * size**2  # images of a batch, one by one and together
-    check_memory(f"--input_size {size} with --batch_size {options.batch_size}", needed)
+    check_memory(size, options.batch_size, needed)
     return encoder
 
 

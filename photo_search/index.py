@@ -26,7 +26,7 @@ import numpy as np
 from photo_search import cells as search_cells
 from photo_search.cells import Cells
 from photo_search.folders import folders_of
-from utils.cli import InputError
+from utils.cli import InputError, first_line
 from utils.files import open_regular, read_bytes
 
 INDEX_FILE, INDEX_FORMAT = "index.json", 2
@@ -188,8 +188,9 @@ def is_index(folder):
 
 def damaged(folder, why):
     """The InputError for an index that cannot be read; why: an exception or text."""
-    text = str(why).splitlines()[0][:200] if str(why) else type(why).__name__
-    return InputError(f"{folder}: damaged index ({text}); delete the folder, and index the photos again")
+    return InputError(
+        f"{folder}: damaged index ({first_line(why, 200)}); delete the folder, and index the photos again"
+    )
 
 
 def read_metadata(folder):

@@ -30,7 +30,7 @@ from photo_search import remote_search
 from photo_search.cells import Cells, assign_codes
 from photo_search.folders import Folder
 from photo_search.milvus_about import int64_in_range, parse_about
-from utils.cli import InputError
+from utils.cli import InputError, first_line
 from utils.sampling import evenly_spaced
 
 DEFAULT_COLLECTION = "photo_index"
@@ -316,7 +316,7 @@ def _damage_as_input_error(server):
     except InputError:
         raise
     except PARSE_ERRORS as error:
-        why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        why = first_line(error, 100)
         raise InputError(f"{server.address}: damaged index ({why}); index into another --collection") from error
 
 

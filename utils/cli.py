@@ -299,9 +299,9 @@ def is_dead_worker(error):
     )
 
 
-def first_line(error):
-    """The first line of an exception's message, cut to 160 characters; its class where it has none."""
-    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+def first_line(error, length=160):
+    """The first line of an exception's message, or of a text, cut to `length` characters; its class if it is empty."""
+    return str(error).splitlines()[0][:length] if str(error) else type(error).__name__
 
 
 def is_out_of_memory(error):

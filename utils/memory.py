@@ -100,13 +100,13 @@ def _free_in_cgroups(folder, group):
             break
 
 
-def check_memory(option, needed):
-    """Raise InputError if `needed` bytes, for what the text `option` names, are more than the available memory."""
+def check_memory(input_size, batch_size, needed):
+    """Raise InputError if `needed` bytes, for a batch of images of this size, are more than the available memory."""
     available = available_memory()
     if available is not None and needed > available:
         raise InputError(
-            f"{option}: needs at least {needed / 1e9:,.1f} GB of memory, and {available / 1e9:,.1f} GB are free; lower "
-            "--batch_size or --input_size"
+            f"--input_size {input_size} with --batch_size {batch_size}: needs at least {needed / 1e9:,.1f} GB of "
+            f"memory, and {available / 1e9:,.1f} GB are free; lower --batch_size or --input_size"
         )
 
 
